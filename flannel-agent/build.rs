@@ -1,0 +1,30 @@
+//! Compiles the eBPF programs, so that the object embedded in the agent is never stale.
+
+use std::process::{Command, Stdio};
+
+use anyhow::Context as _;
+use aya_build::{Package, Toolchain, build_ebpf};
+
+/// The name under which `cargo xtask setup` links a distribution's compiler that has a `core` for the BPF target.
+const DISTRIBUTION_TOOLCHAIN: &str = "ebpf";
+
+fn main() -> anyhow::Result<()> {
+    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../flannel-ebpf");
+    println!("cargo:rerun-if-changed={manifest}/../flannel-common/src");
+    let programs = Package { name: "flannel-ebpf", root_dir: manifest, ..Package::default() };
+    build_ebpf([programs], toolchain())
+        .context("the eBPF programs were not built; `cargo xtask setup` installs what that needs")
+}
+
+fn toolchain() -> Toolchain<'static> {
+    let linked = Command::new("rustup")
+        .args(["which", "--toolchain", DISTRIBUTION_TOOLCHAIN, "rustc"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    match linked {
+        Ok(status) if status.success() => Toolchain::Custom(DISTRIBUTION_TOOLCHAIN),
+        // Without rustup, aya-build takes the compiler that is there and this is not used.
+        _ => Toolchain::Nightly,
+    }
+}

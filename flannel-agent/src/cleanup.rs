@@ -1,0 +1,85 @@
+//! Taking away everything that the agent made on this host. The lease stays in the store until it ends, so that a host
+//! that comes back has its subnet again.
+
+use std::{fs, io};
+
+use flannel_common::vxlan::Vni;
+use tracing::info;
+
+use crate::{
+    cli::Cli,
+    daemon::{Lock, LockError},
+    dataplane::{self, DataplaneError},
+    device::{DeviceError, Netlink, vxlan::VxlanDevice},
+};
+
+/// Something could not be taken away. What could was.
+#[derive(Debug, thiserror::Error)]
+pub enum CleanupError {
+    /// Pins.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// Links.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// An agent still runs.
+    #[error(transparent)]
+    Running(#[from] LockError),
+    /// A file.
+    #[error("remove {path}: {source}")]
+    File {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Takes away pins, filters, devices with their routes, and `subnet.env`.
+///
+/// # Errors
+/// [`CleanupError::Running`] before anything is touched, else the first of what failed.
+pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
+    let (netlink, _events, _connection) = Netlink::open()?;
+    let vnis = dataplane::pinned_vnis(&cli.bpf_pin_dir);
+    let locks: Vec<Lock> = vnis.iter().map(|vni| Lock::take(&cli.run_dir, *vni)).collect::<Result<_, _>>()?;
+    for vni in &vnis {
+        remove_datapath(cli, &netlink, *vni).await?;
+    }
+    drop(locks);
+    for vni in &vnis {
+        remove_file(&Lock::path(&cli.run_dir, *vni))?;
+    }
+    remove_file(&cli.subnet_file())?;
+    // Only where it is empty: others may keep files there.
+    let _kept = fs::remove_dir(&cli.run_dir);
+    info!("everything that the agent made on this host is removed; its lease stays in the store until it ends");
+    Ok(())
+}
+
+/// Takes away one overlay's programs, maps and device.
+///
+/// # Errors
+/// [`CleanupError`].
+pub async fn remove_datapath(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<(), CleanupError> {
+    // Filters are on the external interface, which is not known here; they are found by name.
+    for link in netlink.links().await? {
+        dataplane::detach_filters(&link.name);
+    }
+    dataplane::remove(&cli.bpf_pin_dir, vni)?;
+    let name = VxlanDevice::name_of(vni);
+    if let Some(link) = netlink.link_by_name(&name).await? {
+        // The address, the route and the neighbour go with it.
+        netlink.delete_link(&name, link.header.index).await?;
+        info!("removed {name}");
+    }
+    Ok(())
+}
+
+fn remove_file(path: &std::path::Path) -> Result<(), CleanupError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(CleanupError::File { path: path.to_owned(), source }),
+    }
+}

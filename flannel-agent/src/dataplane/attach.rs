@@ -1,0 +1,124 @@
+//! Attaching: TCX links where the kernel has them (6.6), else filters of the clsact qdisc.
+
+use std::{fs, io};
+
+use aya::{
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program},
+    },
+    sys::SyscallError,
+};
+use tracing::debug;
+
+use super::{
+    DataplaneError, Hook,
+    pins::{PinDirectory, failed},
+};
+
+/// Where a filter of ours sits among those of a clsact qdisc. The same place every time, so that a new program
+/// replaces the old one in one step.
+const FILTER_PRIORITY: u16 = 1;
+const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0xf1);
+
+impl Hook {
+    const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::ToOverlay => TcAttachType::Egress,
+            Self::FromUnderlay => TcAttachType::Ingress,
+        }
+    }
+
+    /// Admission comes before others' programs, and encapsulation, which ends a packet's way here, after them.
+    const fn order(self) -> LinkOrder {
+        match self {
+            Self::ToOverlay => LinkOrder::last(),
+            Self::FromUnderlay => LinkOrder::first(),
+        }
+    }
+}
+
+pub(super) fn attach(
+    program: &mut SchedClassifier,
+    hook: Hook,
+    pins: &PinDirectory,
+    interface: &str,
+    ifindex: u32,
+) -> Result<(), DataplaneError> {
+    let pin = pins.link(hook, ifindex);
+    let refused = |call| move |source| DataplaneError::Program { call, program: hook.program(), source };
+
+    if !swap_pinned(program, &pin) {
+        // What an agent pinned for another interface, or one that is gone.
+        for stale in pins.links(hook)? {
+            fs::remove_file(&stale).map_err(failed("unpin", &stale))?;
+        }
+        let options = TcAttachOptions::TcxOrder(hook.order());
+        match program.attach_with_options(interface, hook.attach_type(), options) {
+            Ok(id) => {
+                let link = program.take_link(id).map_err(refused("attach"))?;
+                let link: FdLink = link.try_into().map_err(|_| DataplaneError::Missing("TCX link"))?;
+                link.pin(&pin).map_err(|error| failed("pin", &pin)(io::Error::other(error)))?;
+            }
+            Err(error) if lacks_tcx(&error) => {
+                debug!("no TCX here ({error}); attaching to clsact");
+                attach_filter(program, hook, interface).map_err(refused("attach"))?;
+            }
+            Err(error) => return Err(refused("attach")(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Puts the program into the link that an earlier agent pinned. `false` where there is none, or its interface is gone.
+fn swap_pinned(program: &mut SchedClassifier, pin: &std::path::Path) -> bool {
+    let Ok(pinned) = PinnedLink::from_pin(pin) else { return false };
+    let Ok(link) = SchedClassifierLink::try_from(FdLink::from(pinned)) else { return false };
+    match program.attach_to_link(link) {
+        // The pin holds the link; this handle may go.
+        Ok(id) => program.take_link(id).is_ok(),
+        Err(error) => {
+            debug!("the link {} can't be used any more: {error}", pin.display());
+            false
+        }
+    }
+}
+
+fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str) -> Result<(), ProgramError> {
+    // Fails where it is there already, and then attaching works.
+    if let Err(error) = qdisc_add_clsact(interface) {
+        debug!("clsact on {interface}: {error}");
+    }
+    let existing = SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, FILTER_HANDLE, None);
+    let replaced = existing.map_err(aya::programs::tc::TcError::IoError)?;
+    let id = match program.attach_to_link(replaced) {
+        Ok(id) => id,
+        Err(error) => {
+            debug!("no filter to replace on {interface}: {error}");
+            let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
+            program.attach_with_options(interface, hook.attach_type(), TcAttachOptions::Netlink(options))?
+        }
+    };
+    // A filter has no pin: it stays as long as nobody removes it, so the handle must not detach it when dropped.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}
+
+/// Removes the filters of kernels without TCX from an interface. Links go with their pins.
+pub fn detach_filters(interface: &str) {
+    for hook in Hook::ALL {
+        if qdisc_detach_program(interface, hook.attach_type(), hook.program()).is_ok() {
+            debug!("removed the filter {} from {interface}", hook.program());
+        }
+    }
+}
+
+/// Whether the kernel does not know TCX links: it then takes the attach type for invalid.
+fn lacks_tcx(error: &ProgramError) -> bool {
+    matches!(
+        error,
+        ProgramError::SyscallError(SyscallError { io_error, .. })
+            if io_error.raw_os_error() == Some(nix::libc::EINVAL)
+    )
+}

@@ -1,0 +1,290 @@
+//! The programs and maps in the kernel: the only room that speaks to aya.
+//!
+//! Everything that must outlive the agent is pinned under `<bpf-pin-dir>/<VNI>/v<ABI>/`: maps under their names, TCX
+//! links as `<program>-<ifindex>`. A new agent adopts maps of equal layout with all their peers, and swaps the program
+//! of each link in one step, so that no packet meets a hook without a program.
+
+mod attach;
+mod peers;
+mod pins;
+
+use std::{io, path::PathBuf};
+
+pub use attach::detach_filters;
+use aya::{
+    Ebpf, EbpfError, EbpfLoader, include_bytes_aligned,
+    maps::{Map, MapData, MapError, PerCpuArray},
+    programs::{ProgramError, SchedClassifier},
+};
+use flannel_common::{
+    event::Event,
+    maps::{CONFIG, COUNTERS, Config, Counter, MAX_SLOTS},
+};
+pub use peers::DesiredPeers;
+use peers::PeerMaps;
+pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
+
+use crate::config::NetworkConfig;
+
+/// The programs, as compiled from `flannel-ebpf` by the build script.
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel"));
+
+/// The kernel refused something about programs or maps.
+#[derive(Debug, thiserror::Error)]
+pub enum DataplaneError {
+    /// The pin directory is not on a BPF file system.
+    #[error(
+        "{path} is not on a bpf file system; mount one with `mount -t bpf bpf {mount}`, or name one with --bpf-pin-dir"
+    )]
+    NotBpffs {
+        /// The pin directory.
+        path: PathBuf,
+        /// Where a BPF file system could be mounted.
+        mount: PathBuf,
+    },
+    /// A file operation on the BPF file system failed.
+    #[error("{call} {path}: {source}")]
+    Pin {
+        /// What was tried.
+        call: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The object could not be loaded.
+    #[error("load the eBPF programs: {}", chain(.0))]
+    Load(#[from] EbpfError),
+    /// A program was refused, usually by the verifier.
+    #[error("{call} the program {program}: {}", chain(.source))]
+    Program {
+        /// What was tried.
+        call: &'static str,
+        /// Which.
+        program: &'static str,
+        /// Why not.
+        source: ProgramError,
+    },
+    /// A map could not be read or written.
+    #[error("{call} the map {map}: {}", chain(.source))]
+    Map {
+        /// What was tried.
+        call: &'static str,
+        /// Which.
+        map: &'static str,
+        /// Why not.
+        source: MapError,
+    },
+    /// The object lacks a map or program.
+    #[error("the eBPF object has no {0}")]
+    Missing(&'static str),
+    /// More VTEPs than the map has entries.
+    #[error("the map VTEPS is full: {wanted} VTEPs do not fit its {capacity} entries")]
+    Full {
+        /// How many distinct VTEPs there are.
+        wanted: usize,
+        /// How many fit.
+        capacity: u32,
+    },
+}
+
+impl DataplaneError {
+    fn map(call: &'static str, map: &'static str) -> impl FnOnce(MapError) -> Self {
+        move |source| Self::Map { call, map, source }
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The hooks that a program is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// `to_overlay`, egress of `flannel.<VNI>`.
+    ToOverlay,
+    /// `from_underlay`, ingress of the external interface.
+    FromUnderlay,
+}
+
+impl Hook {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::ToOverlay, Self::FromUnderlay];
+
+    /// The program's name in the object.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::ToOverlay => "to_overlay",
+            Self::FromUnderlay => "from_underlay",
+        }
+    }
+}
+
+/// Sizes of the maps, which depend on the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Slots of `SUBNETS`.
+    pub slots: u32,
+    /// Entries of `VTEPS` and `VTEP_ADDRESSES`.
+    pub vteps: u32,
+}
+
+impl Capacity {
+    /// What a network needs: a slot for each subnet, and twice as many VTEPs, since a changed peer gets a new entry
+    /// before the old one is given up.
+    pub fn of(network: &NetworkConfig) -> Self {
+        let bits = u32::from(network.subnet_len - network.network.prefix_len());
+        let slots = 1u32.checked_shl(bits).filter(|slots| *slots <= MAX_SLOTS).unwrap_or(0);
+        // At least a thousand for peers outside the grid; at most what a cluster can have (10 MiB).
+        Self { slots, vteps: (2 * slots).clamp(1 << 10, 1 << 17) }
+    }
+}
+
+/// Verbosity of the programs' own log, for debugging. Disabled calls are removed at load by the verifier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum BpfLogLevel {
+    /// None.
+    #[default]
+    Off,
+    /// Each packet's outcome.
+    Trace,
+}
+
+/// The loaded dataplane.
+pub struct Dataplane {
+    ebpf: Ebpf,
+    pins: PinDirectory,
+    counters: PerCpuArray<MapData, Counter>,
+    /// The peers in the maps.
+    pub peers: PeerMaps,
+}
+
+impl Dataplane {
+    /// Loads the programs with these constants, and opens the pinned maps or makes them. Nothing is attached yet.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    pub fn load(
+        pins: PinDirectory,
+        config: &Config,
+        capacity: Capacity,
+        log: BpfLogLevel,
+    ) -> Result<Self, DataplaneError> {
+        pins.create()?;
+        let layout = pins::layout(capacity);
+        pins.discard_other_layouts(&layout)?;
+
+        let level: u8 = match log {
+            BpfLogLevel::Off => 0,
+            BpfLogLevel::Trace => aya_log::Level::Trace as u8,
+        };
+        let mut loader = EbpfLoader::new();
+        loader.override_global(CONFIG, config, true).override_global(aya_log::LEVEL, &level, true);
+        for map in &layout {
+            loader.map_max_entries(map.name, map.max_entries).map_pin_path(map.name, pins.map(map.name));
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        if log != BpfLogLevel::Off {
+            follow_log(&mut ebpf);
+        }
+        for hook in Hook::ALL {
+            program(&mut ebpf, hook)?.load().map_err(|source| DataplaneError::Program {
+                call: "load",
+                program: hook.program(),
+                source,
+            })?;
+        }
+        let peers = PeerMaps::open(&mut ebpf, config)?;
+        let counters = take_map(&mut ebpf, COUNTERS)?;
+        let counters = counters.try_into().map_err(DataplaneError::map("open", COUNTERS))?;
+        Ok(Self { ebpf, pins, counters, peers })
+    }
+
+    /// Attaches a program to a link, or swaps the one that an earlier agent left there. The attachment stays when
+    /// the agent goes.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    pub fn attach(&mut self, hook: Hook, interface: &str, ifindex: u32) -> Result<(), DataplaneError> {
+        attach::attach(program(&mut self.ebpf, hook)?, hook, &self.pins, interface, ifindex)
+    }
+
+    /// A program, to run it on a packet of one's own.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Missing`].
+    pub fn program(&mut self, hook: Hook) -> Result<&mut SchedClassifier, DataplaneError> {
+        program(&mut self.ebpf, hook)
+    }
+
+    /// The sums of all CPUs' counters.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn counters(&self) -> Result<Vec<(Event, Counter)>, DataplaneError> {
+        read_counters(&self.counters)
+    }
+}
+
+/// The counters of a dataplane whose agent may be gone.
+///
+/// # Errors
+/// [`DataplaneError::Map`] where there is none.
+pub fn pinned_counters(pins: &PinDirectory) -> Result<Vec<(Event, Counter)>, DataplaneError> {
+    let map = MapData::from_pin(pins.map(COUNTERS)).map_err(DataplaneError::map("open", COUNTERS))?;
+    let map = Map::PerCpuArray(map).try_into().map_err(DataplaneError::map("open", COUNTERS))?;
+    read_counters(&map)
+}
+
+fn read_counters(map: &PerCpuArray<MapData, Counter>) -> Result<Vec<(Event, Counter)>, DataplaneError> {
+    Event::ALL
+        .iter()
+        .map(|event| {
+            let values = map.get(&(*event as u32), 0).map_err(DataplaneError::map("read", COUNTERS))?;
+            let sum = values.iter().fold(Counter::default(), |sum, value| Counter {
+                packets: sum.packets + value.packets,
+                bytes: sum.bytes + value.bytes,
+            });
+            Ok((*event, sum))
+        })
+        .collect()
+}
+
+fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DataplaneError> {
+    let program = ebpf.program_mut(hook.program()).ok_or(DataplaneError::Missing(hook.program()))?;
+    program.try_into().map_err(|source| DataplaneError::Program { call: "use", program: hook.program(), source })
+}
+
+fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, DataplaneError> {
+    ebpf.take_map(name).ok_or(DataplaneError::Missing(name))
+}
+
+/// Hands the programs' log records to ours as they come.
+fn follow_log(ebpf: &mut Ebpf) {
+    let logger = match aya_log::EbpfLogger::init(ebpf) {
+        Ok(logger) => logger,
+        Err(error) => {
+            tracing::warn!("the programs' log can't be read: {error}");
+            return;
+        }
+    };
+    tokio::spawn(async move {
+        // SAFETY: the logger owns its ring buffer's descriptor, which stays the same and open while it lives.
+        let registered = unsafe { tokio::io::unix::AsyncFd::register(logger) };
+        let Ok(mut logger) = registered else { return };
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    });
+}

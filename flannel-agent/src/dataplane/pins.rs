@@ -1,0 +1,175 @@
+//! What is kept on the BPF file system.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{MapInfo, MapType};
+use flannel_common::{
+    event::Event,
+    maps::{ABI_VERSION, COUNTERS, Counter, MAX_PREFIXES, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep},
+    vxlan::Vni,
+};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use tracing::info;
+
+use super::{Capacity, DataplaneError, Hook};
+
+/// The directory of one overlay's pins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinDirectory {
+    root: PathBuf,
+    path: PathBuf,
+}
+
+/// How a map must look to be adopted.
+#[derive(Debug, PartialEq)]
+pub(super) struct Layout {
+    pub(super) name: &'static str,
+    kind: MapType,
+    key_size: u32,
+    value_size: u32,
+    pub(super) max_entries: u32,
+}
+
+/// The layout of every pinned map.
+pub(super) fn layout(capacity: Capacity) -> [Layout; 5] {
+    let Capacity { slots, vteps } = capacity;
+    let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
+        name,
+        kind,
+        key_size,
+        value_size: value_size as u32,
+        max_entries,
+    };
+    [
+        map(SUBNETS, MapType::Array, 4, 4, slots.max(1)),
+        // The key is the prefix length and the address.
+        map(PREFIXES, MapType::LpmTrie, 8, 4, MAX_PREFIXES),
+        map(VTEPS, MapType::Array, 4, size_of::<Vtep>(), vteps),
+        map(VTEP_ADDRESSES, MapType::Hash, 4, 4, vteps),
+        map(COUNTERS, MapType::PerCpuArray, 4, size_of::<Counter>(), Event::COUNT),
+    ]
+}
+
+impl PinDirectory {
+    /// The directory of an overlay below the agent's `--bpf-pin-dir`.
+    pub fn new(root: &Path, vni: Vni) -> Self {
+        Self { root: root.to_owned(), path: root.join(vni.to_string()).join(format!("v{ABI_VERSION}")) }
+    }
+
+    /// Where a map is pinned.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Where a TCX link is pinned.
+    pub(super) fn link(&self, hook: Hook, ifindex: u32) -> PathBuf {
+        self.path.join(format!("{}-{ifindex}", hook.program()))
+    }
+
+    /// The pinned links of a hook.
+    pub(super) fn links(&self, hook: Hook) -> Result<Vec<PathBuf>, DataplaneError> {
+        let prefix = format!("{}-", hook.program());
+        let entries = fs::read_dir(&self.path).map_err(failed("list", &self.path))?;
+        let names = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
+        Ok(names.map(|entry| entry.path()).collect())
+    }
+
+    /// Whether an earlier agent left something.
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
+    pub(super) fn create(&self) -> Result<(), DataplaneError> {
+        require_bpffs(&self.root)?;
+        fs::create_dir_all(&self.path).map_err(failed("create", &self.path))
+    }
+
+    /// Unpins maps of another layout: the kernel would hand them to programs that take them for something else. The
+    /// programs attached by then go on with them until they are swapped.
+    pub(super) fn discard_other_layouts(&self, layout: &[Layout]) -> Result<(), DataplaneError> {
+        let is_equal = |wanted: &Layout| {
+            let info = match MapInfo::from_pin(self.map(wanted.name)) {
+                Ok(info) => info,
+                // Not there, or not a map.
+                Err(_) => return false,
+            };
+            let found = Layout {
+                name: wanted.name,
+                kind: info.map_type().unwrap_or(MapType::Unspecified),
+                key_size: info.key_size(),
+                value_size: info.value_size(),
+                max_entries: info.max_entries(),
+            };
+            found == *wanted
+        };
+        // All or none: the maps refer to each other.
+        if layout.iter().all(is_equal) {
+            return Ok(());
+        }
+        for map in layout {
+            let path = self.map(map.name);
+            match fs::remove_file(&path) {
+                Ok(()) => info!("{} has another layout and is made anew", path.display()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(failed("unpin", &path)(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The overlays that have pins below `root`.
+pub fn pinned_vnis(root: &Path) -> Vec<Vni> {
+    let overlays = directories(root, |name| name.parse().ok().and_then(|number| Vni::new_checked(number).ok()));
+    let has_version = |overlay: &Path| !versions(overlay).is_empty();
+    overlays.into_iter().filter(|(_, overlay)| has_version(overlay)).map(|(vni, _)| vni).collect()
+}
+
+/// Unpins everything that agents pinned for an overlay, of every layout. Links that nothing else holds are thereby
+/// detached. What others keep below `root` stays.
+///
+/// # Errors
+/// [`DataplaneError::Pin`].
+pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
+    let overlay = root.join(vni.to_string());
+    for version in versions(&overlay) {
+        fs::remove_dir_all(&version).map_err(failed("remove", &version))?;
+    }
+    for directory in [overlay.as_path(), root] {
+        // Only where they are empty. The root may be the operator's own, or the mount point.
+        let _kept = fs::remove_dir(directory);
+    }
+    Ok(())
+}
+
+fn versions(overlay: &Path) -> Vec<PathBuf> {
+    let versions = directories(overlay, |name| name.strip_prefix('v')?.parse::<u32>().ok());
+    versions.into_iter().map(|(_, path)| path).collect()
+}
+
+/// The directories in `parent` whose names mean something.
+fn directories<T>(parent: &Path, meaning: impl Fn(&str) -> Option<T>) -> Vec<(T, PathBuf)> {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some((meaning(entry.file_name().to_str()?)?, entry.path()))).collect()
+}
+
+/// Makes sure that things can be pinned there.
+///
+/// # Errors
+/// [`DataplaneError::NotBpffs`].
+pub fn require_bpffs(root: &Path) -> Result<(), DataplaneError> {
+    let existing = root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match statfs(existing) {
+        Ok(info) if info.filesystem_type() == BPF_FS_MAGIC => Ok(()),
+        Ok(_) => Err(DataplaneError::NotBpffs { path: root.to_owned(), mount: existing.to_owned() }),
+        Err(errno) => Err(failed("look at", existing)(errno.into())),
+    }
+}
+
+pub(super) fn failed(call: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DataplaneError {
+    let path = path.to_owned();
+    move |source| DataplaneError::Pin { call, path, source }
+}

@@ -1,0 +1,216 @@
+//! The external interface: which of the host's links and addresses carries the tunnel
+//! (flannel: pkg/ipmatch/match.go).
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use futures_util::TryStreamExt as _;
+use regex::Regex;
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
+};
+
+use super::{DeviceError, Link, Netlink};
+
+/// How the operator named the interface. The first of each list that matches is taken.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Addresses or names.
+    pub interfaces: Vec<String>,
+    /// Patterns for addresses, then for names.
+    pub patterns: Vec<Regex>,
+    /// An address that must be reached through it.
+    pub can_reach: Option<Ipv4Addr>,
+    /// The address to publish.
+    pub public_ip: Option<Ipv4Addr>,
+}
+
+/// The interface that carries the tunnel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct External {
+    /// The link.
+    pub link: Link,
+    /// The tunnel's address on it: source of what is sent, destination of what is received.
+    pub address: Ipv4Addr,
+    /// The address that peers are told to send to.
+    pub public_ip: Ipv4Addr,
+}
+
+/// No interface matches.
+#[derive(Debug, thiserror::Error)]
+pub enum SelectError {
+    /// The kernel was not to be asked.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Nothing that the operator named is there.
+    #[error("failed to find any valid interface to use: {0}")]
+    NoMatch(String),
+}
+
+impl Netlink {
+    /// Chooses the external interface.
+    ///
+    /// # Errors
+    /// [`SelectError`], with what was looked for.
+    pub async fn external_interface(&self, selection: &Selection) -> Result<External, SelectError> {
+        let links = self.links().await?;
+        let addresses = self.addresses().await?;
+        let choice = match selection {
+            Selection { interfaces, patterns, .. } if !interfaces.is_empty() || !patterns.is_empty() => {
+                by_name(selection, &links, &addresses)?
+            }
+            Selection { can_reach: Some(destination), .. } => self.by_route(*destination).await?,
+            Selection { public_ip: Some(ip), .. } if addresses.iter().any(|(_, address)| address == ip) => {
+                Choice { index: owner(&addresses, *ip), address: Some(*ip) }
+            }
+            // A public IP that is no address of this host (NAT) says nothing about the interface.
+            _ => Choice { index: Some(self.default_route().await?), address: None },
+        };
+        let index = choice.index.ok_or_else(|| SelectError::NoMatch("its link is gone".to_owned()))?;
+        let link = links
+            .into_iter()
+            .find(|link| link.index == index)
+            .ok_or_else(|| SelectError::NoMatch(format!("link {index} is gone")))?;
+        let address = choice
+            .address
+            .or_else(|| addresses.iter().find(|(owner, _)| *owner == index).map(|(_, address)| *address))
+            .ok_or_else(|| {
+                SelectError::NoMatch(format!("{} has no IPv4 address; give it one or use --iface", link.name))
+            })?;
+        if link.mtu == 0 {
+            return Err(SelectError::NoMatch(format!("{} has no MTU", link.name)));
+        }
+        Ok(External { public_ip: selection.public_ip.unwrap_or(address), link, address })
+    }
+
+    /// The way that a packet to `destination` would take.
+    async fn by_route(&self, destination: Ipv4Addr) -> Result<Choice, SelectError> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(destination, 32).build();
+        let route = self.handle.route().get(request).execute().try_next().await;
+        let route = route.map_err(DeviceError::call("look up the route to", destination))?;
+        let route = route.as_ref().ok_or_else(|| SelectError::NoMatch(format!("no route to {destination}")))?;
+        let address = route.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => Some(*address),
+            _ => None,
+        });
+        Ok(Choice { index: output_interface(route), address })
+    }
+
+    /// The link of the first default route.
+    async fn default_route(&self) -> Result<u32, SelectError> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes: Vec<_> = self
+            .handle
+            .route()
+            .get(request)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(DeviceError::call("list", "routes"))?;
+        routes
+            .iter()
+            .filter(|route| route.header.destination_prefix_length == 0)
+            .filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN)
+            .find_map(output_interface)
+            .ok_or_else(|| {
+                SelectError::NoMatch("there is no default route; name the interface with --iface".to_owned())
+            })
+    }
+}
+
+struct Choice {
+    index: Option<u32>,
+    /// The address, where the choice was made by it.
+    address: Option<Ipv4Addr>,
+}
+
+fn by_name(selection: &Selection, links: &[Link], addresses: &[(u32, Ipv4Addr)]) -> Result<Choice, SelectError> {
+    for wanted in &selection.interfaces {
+        match wanted.parse::<IpAddr>() {
+            Ok(IpAddr::V4(ip)) => {
+                if let Some(index) = owner(addresses, ip) {
+                    return Ok(Choice { index: Some(index), address: Some(ip) });
+                }
+            }
+            _ => {
+                if let Some(link) = links.iter().find(|link| link.name == *wanted) {
+                    return Ok(Choice { index: Some(link.index), address: None });
+                }
+            }
+        }
+    }
+    for pattern in &selection.patterns {
+        if let Some((index, address)) = addresses.iter().find(|(_, address)| pattern.is_match(&address.to_string())) {
+            return Ok(Choice { index: Some(*index), address: Some(*address) });
+        }
+        if let Some(link) = links.iter().find(|link| pattern.is_match(&link.name)) {
+            return Ok(Choice { index: Some(link.index), address: None });
+        }
+    }
+    let wanted = selection.interfaces.iter().map(|name| format!("--iface={name}"));
+    let wanted = wanted.chain(selection.patterns.iter().map(|pattern| format!("--iface-regex={pattern}")));
+    let there: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
+    Err(SelectError::NoMatch(format!(
+        "nothing matches {}; there are {}",
+        wanted.collect::<Vec<_>>().join(" "),
+        there.join(" ")
+    )))
+}
+
+fn owner(addresses: &[(u32, Ipv4Addr)], ip: Ipv4Addr) -> Option<u32> {
+    addresses.iter().find(|(_, address)| *address == ip).map(|(index, _)| *index)
+}
+
+pub(super) fn output_interface(route: &RouteMessage) -> Option<u32> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        RouteAttribute::MultiPath(next_hops) => next_hops.first().map(|next_hop| next_hop.interface_index),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn links() -> Vec<Link> {
+        ["lo", "eth0", "eth1"]
+            .iter()
+            .zip(1..)
+            .map(|(name, index)| Link { name: (*name).to_owned(), index, mtu: 1500, mac: None })
+            .collect()
+    }
+
+    const ADDRESSES: [(u32, Ipv4Addr); 3] =
+        [(1, Ipv4Addr::LOCALHOST), (2, Ipv4Addr::new(10, 0, 0, 1)), (3, Ipv4Addr::new(192, 168, 1, 1))];
+
+    fn choose(interfaces: &[&str], patterns: &[&str]) -> Result<(Option<u32>, Option<Ipv4Addr>), String> {
+        let selection = Selection {
+            interfaces: interfaces.iter().map(|name| (*name).to_owned()).collect(),
+            patterns: patterns.iter().map(|pattern| Regex::new(pattern).expect("pattern")).collect(),
+            ..Selection::default()
+        };
+        by_name(&selection, &links(), &ADDRESSES)
+            .map(|choice| (choice.index, choice.address))
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_first_match_is_taken_names_before_patterns() {
+        assert_eq!(choose(&["eth9", "eth1"], &["eth0"]), Ok((Some(3), None)));
+        assert_eq!(choose(&["192.168.1.1"], &[]), Ok((Some(3), Some(ADDRESSES[2].1))));
+        assert_eq!(choose(&["eth9"], &["eth[01]"]), Ok((Some(2), None)));
+    }
+
+    #[test]
+    fn a_pattern_is_tried_on_addresses_first() {
+        assert_eq!(choose(&[], &["1"]), Ok((Some(1), Some(ADDRESSES[0].1))));
+        assert_eq!(choose(&[], &[r"^192\.168"]), Ok((Some(3), Some(ADDRESSES[2].1))));
+    }
+
+    #[test]
+    fn no_match_says_what_there_is() {
+        let error = choose(&["eth9"], &["^wlan"]).expect_err("no match");
+        assert!(error.contains("--iface=eth9 --iface-regex=^wlan; there are lo eth0 eth1"), "{error}");
+    }
+}

@@ -1,0 +1,87 @@
+//! The underlay's next hop towards each VTEP, and the MAC it has there.
+//!
+//! Resolving next hops is left to the kernel's neighbour cache and driven by traffic: a packet to a peer whose MAC is
+//! not known goes through `bpf_redirect_neigh`, which asks for it, and the answer is heard here. An entry that the
+//! kernel holds for stale is unknown again, since packets with a ready MAC would not make the kernel confirm it. So
+//! an agent adds nothing to the neighbour table, which an underlay with thousands of hosts on one link could overflow.
+
+use std::{collections::HashMap, net::Ipv4Addr};
+
+use flannel_common::packet::Mac;
+use futures_util::TryStreamExt as _;
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        route::{RouteAddress, RouteAttribute},
+    },
+};
+
+use super::{DeviceError, Netlink, external::output_interface};
+
+/// Where packets to an address leave the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NextHop {
+    /// The device.
+    pub ifindex: u32,
+    /// The gateway, or the address itself on the link.
+    pub address: Ipv4Addr,
+}
+
+impl Netlink {
+    /// The next hop towards `destination` through the underlay device, as the kernel's vxlan device bound to it would
+    /// choose it (`vxlan_get_route`). [`None`] where the underlay has no way.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn next_hop(&self, destination: Ipv4Addr, underlay: u32) -> Result<Option<NextHop>, DeviceError> {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(destination, 32)
+            .output_interface(underlay)
+            .build();
+        let route = match self.handle.route().get(request).execute().try_next().await {
+            Ok(Some(route)) => route,
+            Ok(None) => return Ok(None),
+            Err(rtnetlink::Error::NetlinkError(error))
+                if matches!(-error.raw_code(), nix::libc::ENETUNREACH | nix::libc::EHOSTUNREACH) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(DeviceError::call("look up the route to", destination)(error)),
+        };
+        let gateway = route.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(*address),
+            _ => None,
+        });
+        Ok(output_interface(&route).map(|ifindex| NextHop { ifindex, address: gateway.unwrap_or(destination) }))
+    }
+
+    /// The MACs of next hops that the kernel holds for valid and confirmed, or is confirming.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn neighbours(&self) -> Result<HashMap<NextHop, Mac>, DeviceError> {
+        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries: Vec<NeighbourMessage> =
+            dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+        Ok(entries.iter().filter_map(confirmed).collect())
+    }
+}
+
+fn confirmed(entry: &NeighbourMessage) -> Option<(NextHop, Mac)> {
+    let is_confirmed = matches!(
+        entry.header.state,
+        NeighbourState::Reachable | NeighbourState::Delay | NeighbourState::Probe | NeighbourState::Permanent
+    );
+    let mut address = None;
+    let mut mac = None;
+    for attribute in &entry.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(destination)) => address = Some(*destination),
+            NeighbourAttribute::LinkLayerAddress(bytes) => mac = Mac::try_from(bytes.as_slice()).ok(),
+            _ => {}
+        }
+    }
+    Some((NextHop { ifindex: entry.header.ifindex, address: address.filter(|_| is_confirmed)? }, mac?))
+}

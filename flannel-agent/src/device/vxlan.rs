@@ -1,0 +1,272 @@
+//! `flannel.<VNI>` and what points into it (flannel: pkg/backend/vxlan/device.go).
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use flannel_common::{
+    packet::Mac,
+    vxlan::{OVERHEAD, Vni},
+};
+use futures_util::TryStreamExt as _;
+use ipnet::Ipv4Net;
+use rtnetlink::{
+    LinkUnspec, LinkVxlan, RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        address::AddressAttribute,
+        link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
+    },
+};
+use tracing::{info, warn};
+
+use super::{DeviceError, Link, Netlink, external::External};
+use crate::{config::VxlanConfig, lease::MacAddress};
+
+/// The next hop of the one route into the overlay. It is nobody's: being link-local, it is no address of any lease, and
+/// the programs replace its MAC by that of the peer's vxlan device.
+pub const NEXT_HOP: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// The made-up MAC of [`NEXT_HOP`], so that no ARP is ever sent on the overlay. Locally administered.
+pub const NEXT_HOP_MAC: MacAddress = MacAddress([0x02, 0, 0, 0, 0, 0x01]);
+
+/// The vxlan device that the configuration asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VxlanDevice {
+    /// `flannel.<VNI>`.
+    pub name: String,
+    /// The overlay's VXLAN network identifier.
+    pub vni: Vni,
+    /// UDP port of the tunnel.
+    pub port: u16,
+    /// Whether the kernel learns addresses from what it receives.
+    pub learning: bool,
+    /// The underlay device.
+    pub link: u32,
+    /// The tunnel's address on it.
+    pub local: Ipv4Addr,
+    /// MTU of the overlay in bytes.
+    pub mtu: u32,
+}
+
+impl VxlanDevice {
+    /// The device for a configuration on an external interface. The kernel would not let its MTU be larger than the
+    /// underlay's less the tunnel's headers.
+    pub fn new(config: &VxlanConfig, external: &External) -> Self {
+        let underlay_mtu = config.mtu.unwrap_or(external.link.mtu).min(external.link.mtu);
+        Self {
+            name: Self::name_of(config.vni),
+            vni: config.vni,
+            port: config.port,
+            learning: config.learning,
+            link: external.link.index,
+            local: external.address,
+            mtu: underlay_mtu.saturating_sub(u32::from(OVERHEAD)),
+        }
+    }
+
+    /// The name of a VNI's device.
+    pub fn name_of(vni: Vni) -> String {
+        format!("flannel.{vni}")
+    }
+
+    /// Whether an existing device is this one, MTU and MAC aside, which can be changed.
+    fn matches(&self, message: &LinkMessage) -> bool {
+        let Some(options) = vxlan_options(message) else { return false };
+        let has = |wanted: InfoVxlan| options.contains(&wanted);
+        has(InfoVxlan::Id(self.vni.get()))
+            && has(InfoVxlan::Link(self.link))
+            && has(InfoVxlan::Local(self.local))
+            && has(InfoVxlan::Port(self.port))
+            && has(InfoVxlan::Learning(self.learning))
+            && !options.iter().any(|option| {
+                matches!(
+                    option,
+                    InfoVxlan::Group(_)
+                        | InfoVxlan::Gbp
+                        | InfoVxlan::Gpe
+                        | InfoVxlan::L2Miss(true)
+                        | InfoVxlan::CollectMetadata(true)
+                )
+            })
+    }
+}
+
+fn vxlan_options(message: &LinkMessage) -> Option<&Vec<InfoVxlan>> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
+            LinkInfo::Data(InfoData::Vxlan(options)) => Some(options),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+impl Netlink {
+    /// The MAC of an existing device that can be kept.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn vxlan_mac(&self, device: &VxlanDevice) -> Result<Option<Mac>, DeviceError> {
+        let existing = self.link_by_name(&device.name).await?;
+        Ok(existing.filter(|message| device.matches(message)).and_then(|message| Link::from_message(&message).mac))
+    }
+
+    /// Makes the device, or what it differs in, and sets it up.
+    ///
+    /// # Errors
+    /// [`DeviceError`] with the request that failed.
+    pub async fn ensure_vxlan(&self, device: &VxlanDevice, mac: Mac) -> Result<Link, DeviceError> {
+        let name = device.name.as_str();
+        let existing = match self.link_by_name(name).await? {
+            Some(message) if device.matches(&message) => Some(message),
+            Some(message) => {
+                info!("{name} is of another kind or has other settings; it is made anew");
+                self.delete_link(name, message.header.index).await?;
+                None
+            }
+            None => None,
+        };
+        let message = match existing {
+            Some(message) => message,
+            None => self.create_vxlan(device, mac).await?,
+        };
+        let link = Link::from_message(&message);
+        let is_up = message.header.flags.contains(LinkFlags::Up);
+        if link.mtu != device.mtu || link.mac != Some(mac) || !is_up {
+            let change = LinkUnspec::new_with_index(link.index).mtu(device.mtu).address(mac.to_vec()).up().build();
+            self.handle.link().set(change).execute().await.map_err(DeviceError::call("set up", name))?;
+        }
+        Ok(Link { mtu: device.mtu, mac: Some(mac), ..link })
+    }
+
+    async fn create_vxlan(&self, device: &VxlanDevice, mac: Mac) -> Result<LinkMessage, DeviceError> {
+        let message = LinkVxlan::new(&device.name, device.vni.get())
+            .dev(device.link)
+            .local(device.local)
+            .port(device.port)
+            .learning(device.learning)
+            // Set at creation, so that no network manager sees the device with another one and "corrects" it.
+            .address(mac.to_vec())
+            .mtu(device.mtu)
+            .build();
+        self.handle.link().add(message).execute().await.map_err(DeviceError::call("create", &device.name))?;
+        self.link_by_name(&device.name)
+            .await?
+            .ok_or_else(|| DeviceError::Unexpected(format!("{} vanished right after its creation", device.name)))
+    }
+
+    /// Deletes a link by its number.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn delete_link(&self, name: &str, index: u32) -> Result<(), DeviceError> {
+        self.handle.link().del(index).execute().await.map_err(DeviceError::call("delete", name))
+    }
+
+    /// Gives the device this host's address on the overlay, `<subnet>.0/32`, and takes away others within the Network.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn ensure_address(&self, link: &Link, network: Ipv4Net, address: Ipv4Addr) -> Result<(), DeviceError> {
+        let existing: Vec<_> = self
+            .handle
+            .address()
+            .get()
+            .set_link_index_filter(link.index)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(DeviceError::call("list the addresses of", &link.name))?;
+        let mut is_there = false;
+        for message in existing {
+            let local = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),
+                _ => None,
+            });
+            match local {
+                Some(local) if local == address && message.header.prefix_len == 32 => is_there = true,
+                Some(local) if network.contains(&local) => {
+                    warn!("{} had the address {local}/{}; removed", link.name, message.header.prefix_len);
+                    let removal = self.handle.address().del(message).execute().await;
+                    removal.map_err(DeviceError::call("remove an address of", &link.name))?;
+                }
+                _ => {}
+            }
+        }
+        if !is_there {
+            let addition = self.handle.address().add(link.index, address.into(), 32).execute().await;
+            addition.map_err(DeviceError::call("give an address to", &link.name))?;
+        }
+        Ok(())
+    }
+
+    /// Routes the Network into the device through the one next hop with its one neighbour, then removes what a
+    /// flannel that ran here before left for each of its peers.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn ensure_route(&self, link: &Link, network: Ipv4Net) -> Result<(), DeviceError> {
+        self.handle
+            .neighbours()
+            .add(link.index, NEXT_HOP.into())
+            .link_layer_address(&NEXT_HOP_MAC.0)
+            .replace()
+            .execute()
+            .await
+            .map_err(DeviceError::call("set the neighbour of", &link.name))?;
+        self.handle
+            .route()
+            .add(overlay_route(link, network))
+            .replace()
+            .execute()
+            .await
+            .map_err(DeviceError::call("route into", &link.name))?;
+        self.sweep_routes(link, network).await?;
+        self.sweep_neighbours(link).await
+    }
+
+    async fn sweep_routes(&self, link: &Link, network: Ipv4Net) -> Result<(), DeviceError> {
+        let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+        let routes: Vec<RouteMessage> = dump.try_collect().await.map_err(DeviceError::call("list", "routes"))?;
+        for route in routes {
+            let has = |wanted: RouteAttribute| route.attributes.contains(&wanted);
+            let is_ours = route.header.destination_prefix_length == network.prefix_len()
+                && has(RouteAttribute::Gateway(RouteAddress::Inet(NEXT_HOP)));
+            let has_gateway = route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)));
+            let in_main = route.header.table == RouteHeader::RT_TABLE_MAIN;
+            if in_main && has_gateway && has(RouteAttribute::Oif(link.index)) && !is_ours {
+                let removal = self.handle.route().del(route).execute().await;
+                removal.map_err(DeviceError::call("remove an old route into", &link.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_neighbours(&self, link: &Link) -> Result<(), DeviceError> {
+        for family in [AddressFamily::Inet, AddressFamily::Bridge] {
+            let dump = self.handle.neighbours().get().set_address_family(family).execute();
+            let entries: Vec<NeighbourMessage> =
+                dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+            for entry in entries.into_iter().filter(|entry| entry.header.ifindex == link.index) {
+                let is_peers = entry.attributes.iter().any(|attribute| match attribute {
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => *address != NEXT_HOP,
+                    _ => false,
+                });
+                if is_peers {
+                    let removal = self.handle.neighbours().del(entry).execute().await;
+                    removal.map_err(DeviceError::call("remove an old neighbour of", &link.name))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn overlay_route(link: &Link, network: Ipv4Net) -> RouteMessage {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(network.network(), network.prefix_len())
+        .gateway(NEXT_HOP)
+        .output_interface(link.index)
+        .onlink()
+        .build()
+}

@@ -1,0 +1,60 @@
+//! Trying again what may heal: exponential back-off with jitter.
+
+use std::{fmt::Display, time::Duration};
+
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+use tracing::warn;
+
+const FIRST: Duration = Duration::from_millis(100);
+const LONGEST: Duration = Duration::from_secs(5);
+
+fn policy() -> ExponentialBuilder {
+    ExponentialBuilder::default().with_min_delay(FIRST).with_max_delay(LONGEST).with_jitter().without_max_times()
+}
+
+/// The delays of a loop that starts something again and again.
+pub struct BackOff(ExponentialBackoff);
+
+impl Default for BackOff {
+    fn default() -> Self {
+        Self(policy().build())
+    }
+}
+
+impl BackOff {
+    /// How long to wait before the next attempt.
+    pub fn next(&mut self) -> Duration {
+        self.0.next().unwrap_or(LONGEST)
+    }
+
+    /// An attempt succeeded: the next failure waits as the first.
+    pub fn reset(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// Calls `attempt` until it succeeds or fails in a way that `is_final`, saying each new reason once.
+///
+/// # Errors
+/// The final error.
+pub async fn until_ok<T, E: Display>(
+    mut attempt: impl AsyncFnMut() -> Result<T, E>,
+    is_final: impl Fn(&E) -> bool,
+) -> Result<T, E> {
+    let mut last = String::new();
+    let mut back_off = BackOff::default();
+    loop {
+        match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(error) if is_final(&error) => return Err(error),
+            Err(error) => {
+                let reason = error.to_string();
+                if reason != last {
+                    warn!("{reason}; trying again");
+                    last = reason;
+                }
+                tokio::time::sleep(back_off.next()).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What can become of a packet. One enum is drop reason, counter index, metric label and documentation row.
+
+/// What a program does with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Handled here and sent on.
+    Forward,
+    /// Left as it was, to the next program and the kernel.
+    Pass,
+    /// Must not pass.
+    Drop,
+}
+
+macro_rules! events {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal, $outcome:ident;)+) => {
+        /// The outcome of one packet in one program, with its reason. The number is the index into
+        /// [`COUNTERS`](crate::maps::COUNTERS).
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Event {
+            $($(#[doc = $doc])+ $name,)+
+        }
+
+        impl Event {
+            /// Every event, in the order of the counters.
+            pub const ALL: &[Self] = &[$(Self::$name),+];
+
+            /// How many there are.
+            pub const COUNT: u32 = Self::ALL.len() as u32;
+
+            /// The name in counters, metrics and documentation.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label,)+ }
+            }
+
+            /// What a program does with a packet that this happened to.
+            #[inline(always)]
+            pub const fn outcome(self) -> Outcome {
+                match self { $(Self::$name => Outcome::$outcome,)+ }
+            }
+
+            /// One sentence for operators.
+            pub const fn description(self) -> &'static str {
+                match self { $(Self::$name => concat!($($doc),+),)+ }
+            }
+        }
+    };
+}
+
+events! {
+    /// to_overlay: encapsulated and sent to a peer whose next hop's MAC is known.
+    Encapsulated = "encapsulated", Forward;
+    /// to_overlay: encapsulated and sent to a peer whose next hop the kernel resolves.
+    EncapsulatedNeighbour = "encapsulated_neighbour", Forward;
+    /// to_overlay: not an IPv4 packet; the overlay carries nothing else.
+    EncapNotIpv4 = "encap_not_ipv4", Pass;
+    /// to_overlay: shorter than its headers.
+    EncapTruncated = "encap_truncated", Pass;
+    /// to_overlay: no host leases the destination's subnet.
+    EncapNoPeer = "encap_no_peer", Pass;
+    /// to_overlay: larger than the overlay's MTU and not segmentable.
+    EncapTooBig = "encap_too_big", Pass;
+    /// to_overlay: a tunnel packet already, so the kernel refuses to note a second tunnel on it.
+    EncapNested = "encap_nested", Pass;
+    /// to_overlay: the kernel had no room for the outer header.
+    EncapNoRoom = "encap_no_room", Pass;
+    /// to_overlay: the outer header could not be written into the room made for it.
+    EncapFailed = "encap_failed", Drop;
+
+    /// from_underlay: not a tunnel packet for this host.
+    NotTunnel = "not_tunnel", Pass;
+    /// from_underlay: a tunnel packet of another VNI, or without a valid one.
+    ForeignVni = "foreign_vni", Pass;
+    /// from_underlay: a later fragment of some UDP datagram; the admission of its first fragment decides.
+    UnderlayFragment = "underlay_fragment", Pass;
+    /// from_underlay: a tunnel packet from a known peer, with addresses that it may use; left to the kernel's vxlan device.
+    Admitted = "admitted", Pass;
+    /// from_underlay: a tunnel packet shorter than its headers.
+    TunnelTruncated = "tunnel_truncated", Drop;
+    /// from_underlay: a tunnel packet with options in its outer IPv4 header; no VTEP sends these.
+    OuterOptions = "outer_options", Drop;
+    /// from_underlay: the inner frame does not hold IPv4 (ARP, IPv6, VLAN, ...).
+    InnerNotIpv4 = "inner_not_ipv4", Drop;
+    /// from_underlay: the inner frame is for another VTEP's MAC; the sender has an old lease of ours.
+    InnerForeignMac = "inner_foreign_mac", Drop;
+    /// from_underlay: an inner address is loopback, link-local, multicast, broadcast or zero.
+    InnerNotUnicast = "inner_not_unicast", Drop;
+    /// from_underlay: the inner destination is not in this host's subnet.
+    ForeignInnerDestination = "foreign_inner_destination", Drop;
+    /// from_underlay: no lease names the outer source as a VTEP.
+    UnknownVtep = "unknown_vtep", Drop;
+    /// from_underlay: the inner source is not in the subnet leased to the VTEP that sent it.
+    SpoofedInnerSource = "spoofed_inner_source", Drop;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn numbers_are_indexes_and_labels_are_unique() {
+        for (index, event) in Event::ALL.iter().enumerate() {
+            assert_eq!(*event as usize, index);
+        }
+        let labels: HashSet<_> = Event::ALL.iter().map(|event| event.label()).collect();
+        assert_eq!(labels.len(), Event::ALL.len());
+    }
+}

@@ -1,0 +1,21 @@
+//! The bytes that the eBPF programs, the agent and the wire agree on. Everything here is pure and `no_std`, so that
+//! the same code runs in the kernel, in the agent and in tests on the host.
+//!
+//! # Layout
+//!
+//! * [`admission`]: which tunnel packets a host takes
+//! * [`vxlan`]: the VXLAN network identifier and header constants (RFC 7348)
+//! * [`packet`]: the outer header of an encapsulated packet, as a template and its completion; inner addresses
+//! * [`checksum`]: the Internet checksum (RFC 1071)
+//! * [`flow`]: the UDP source port of a flow
+//! * [`maps`]: names, keys, values and sizes of the BPF maps, and the programs' constants
+//! * [`event`]: what can become of a packet: drop reason, counter, metric label and documentation in one enum
+#![cfg_attr(not(test), no_std)]
+
+pub mod admission;
+pub mod checksum;
+pub mod event;
+pub mod flow;
+pub mod maps;
+pub mod packet;
+pub mod vxlan;

@@ -1,0 +1,180 @@
+//! Names, keys, values and sizes of the BPF maps, and the constants that are patched into the programs at load.
+//!
+//! Addresses are `u32` in host order where programs calculate with them and `[u8; 4]` in wire order where they are
+//! copied to or from packets. No value has implicit padding.
+
+use crate::{
+    flow::SourcePorts,
+    packet::{Mac, OuterHeader},
+};
+
+/// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
+/// kernel adopts a pinned map without comparing its layout.
+pub const ABI_VERSION: u32 = 1;
+
+/// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
+/// publishes or withdraws a peer.
+pub const SUBNETS: &str = "SUBNETS";
+/// LPM trie: prefix -> VTEP id, for leases outside the grid of [`SUBNETS`]. Consulted when that has no answer, so a
+/// lease in the grid wins over one that overlaps it.
+pub const PREFIXES: &str = "PREFIXES";
+/// Array: VTEP id -> [`Vtep`]. Id 0 is never used. A value in use is not rewritten: a changed peer gets a new id.
+pub const VTEPS: &str = "VTEPS";
+/// Hash: VTEP address (wire order) -> VTEP id. Tells an unknown sender from a known one that forges inner addresses.
+pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
+/// Per-CPU array: [`Event`](crate::event::Event) -> [`Counter`].
+pub const COUNTERS: &str = "COUNTERS";
+/// The read-only global that holds [`Config`].
+pub const CONFIG: &str = "CONFIG";
+
+/// Every map that is pinned.
+pub const PINNED: [&str; 5] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, COUNTERS];
+
+/// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
+pub const MAX_SLOTS: u32 = 1 << 22;
+/// The most entries of [`PREFIXES`]; an entry takes memory only when it exists.
+pub const MAX_PREFIXES: u32 = 1 << 17;
+
+/// Constants of the programs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Network address of the overlay's Network, host order.
+    pub network: u32,
+    /// How far an offset into the Network is shifted right to give its slot: 32 - SubnetLen.
+    pub slot_shift: u32,
+    /// Slots in [`SUBNETS`].
+    pub slots: u32,
+    /// Network address of this host's lease, which is also its address on the overlay, host order.
+    pub subnet: u32,
+    /// Netmask of this host's lease.
+    pub subnet_mask: u32,
+    /// This host's VTEP address, host order.
+    pub vtep_address: u32,
+    /// The overlay's VXLAN network identifier.
+    pub vni: u32,
+    /// MTU of the overlay, in bytes of IPv4 packet.
+    pub mtu: u32,
+    /// Bytes of link-layer header in front of what the underlay device receives: 14 for Ethernet, 0 for a device
+    /// without (tun, WireGuard).
+    pub underlay_header_len: u32,
+    /// UDP port of the tunnel, host order.
+    pub port: u16,
+    /// MAC of this host's vxlan device.
+    pub vtep_mac: Mac,
+    /// UDP source ports of encapsulated packets.
+    pub source_ports: SourcePorts,
+}
+
+impl Config {
+    /// The slot of an address (host order) in [`SUBNETS`]; [`None`] outside the Network.
+    #[inline(always)]
+    pub fn slot(&self, address: u32) -> Option<u32> {
+        // Addresses below the Network wrap around to large offsets.
+        let slot = address.wrapping_sub(self.network).checked_shr(self.slot_shift)?;
+        (slot < self.slots).then_some(slot)
+    }
+
+    /// Whether an address (host order) lies in this host's lease.
+    #[inline(always)]
+    pub fn is_local(&self, address: u32) -> bool {
+        address & self.subnet_mask == self.subnet
+    }
+
+    /// Whether an address (host order) is the directed broadcast of this host's lease.
+    #[inline(always)]
+    pub fn is_local_broadcast(&self, address: u32) -> bool {
+        address == self.subnet | !self.subnet_mask
+    }
+}
+
+/// A peer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Vtep {
+    /// What goes in front of each packet to it.
+    pub header: OuterHeader,
+    /// Its VTEP address, host order.
+    pub address: u32,
+    /// The underlay's next hop towards it, wire order.
+    pub next_hop: [u8; 4],
+    /// The underlay device towards it.
+    pub ifindex: u32,
+    /// [`Vtep::RESOLVED`] or 0.
+    pub flags: u32,
+}
+
+impl Vtep {
+    /// The header has the next hop's MAC. Without it the kernel resolves the next hop for each packet.
+    pub const RESOLVED: u32 = 1;
+
+    /// An entry that names nobody.
+    pub const UNUSED: Self =
+        Self { header: OuterHeader([0; OuterHeader::LEN]), address: 0, next_hop: [0; 4], ifindex: 0, flags: 0 };
+}
+
+/// Packets and their bytes, as long as the packet was when the program saw it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counter {
+    /// Packets; a segmentable packet counts once.
+    pub packets: u64,
+    /// Bytes, from the Ethernet header on.
+    pub bytes: u64,
+}
+
+const _: () = {
+    assert!(size_of::<Config>() == 48 && align_of::<Config>() == 4);
+    assert!(size_of::<Vtep>() == 80 && align_of::<Vtep>() == 8);
+    assert!(size_of::<Counter>() == 16);
+};
+
+/// The values as aya reads and writes them.
+#[cfg(feature = "user")]
+mod user {
+    use super::{Config, Counter, Vtep};
+
+    // SAFETY: #[repr(C)], integers and byte arrays only, no padding (the sizes are asserted above).
+    unsafe impl aya::Pod for Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Vtep {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Counter {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: Config = Config {
+        network: 0x0a05_0000,
+        slot_shift: 8,
+        slots: 256,
+        subnet: 0x0a05_0100,
+        subnet_mask: 0xffff_ff00,
+        vtep_address: 0xc0a8_4001,
+        vni: 1,
+        mtu: 1450,
+        underlay_header_len: 14,
+        port: 8472,
+        vtep_mac: [2, 0, 0, 0, 0, 1],
+        source_ports: SourcePorts { min: 32768, max: 60999 },
+    };
+
+    #[test]
+    fn a_slot_is_arithmetic() {
+        assert_eq!(CONFIG.slot(0x0a05_0000), Some(0));
+        assert_eq!(CONFIG.slot(0x0a05_02ff), Some(2));
+        assert_eq!(CONFIG.slot(0x0a05_ffff), Some(255));
+        assert_eq!(CONFIG.slot(0x0a06_0000), None);
+        assert_eq!(CONFIG.slot(0x0a04_ffff), None);
+        assert_eq!(CONFIG.slot(0), None);
+    }
+
+    #[test]
+    fn the_own_subnet() {
+        assert!(CONFIG.is_local(0x0a05_0100) && CONFIG.is_local(0x0a05_01ff));
+        assert!(!CONFIG.is_local(0x0a05_0200) && !CONFIG.is_local(0x0a05_00ff));
+        assert!(CONFIG.is_local_broadcast(0x0a05_01ff) && !CONFIG.is_local_broadcast(0x0a05_02ff));
+    }
+}

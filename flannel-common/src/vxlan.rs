@@ -1,0 +1,66 @@
+//! VXLAN (RFC 7348) as flannel uses it: IPv4 inside IPv4, no group policy, no generic protocol extension.
+
+use core::fmt;
+
+/// UDP destination port that the Linux kernel, and so flannel, uses when none is configured. (IANA's is 4789.)
+pub const DEFAULT_PORT: u16 = 8472;
+
+/// Outer IPv4 (20), UDP (8), VXLAN (8) and inner Ethernet (14) header: what encapsulation adds to an Ethernet frame,
+/// and what the overlay's MTU is smaller by.
+pub const OVERHEAD: u16 = 50;
+
+/// A VXLAN network identifier: 24 bits, and small enough that `flannel.<VNI>` is a valid interface name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Vni(u32);
+
+impl Vni {
+    /// flannel's VNI when none is configured.
+    pub const DEFAULT: Self = Self(1);
+    /// The largest VNI with which `flannel.<VNI>` fits an interface name (15 bytes, `IFNAMSIZ` less the NUL).
+    pub const MAX: Self = Self(9_999_999);
+
+    /// The VNI of that number.
+    ///
+    /// # Errors
+    /// [`InvalidVni`] beyond [`Vni::MAX`].
+    pub const fn new_checked(number: u32) -> Result<Self, InvalidVni> {
+        if number <= Self::MAX.0 { Ok(Self(number)) } else { Err(InvalidVni(number)) }
+    }
+
+    /// The number, below 2^24.
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Vni {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A number that is no usable VNI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InvalidVni(pub u32);
+
+impl fmt::Display for InvalidVni {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(number) = self;
+        write!(f, "VNI {number} is out of range: use 0 to {}", Vni::MAX)
+    }
+}
+
+impl core::error::Error for InvalidVni {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_vni_makes_the_longest_interface_name() {
+        assert_eq!(format!("flannel.{}", Vni::MAX).len(), 15);
+        assert_eq!(Vni::new_checked(9_999_999), Ok(Vni::MAX));
+        assert_eq!(Vni::new_checked(10_000_000), Err(InvalidVni(10_000_000)));
+        assert_eq!(Vni::new_checked(0).map(Vni::get), Ok(0));
+    }
+}

@@ -1,0 +1,76 @@
+//! The TC programs of the VXLAN dataplane.
+//!
+//! ```text
+//! pods, host ─▶ routes, netfilter ─▶ flannel.<VNI> ─ to_overlay ══ underlay ══▶ from_underlay ─▶ kernel vxlan ─▶ ...
+//! ```
+//!
+//! A packet is forwarded, or handed on unmodified, or dropped because it must not pass; [`Event`] names each case.
+//! What is handed on continues with `TC_ACT_UNSPEC` (the same number as `TCX_NEXT`), so that other programs on the
+//! hook still see it.
+//!
+//! # Layout
+//!
+//! * [`encap`]: `to_overlay`, egress of `flannel.<VNI>`
+//! * [`decap`]: `from_underlay`, ingress of the external interface
+//! * [`leases`]: the maps, asked as the lease table
+//! * [`packet`]: the only place that touches packet memory and calls helpers on it
+//! * [`maps`], [`count`]: what the agent shares with the programs
+#![no_std]
+#![no_main]
+
+mod count;
+mod decap;
+mod encap;
+mod leases;
+mod maps;
+mod packet;
+
+use aya_ebpf::{
+    bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    macros::classifier,
+    programs::TcContext,
+};
+use aya_log_ebpf::trace;
+use flannel_common::event::{Event, Outcome};
+
+use crate::packet::Packet;
+
+/// Egress of `flannel.<VNI>`: encapsulates what the host's stack routed to the overlay.
+#[classifier]
+pub(crate) fn to_overlay(ctx: TcContext) -> i32 {
+    let packet = Packet::new(&ctx);
+    let len = packet.len();
+    conclude(&ctx, encap::to_overlay(&packet), len)
+}
+
+/// Ingress of the external interface: admits or drops tunnel packets, and leaves all others alone.
+#[classifier]
+pub(crate) fn from_underlay(ctx: TcContext) -> i32 {
+    let packet = Packet::new(&ctx);
+    let len = packet.len();
+    conclude(&ctx, decap::from_underlay(&packet), len)
+}
+
+/// The only place where an outcome becomes a verdict. The redirect itself was noted by the helper that named the
+/// device.
+#[inline(always)]
+fn conclude(ctx: &TcContext, event: Event, len: u32) -> i32 {
+    count::count(event, len);
+    trace!(ctx, "event {}, {} bytes", event as u32, len);
+    match event.outcome() {
+        Outcome::Forward => TC_ACT_REDIRECT as i32,
+        Outcome::Pass => TC_ACT_UNSPEC,
+        Outcome::Drop => TC_ACT_SHOT as i32,
+    }
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Never reached: the verifier would not accept an endless loop.
+    loop {}
+}
+
+/// The kernel gives helpers such as `bpf_skb_adjust_room` to GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

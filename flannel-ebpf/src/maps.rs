@@ -1,0 +1,44 @@
+//! The maps and constants. Sizes are set by the agent at load; see [`flannel_common::maps`] for what they hold.
+
+use aya_ebpf::{
+    Global,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, PerCpuArray},
+};
+use flannel_common::{
+    event::Event,
+    flow::SourcePorts,
+    maps::{Config, Counter, MAX_PREFIXES, Vtep},
+};
+
+#[map]
+pub(crate) static SUBNETS: Array<u32> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static PREFIXES: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_PREFIXES, 0);
+
+#[map]
+pub(crate) static VTEPS: Array<Vtep> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static VTEP_ADDRESSES: HashMap<[u8; 4], u32> = HashMap::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(Event::COUNT, 0);
+
+/// Patched at load; constant to the verifier.
+#[unsafe(no_mangle)]
+pub(crate) static CONFIG: Global<Config> = Global::new(Config {
+    network: 0,
+    slot_shift: 0,
+    slots: 0,
+    subnet: 0,
+    subnet_mask: 0,
+    vtep_address: 0,
+    vni: 0,
+    mtu: 0,
+    underlay_header_len: 0,
+    port: 0,
+    vtep_mac: [0; 6],
+    source_ports: SourcePorts { min: 0, max: 0 },
+});

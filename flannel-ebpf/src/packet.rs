@@ -1,0 +1,231 @@
+//! The packet: the only place that touches its memory, and that calls helpers which change or redirect it.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::{
+        __sk_buff, BPF_ADJ_ROOM_ENCAP_L2_SHIFT, BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
+        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, bpf_adj_room_mode,
+        bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key,
+    },
+    helpers::{
+        bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room,
+        bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+    },
+    programs::TcContext,
+};
+use flannel_common::{packet::OuterHeader, vxlan};
+use network_types::{
+    eth::{EthHdr, EtherType},
+    ip::Ipv4Hdr,
+    udp::UdpHdr,
+    vxlan::VxlanHdr,
+};
+
+/// `AF_INET`, for `struct bpf_redir_neigh`.
+const AF_INET: u32 = 2;
+/// `PACKET_HOST` (include/uapi/linux/if_packet.h): addressed to this host's device.
+const PACKET_HOST: u32 = 0;
+/// The VLAN id within a tag's control information (IEEE 802.1Q).
+const VLAN_ID_MASK: u32 = 0x0fff;
+/// `EALREADY`: `bpf_skb_adjust_room` on a packet that is encapsulated already.
+const EALREADY: i64 = 114;
+
+/// Why no room could be made for an outer header. The packet is as it was.
+pub(crate) enum NoRoom {
+    /// It is a tunnel packet that the kernel has still to segment.
+    Nested,
+    /// The kernel refused.
+    Refused,
+}
+
+pub(crate) struct Packet<'a> {
+    ctx: &'a TcContext,
+}
+
+/// Headers that may be read from a packet: any bytes are a valid value.
+///
+/// # Safety
+/// `#[repr(C)]` of integers and byte arrays, without padding.
+pub(crate) unsafe trait Header: Copy {}
+
+// SAFETY: #[repr(C)] of bytes and one u16.
+unsafe impl Header for EthHdr {}
+// SAFETY: #[repr(C)] of bytes.
+unsafe impl Header for Ipv4Hdr {}
+// SAFETY: #[repr(C)] of bytes.
+unsafe impl Header for UdpHdr {}
+// SAFETY: #[repr(C)] of bytes.
+unsafe impl Header for VxlanHdr {}
+
+impl<'a> Packet<'a> {
+    #[inline(always)]
+    pub(crate) fn new(ctx: &'a TcContext) -> Self {
+        Self { ctx }
+    }
+
+    #[inline(always)]
+    fn skb(&self) -> *mut __sk_buff {
+        self.ctx.skb.skb
+    }
+
+    /// Bytes from the link-layer header on.
+    #[inline(always)]
+    pub(crate) fn len(&self) -> u32 {
+        self.ctx.len()
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_ipv4(&self) -> bool {
+        self.ctx.skb.protocol() == u32::from(EtherType::Ipv4 as u16)
+    }
+
+    /// Whether the kernel would deliver it on the device it was received by: to the device's MAC, and not of a VLAN
+    /// whose packets go to a device of their own. (VLAN id 0 is a priority tag.)
+    #[inline(always)]
+    pub(crate) fn is_for_device(&self) -> bool {
+        // SAFETY: the context is valid for the program's run; these fields are readable for TC programs.
+        let (packet_type, vlan) = unsafe { ((*self.skb()).pkt_type, (*self.skb()).vlan_tci) };
+        packet_type == PACKET_HOST && vlan & VLAN_ID_MASK == 0
+    }
+
+    /// Whether the kernel or the device segments it later.
+    #[inline(always)]
+    pub(crate) fn is_gso(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).gso_size != 0 }
+    }
+
+    /// The header at `offset`, [`None`] beyond the end of the packet.
+    #[inline(always)]
+    pub(crate) fn header<T: Header>(&self, offset: usize) -> Option<T> {
+        if let Some(header) = self.linear(offset) {
+            return Some(header);
+        }
+        // Not in the linear part: the packet is too short, or the device left headers in a page.
+        let end = (offset + size_of::<T>()) as u32;
+        if end > self.len() || self.ctx.skb.pull_data(end).is_err() {
+            return None;
+        }
+        self.linear(offset)
+    }
+
+    #[inline(always)]
+    fn linear<T: Header>(&self, offset: usize) -> Option<T> {
+        let start = self.ctx.data() + offset;
+        if start + size_of::<T>() > self.ctx.data_end() {
+            return None;
+        }
+        // SAFETY: the bounds were compared with data_end, which the verifier checks again; T is valid for any bytes.
+        Some(unsafe { ptr::read_unaligned(start as *const T) })
+    }
+
+    /// The header at an offset that is not a constant.
+    #[inline(always)]
+    pub(crate) fn header_at<T: Header>(&self, offset: usize) -> Option<T> {
+        self.ctx.load(offset).ok()
+    }
+
+    /// The hash of the packet's flow, as the kernel computes it for its own tunnels.
+    #[inline(always)]
+    pub(crate) fn flow_hash(&self) -> u32 {
+        // SAFETY: the context is valid.
+        unsafe { bpf_get_hash_recalc(self.skb()) }
+    }
+
+    /// Makes room for an outer header between the Ethernet and the IPv4 header, so that the packet can still be
+    /// segmented by kernel or device.
+    ///
+    /// The L2 length is that of the inner Ethernet header alone: with the VXLAN header in it, the kernel would look
+    /// for the inner MAC there and lose every GSO packet (`validate_xmit_skb`).
+    #[inline(always)]
+    pub(crate) fn make_room(&self) -> Result<(), NoRoom> {
+        const ENCAPSULATE: u64 =
+            (BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | BPF_F_ADJ_ROOM_ENCAP_L2_ETH) as u64
+                | (EthHdr::LEN as u64) << BPF_ADJ_ROOM_ENCAP_L2_SHIFT;
+        match self.grow(ENCAPSULATE) {
+            0 => Ok(()),
+            // A packet that a pod encapsulated. Segmented as it is, it needs no further note of where its headers are;
+            // one to be segmented would come out with wrong lengths in the middle headers.
+            error if error == -EALREADY => match self.is_gso() {
+                true => Err(NoRoom::Nested),
+                false if self.grow(0) == 0 => Ok(()),
+                false => Err(NoRoom::Refused),
+            },
+            _ => Err(NoRoom::Refused),
+        }
+    }
+
+    #[inline(always)]
+    fn grow(&self, flags: u64) -> i64 {
+        // FIXED_GSO: the pods' MTU leaves the room; without it the kernel would shrink the segments.
+        let flags = flags | (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) as u64;
+        // SAFETY: the context is valid.
+        unsafe {
+            bpf_skb_adjust_room(
+                self.skb(),
+                i32::from(vxlan::OVERHEAD as i16),
+                bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+                flags,
+            )
+        }
+    }
+
+    /// Overwrites the first bytes of the packet.
+    #[inline(always)]
+    pub(crate) fn write(&self, header: &OuterHeader) -> Result<(), ()> {
+        // SAFETY: the context and the header are valid for the call.
+        let result =
+            unsafe { bpf_skb_store_bytes(self.skb(), 0, ptr::from_ref(header).cast(), OuterHeader::LEN as u32, 0) };
+        if result == 0 { Ok(()) } else { Err(()) }
+    }
+
+    /// Notes the device that the packet is sent out on, with the link-layer header that it has.
+    #[inline(always)]
+    pub(crate) fn redirect(&self, ifindex: u32) {
+        self.forget_receive_queue();
+        // SAFETY: no memory involved.
+        unsafe { bpf_redirect(ifindex, 0) };
+    }
+
+    /// Notes the device and next hop (wire order) that the packet is sent to, with the next hop's MAC found by the
+    /// kernel.
+    #[inline(always)]
+    pub(crate) fn redirect_to_neighbour(&self, ifindex: u32, next_hop: [u8; 4]) {
+        self.forget_receive_queue();
+        self.forget_route();
+        let mut params = bpf_redir_neigh {
+            nh_family: AF_INET,
+            __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: [u32::from_ne_bytes(next_hop), 0, 0, 0] },
+        };
+        // SAFETY: the parameters are valid for the call, with the size given.
+        unsafe { bpf_redirect_neigh(ifindex, &raw mut params, size_of::<bpf_redir_neigh>() as i32, 0) };
+    }
+
+    /// While a neighbour is being resolved, the kernel queues packets to it, and sends them to the neighbour that their
+    /// *route* names when the answer comes (`neigh_update`): the overlay's made-up next hop. Tunnel metadata takes the
+    /// place of the route, and means nothing to an underlay device.
+    #[inline(always)]
+    fn forget_route(&self) {
+        // SAFETY: an all-zero key is valid.
+        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+        // SAFETY: the context and the key are valid for the call, with the size given.
+        unsafe { bpf_skb_set_tunnel_key(self.skb(), &raw mut key, size_of::<bpf_tunnel_key>() as u32, 0) };
+    }
+
+    /// A forwarded packet remembers the queue it was received on, and a multi-queue device would send it on the queue
+    /// of that number: for pods, whose veths have one queue, always the first. Passing through `flannel.<VNI>` has the
+    /// kernel forget it; so it is here.
+    #[inline(always)]
+    fn forget_receive_queue(&self) {
+        // SAFETY: the context is valid; TC programs may write this field.
+        unsafe { (*self.skb()).queue_mapping = 0 };
+    }
+}
+
+/// A value that no two packets within reach of each other share by rule, for the outer identification.
+#[inline(always)]
+pub(crate) fn random_id() -> u16 {
+    // SAFETY: no memory involved.
+    unsafe { bpf_get_prandom_u32() as u16 }
+}
