@@ -1,1 +1,17 @@
+//! The project's commands, and the hosts in network namespaces that they and the tests are run on.
+//!
+//! # Layout
+//!
+//! * [`lab`]: an underlay, hosts, pods, a store; made of other people's tools
+//! * one module for each command
+//!
+//! It runs programs and depends on no other crate of the project, so that it builds on a machine that has nothing yet.
 
+pub mod bench;
+pub mod check;
+pub mod lab;
+pub mod process;
+pub mod progress;
+pub mod run;
+pub mod setup;
+pub mod test;

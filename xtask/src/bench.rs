@@ -1,0 +1,111 @@
+//! `cargo xtask bench`: bulk TCP between pods, our dataplane against the kernel's vxlan device set up as flannel does,
+//! in one lab, in turns.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::{
+    lab::{Host, Lab, Store, remove_leftovers},
+    process::{cargo, inherit, workspace},
+    progress::{heading, step},
+    run::tcp_gbits,
+    setup,
+};
+
+const NAME: &str = "flannel-bench";
+
+/// Options of `cargo xtask bench`.
+#[derive(clap::Args)]
+pub struct Options {
+    /// How often each is measured
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Length of a measurement
+    #[arg(long, default_value_t = 4)]
+    seconds: u32,
+}
+
+/// Measures and prints medians and ratios.
+///
+/// # Errors
+/// Where the lab does not come up or a transfer fails.
+pub fn run(options: &Options) -> Result<()> {
+    setup::ensure()?;
+    step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
+    let directory = std::env::temp_dir().join(NAME);
+    remove_leftovers(NAME, &directory)?;
+    let result = measure(options, &directory);
+    remove_leftovers(NAME, &directory)?;
+    result
+}
+
+fn measure(options: &Options, directory: &Path) -> Result<()> {
+    let lab = Lab::new(NAME, directory)?;
+    let store = lab.store()?;
+    store.put("/coreos.com/network/config", r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
+    let ours = step("two hosts with the agent", || agent_pair(&lab, &store))?;
+    let kernel = step("two hosts with the kernel's vxlan device", || kernel_pair(&lab, &store))?;
+    for (mode, gso) in [("GSO passes the underlay", true), ("segmented at the underlay", false)] {
+        for host in ours.iter().chain(&kernel) {
+            host.set_underlay_gso(gso)?;
+        }
+        heading(mode);
+        let mut rates = [Vec::new(), Vec::new()];
+        for _ in 0..options.rounds {
+            for (pair, rates) in [&ours, &kernel].into_iter().zip(&mut rates) {
+                let [client, server] = [&pair[0].pods[0], &pair[1].pods[0]];
+                rates.push(tcp_gbits(&client.netns, &server.netns, server.address, options.seconds, directory)?);
+            }
+        }
+        let [ours, kernel] = rates.map(Summary::of);
+        println!("TCP, 1 flow, Gb/s   median  min..max of {}", options.rounds);
+        println!("kernel vxlan        {kernel}");
+        println!("this dataplane      {ours}   {:.2}x", ours.median / kernel.median);
+    }
+    Ok(())
+}
+
+fn agent_pair(lab: &Lab, store: &Store) -> Result<Vec<Host>> {
+    let agent = workspace().join("target/release/flannel-agent");
+    let mut hosts = vec![lab.host("node1", 1)?, lab.host("node2", 2)?];
+    for host in &mut hosts {
+        host.start_agent(&agent, store, &[])?;
+        host.wait_ready()?;
+        host.add_pod()?;
+    }
+    Ok(hosts)
+}
+
+fn kernel_pair(lab: &Lab, store: &Store) -> Result<Vec<Host>> {
+    let mut hosts = vec![lab.host("kernel1", 11)?, lab.host("kernel2", 12)?];
+    // Beyond the first hundred subnets, among which the agents choose.
+    for (host, octet) in hosts.iter_mut().zip([251, 252]) {
+        let vxlan = host.become_kernel_vxlan(store, octet)?;
+        host.add_pod_in(&vxlan.subnet)?;
+    }
+    hosts[0].add_kernel_peer_from(store, 252)?;
+    hosts[1].add_kernel_peer_from(store, 251)?;
+    Ok(hosts)
+}
+
+struct Summary {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Summary {
+    fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        Self { median: at(values.len() / 2), min: at(0), max: at(values.len().saturating_sub(1)) }
+    }
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { median, min, max } = self;
+        write!(f, "{median:6.2}  {min:.2}..{max:.2}")
+    }
+}

@@ -1,0 +1,224 @@
+//! A host, its pods, and what carries their packets: the agent, or the kernel's vxlan device as flannel sets it up.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+
+use super::{Netns, PREFIX, Store};
+use crate::{
+    process::{Process, output},
+    progress::wait_for,
+};
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// A host on the underlay. Ends its agent before its namespaces go.
+#[derive(Debug)]
+pub struct Host {
+    /// The running agent.
+    pub agent: Option<Process>,
+    /// Its pods, in the order in which they were made.
+    pub pods: Vec<Pod>,
+    /// Its namespace.
+    pub netns: Netns,
+    /// Its name in the lab.
+    pub name: String,
+    /// Its address on the underlay.
+    pub address: Ipv4Addr,
+    directory: PathBuf,
+    bpf: PathBuf,
+}
+
+/// A pod on the bridge `cni0` of a host.
+#[derive(Debug)]
+pub struct Pod {
+    /// Its namespace.
+    pub netns: Netns,
+    /// Its address.
+    pub address: Ipv4Addr,
+}
+
+/// What a runtime reads from `subnet.env`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subnet {
+    /// Address of `cni0`.
+    pub gateway: Ipv4Addr,
+    /// Prefix length.
+    pub len: u8,
+    /// MTU for the pods.
+    pub mtu: u32,
+}
+
+impl Host {
+    pub(super) fn new(netns: Netns, name: &str, address: Ipv4Addr, directory: &Path, bpf: PathBuf) -> Self {
+        let directory = directory.join(name);
+        Self { agent: None, pods: Vec::new(), netns, name: name.to_owned(), address, directory, bpf }
+    }
+
+    /// The agent's `--run-dir`.
+    pub fn run_dir(&self) -> PathBuf {
+        self.directory.join("run")
+    }
+
+    /// The agent's `--bpf-pin-dir`.
+    pub fn pin_dir(&self) -> &Path {
+        &self.bpf
+    }
+
+    /// A command of the agent on this host, with its folders.
+    pub fn agent_command(&self, binary: &Path) -> Command {
+        let mut command = self.netns.command(&binary.to_string_lossy());
+        command.arg("--run-dir").arg(self.run_dir()).arg("--bpf-pin-dir").arg(&self.bpf);
+        command
+    }
+
+    /// Starts the agent; it is not ready yet.
+    ///
+    /// # Errors
+    /// Where it can't be started.
+    pub fn start_agent(&mut self, binary: &Path, store: &Store, arguments: &[&str]) -> Result<()> {
+        self.agent = None;
+        fs::create_dir_all(&self.directory).with_context(|| format!("create {:?}", self.directory))?;
+        let mut command = self.agent_command(binary);
+        command.args(["--etcd-endpoints", store.endpoint()]).args(arguments);
+        self.agent = Some(Process::start(&mut command, &self.directory.join("agent.log"))?);
+        Ok(())
+    }
+
+    /// Waits until the agent has written `subnet.env`.
+    ///
+    /// # Errors
+    /// Where it ends or takes too long, with its log.
+    pub fn wait_ready(&mut self) -> Result<Subnet> {
+        let file = self.run_dir().join("subnet.env");
+        let agent = self.agent.as_mut().context("no agent was started")?;
+        let waited = wait_for("subnet.env", START_LIMIT, || file.exists() || !matches!(agent.status(), Ok(None)));
+        anyhow::ensure!(waited.is_ok() && file.exists(), "the agent of {} is not ready:\n{}", self.name, agent.log());
+        self.subnet()
+    }
+
+    /// What `subnet.env` says.
+    ///
+    /// # Errors
+    /// Where it can't be read as flannel's.
+    pub fn subnet(&self) -> Result<Subnet> {
+        let path = self.run_dir().join("subnet.env");
+        let text = fs::read_to_string(&path).with_context(|| format!("read {path:?}"))?;
+        let value = |key: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(&format!("{key}=")));
+            line.with_context(|| format!("{path:?} has no {key}"))
+        };
+        let (gateway, len) = value("FLANNEL_SUBNET")?.split_once('/').context("FLANNEL_SUBNET is no CIDR")?;
+        Ok(Subnet { gateway: gateway.parse()?, len: len.parse()?, mtu: value("FLANNEL_MTU")?.parse()? })
+    }
+
+    /// Makes the next pod, as a bridge plugin would from `subnet.env`.
+    ///
+    /// # Errors
+    /// Where a link can't be made.
+    pub fn add_pod(&mut self) -> Result<&Pod> {
+        let subnet = self.subnet()?;
+        self.add_pod_in(&subnet)
+    }
+
+    /// Makes the next pod of a subnet.
+    ///
+    /// # Errors
+    /// Where a link can't be made.
+    pub fn add_pod_in(&mut self, subnet: &Subnet) -> Result<&Pod> {
+        let Subnet { gateway, len, mtu } = subnet;
+        if self.pods.is_empty() {
+            self.netns.ip("link add cni0 type bridge")?;
+            self.netns.ip(&format!("address add {gateway}/{len} dev cni0"))?;
+            self.netns.ip(&format!("link set cni0 mtu {mtu} up"))?;
+        }
+        let number = u32::try_from(self.pods.len())? + 1;
+        let address = Ipv4Addr::from_bits(gateway.to_bits() + number);
+        let netns = Netns::create(&format!("{}-pod{number}", self.netns.name()))?;
+        self.netns.ip(&format!("link add pod{number} mtu {mtu} type veth peer name eth0 netns {}", netns.name()))?;
+        self.netns.ip(&format!("link set pod{number} master cni0 up"))?;
+        netns.ip("link set lo up")?;
+        netns.ip(&format!("address add {address}/{len} dev eth0"))?;
+        netns.ip(&format!("link set eth0 mtu {mtu} up"))?;
+        netns.ip(&format!("route add default via {gateway}"))?;
+        self.pods.push(Pod { netns, address });
+        self.pods.last().context("a pod was just added")
+    }
+
+    /// Switches segmentation at the underlay on or off. Off: every frame is as large as the MTU, as on a wire.
+    ///
+    /// # Errors
+    /// Where `ethtool` fails.
+    pub fn set_underlay_gso(&self, on: bool) -> Result<()> {
+        let state = if on { "on" } else { "off" };
+        self.netns
+            .exec(&format!("ethtool -K eth0 tso {state} gso {state} tx-udp_tnl-segmentation {state} gro on"))
+            .map(drop)
+    }
+
+    /// Makes this host one of flannel's, with plain commands: the kernel's vxlan device, and a lease in the store.
+    ///
+    /// # Errors
+    /// Where a command fails.
+    pub fn become_kernel_vxlan(&mut self, store: &Store, third_octet: u8) -> Result<KernelVxlan> {
+        let subnet = Ipv4Addr::new(10, 5, third_octet, 0);
+        let address = self.address;
+        // nolearning and dev as flannel does (pkg/backend/vxlan/device.go).
+        self.netns
+            .ip(&format!("link add flannel.1 type vxlan id 1 dev eth0 local {address} dstport 8472 nolearning"))?;
+        self.netns.ip("link set flannel.1 mtu 1450 up")?;
+        self.netns.ip(&format!("address add {subnet}/32 dev flannel.1"))?;
+        self.netns.exec("sysctl -qw net.ipv4.ip_forward=1")?;
+        let links = self.netns.ip_json("link show flannel.1")?;
+        let mac = links[0]["address"].as_str().context("flannel.1 has no MAC")?.to_owned();
+        let value = format!(
+            r#"{{"PublicIP":"{address}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+        );
+        // "lease 694d7f0d4a1b4a04 granted with TTL(86400s)"
+        let granted = store.etcdctl(&["lease", "grant", "86400"])?;
+        let lease = granted.split_whitespace().nth(1).context("etcdctl granted no lease")?;
+        let lease = format!("--lease={lease}");
+        store.etcdctl(&["put", &lease, "--", &format!("{PREFIX}/subnets/{subnet}-24"), &value])?;
+        let gateway = Ipv4Addr::from_bits(subnet.to_bits() + 1);
+        Ok(KernelVxlan { subnet: Subnet { gateway, len: 24, mtu: 1450 }, mac })
+    }
+
+    /// Programs a peer as flannel does: neighbour, forwarding entry, route (pkg/backend/vxlan/vxlan_network.go).
+    ///
+    /// # Errors
+    /// Where a command fails.
+    pub fn add_kernel_peer(&self, peer_subnet: Ipv4Addr, peer_mac: &str, peer_address: Ipv4Addr) -> Result<()> {
+        let netns = self.netns.name();
+        self.netns.ip(&format!("neigh replace {peer_subnet} lladdr {peer_mac} dev flannel.1 nud permanent"))?;
+        let fdb = format!("fdb replace {peer_mac} dev flannel.1 dst {peer_address} self permanent");
+        output(Command::new("bridge").args(["-n", netns]).args(fdb.split_whitespace()))?;
+        self.netns.ip(&format!("route replace {peer_subnet}/24 via {peer_subnet} dev flannel.1 onlink")).map(drop)
+    }
+
+    /// Programs the peer that a lease in the store names.
+    ///
+    /// # Errors
+    /// Where the store has none, or a command fails.
+    pub fn add_kernel_peer_from(&self, store: &Store, third_octet: u8) -> Result<()> {
+        let subnet = Ipv4Addr::new(10, 5, third_octet, 0);
+        let lease: serde_json::Value = serde_json::from_str(&store.get(&format!("{PREFIX}/subnets/{subnet}-24"))?)?;
+        let mac = lease["BackendData"]["VtepMAC"].as_str().context("no VtepMAC")?;
+        let address = lease["PublicIP"].as_str().context("no PublicIP")?;
+        self.add_kernel_peer(subnet, mac, address.parse()?)
+    }
+}
+
+/// A host that the kernel's vxlan device serves.
+#[derive(Clone, Debug)]
+pub struct KernelVxlan {
+    /// Its subnet.
+    pub subnet: Subnet,
+    /// MAC of its vxlan device.
+    pub mac: String,
+}

@@ -1,0 +1,103 @@
+//! Network namespaces, by the names that `ip netns` knows.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{process::output, progress::wait_for};
+
+/// A network namespace, removed when dropped.
+#[derive(Debug)]
+pub struct Netns {
+    name: String,
+}
+
+impl Netns {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// Where there is one of that name.
+    pub fn create(name: &str) -> Result<Self> {
+        output(Command::new("ip").args(["netns", "add", name]))?;
+        Ok(Self { name: name.to_owned() })
+    }
+
+    /// All whose names begin with `prefix`. They are removed when dropped.
+    ///
+    /// # Errors
+    /// Where `ip` fails.
+    pub fn list(prefix: &str) -> Result<Vec<Self>> {
+        let names = output(Command::new("ip").args(["netns", "list"]))?;
+        let names = names.lines().filter_map(|line| line.split_whitespace().next());
+        Ok(names.filter(|name| name.starts_with(prefix)).map(|name| Self { name: name.to_owned() }).collect())
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A command to run in it. Unlike `ip netns exec`, this leaves the mounts alone, so that a bpf file system stays
+    /// visible.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.name)).arg("--").arg(program);
+        command
+    }
+
+    /// Runs a command line, words divided by spaces, and returns what it printed.
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn exec(&self, line: &str) -> Result<String> {
+        let mut words = line.split_whitespace();
+        output(self.command(words.next().unwrap_or("true")).args(words))
+    }
+
+    /// Runs `ip` with the words of `line`.
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn ip(&self, line: &str) -> Result<String> {
+        output(Command::new("ip").args(["-n", &self.name]).args(line.split_whitespace()))
+    }
+
+    /// What `ip -j` says, as JSON.
+    ///
+    /// # Errors
+    /// Where it fails, or prints none.
+    pub fn ip_json(&self, line: &str) -> Result<serde_json::Value> {
+        let text = self.ip(&format!("-j {line}"))?;
+        let text = if text.trim().is_empty() { "[]" } else { &text };
+        serde_json::from_str(text).with_context(|| format!("ip {line} in {}", self.name))
+    }
+
+    /// Ends all processes in it.
+    ///
+    /// # Errors
+    /// Where they do not end.
+    pub fn end_processes(&self) -> Result<()> {
+        let pids = || output(Command::new("ip").args(["netns", "pids", &self.name])).unwrap_or_default();
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            for pid in pids().split_whitespace().filter_map(|pid| pid.parse().ok()) {
+                let _gone = kill(Pid::from_raw(pid), signal);
+            }
+            if wait_for("the namespace's processes", Duration::from_secs(3), || pids().trim().is_empty()).is_ok() {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("processes in {} do not end: {}", self.name, pids())
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        if let Err(error) = output(Command::new("ip").args(["netns", "delete", &self.name])) {
+            eprintln!("{error:#}");
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! `cargo xtask`: the project's commands.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use xtask::{bench, check, run, setup, test};
+
+/// The project's commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what builds, lab and tests need
+    Setup(setup::Options),
+    /// Build hosts, pods and a store in network namespaces, run the agent on each host, and show what it does
+    Run(run::Options),
+    /// Enter a lab that is up, or take one down
+    Lab(run::LabOptions),
+    /// Run the tests
+    Test(test::Options),
+    /// Format, lints and documentation, for the eBPF programs too
+    Check,
+    /// Measure against the kernel's own vxlan path
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Setup(options) => setup::run(&options),
+        Command::Run(options) => run::run(&options),
+        Command::Lab(options) => run::lab(&options),
+        Command::Test(options) => test::run(&options),
+        Command::Check => check::run(),
+        Command::Bench(options) => bench::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! What is going on, on the terminal.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use indicatif::ProgressBar;
+
+/// Does something that takes a while, with a spinner where there is a terminal, and says how long it took.
+///
+/// # Errors
+/// The action's.
+pub fn step<T>(what: &str, action: impl FnOnce() -> Result<T>) -> Result<T> {
+    let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let start = Instant::now();
+    let result = action();
+    spinner.finish_and_clear();
+    let mark = if result.is_ok() { "✓" } else { "✗" };
+    println!("{mark} {what} ({:.1} s)", start.elapsed().as_secs_f64());
+    result
+}
+
+/// A heading between parts of the output.
+pub fn heading(text: &str) {
+    println!("\n── {text} ──");
+}
+
+/// Waits until `condition` holds.
+///
+/// # Errors
+/// After `limit`, naming what was waited for.
+pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> Result<Duration> {
+    let start = Instant::now();
+    while !condition() {
+        anyhow::ensure!(start.elapsed() < limit, "waited {limit:?} in vain for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(start.elapsed())
+}

@@ -1,0 +1,310 @@
+//! `cargo xtask run`: a lab of hosts with the agent on each, and a tour of it. `cargo xtask lab`: into it, and down.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use clap::Subcommand;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use signal_hook::{
+    consts::{SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+use crate::{
+    lab::{Host, Lab, Netns, PREFIX, Store, remove_leftovers},
+    process::{Process, cargo, inherit, output, workspace},
+    progress::{heading, step, wait_for},
+    setup,
+};
+
+const NAME: &str = "flannel-lab";
+const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#;
+
+/// Options of `cargo xtask run`.
+#[derive(clap::Args)]
+pub struct Options {
+    /// How many hosts
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=32))]
+    nodes: u8,
+    /// End after the tour instead of staying up
+    #[arg(long)]
+    once: bool,
+}
+
+/// Options of `cargo xtask lab`.
+#[derive(clap::Args)]
+pub struct LabOptions {
+    #[command(subcommand)]
+    command: LabCommand,
+}
+
+#[derive(Subcommand)]
+enum LabCommand {
+    /// Run a command on a host or in a pod of the lab that is up: `exec node1 -- ip route`, `exec node1-pod2 -- ping ...`
+    Exec {
+        /// node1, node1-pod1, underlay, ...
+        place: String,
+        /// The command; a shell without one
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Take the lab down, also what is left of one that could not do so itself
+    Down,
+}
+
+/// Builds the lab, shows it, and takes it down: at once or when asked to.
+///
+/// # Errors
+/// Where something of it does not work.
+pub fn run(options: &Options) -> Result<()> {
+    setup::ensure()?;
+    // From here on a signal ends the programs that it reaches, and with them the step, but not the taking down.
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let directory = directory();
+    let _lock = lock()?;
+    remove_leftovers(NAME, &directory)?;
+    let result = run_in(options, &directory, &mut signals);
+    remove_leftovers(NAME, &directory)?;
+    result
+}
+
+fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<()> {
+    step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
+    let agent = workspace().join("target/release/flannel-agent");
+
+    let lab = step("underlay: a bridge in a namespace", || Lab::new(NAME, directory))?;
+    let store = step("etcd on it, with a network config", || {
+        let store = lab.store()?;
+        store.put(&format!("{PREFIX}/config"), CONFIG)?;
+        Ok(store)
+    })?;
+    let mut hosts = step(&format!("{} hosts, with the agent on each", options.nodes), || {
+        let mut hosts: Vec<Host> =
+            (1..=options.nodes).map(|number| lab.host(&format!("node{number}"), number)).collect::<Result<_>>()?;
+        for host in &mut hosts {
+            host.start_agent(&agent, &store, &[])?;
+        }
+        for host in &mut hosts {
+            host.wait_ready()?;
+        }
+        Ok(hosts)
+    })?;
+    step("two pods on each, from its subnet.env", || {
+        for host in &mut hosts {
+            host.add_pod()?;
+            host.add_pod()?;
+        }
+        Ok(())
+    })?;
+    tour(&hosts, &store, &agent, directory)?;
+    if !options.once {
+        println!(
+            "\nThe lab is up. In another terminal, for example:\n  \
+             cargo xtask lab exec node1 -- ip -d link show flannel.1\n  \
+             cargo xtask lab exec node1-pod1 -- ping {}\nCtrl-C takes it down.",
+            hosts[1].pods[0].address
+        );
+        signals.forever().next();
+        println!();
+    }
+    step("take the lab down", || {
+        drop(hosts);
+        drop(store);
+        drop(lab);
+        Ok(())
+    })
+}
+
+/// Shows what the lab is and does.
+fn tour(hosts: &[Host], store: &Store, agent: &Path, directory: &Path) -> Result<()> {
+    let [first, second, ..] = hosts else { anyhow::bail!("a tour needs two hosts") };
+    let (from, to) = (&first.pods[0], &second.pods[0]);
+
+    heading("what was built");
+    picture(hosts, store)?;
+
+    heading(&format!("ping from each host's first pod to the next host's ({} -> {} first)", from.address, to.address));
+    for (index, host) in hosts.iter().enumerate() {
+        let destination = hosts[(index + 1) % hosts.len()].pods[0].address;
+        let text = host.pods[0].netns.exec(&format!("ping -c 3 -i 0.2 -W 2 {destination}"))?;
+        let summary = text.lines().filter(|line| line.contains("packets transmitted") || line.contains("rtt"));
+        println!("{:>8}-pod1 -> {destination}: {}", host.name, summary.collect::<Vec<_>>().join(", "));
+        anyhow::ensure!(text.contains(" 0% packet loss"), "not every ping was answered");
+    }
+
+    heading("TCP for two seconds");
+    println!(
+        "{:.2} Gb/s from {} to {}",
+        tcp_gbits(&from.netns, &to.netns, to.address, 2, directory)?,
+        from.address,
+        to.address
+    );
+
+    heading("one packet on the underlay, decoded by tshark");
+    println!(
+        "{}",
+        decoded_packet(first, directory, || from.netns.exec(&format!("ping -c 1 -W 2 {}", to.address)).map(drop))?
+    );
+
+    heading(&format!("what became of the packets on {}", first.name));
+    let counters = output(first.agent_command(agent).arg("counters"))?;
+    for line in counters.lines().filter(|line| line.split_whitespace().nth(1) != Some("0")) {
+        println!("{line}");
+    }
+
+    heading(&format!("the kernel's state on {}: nothing in it belongs to a peer", first.name));
+    for command in ["ip route", "ip neigh show dev flannel.1", "bridge fdb show dev flannel.1"] {
+        println!("$ {command}\n{}", first.netns.exec(command)?.trim_end());
+    }
+    no_peer_state(hosts)
+}
+
+/// Every host has one route and one neighbour for the overlay, whatever the number of peers.
+fn no_peer_state(hosts: &[Host]) -> Result<()> {
+    for host in hosts {
+        let routes = host.netns.ip_json("route show dev flannel.1")?;
+        let neighbours = host.netns.ip_json("neigh show dev flannel.1")?;
+        let forwarding = host.netns.exec("bridge fdb show dev flannel.1")?;
+        let count = |list: &serde_json::Value| list.as_array().map_or(0, Vec::len);
+        anyhow::ensure!(
+            count(&routes) == 1 && count(&neighbours) == 1 && forwarding.trim().is_empty(),
+            "{} has kernel state of its peers: {routes} {neighbours} {forwarding}",
+            host.name
+        );
+    }
+    Ok(())
+}
+
+fn picture(hosts: &[Host], store: &Store) -> Result<()> {
+    println!("  underlay 192.168.64.0/24: br0, etcd at {}", store.endpoint());
+    for host in hosts {
+        let subnet = host.subnet()?;
+        println!("   ├─ {} eth0 {}", host.name, host.address);
+        println!("   │    flannel.1, cni0 {}/{}, MTU {}", subnet.gateway, subnet.len, subnet.mtu);
+        for (index, pod) in host.pods.iter().enumerate() {
+            println!("   │      └─ {}-pod{} eth0 {}", host.name, index + 1, pod.address);
+        }
+    }
+    for (key, value) in store.list(&format!("{PREFIX}/subnets/"))? {
+        println!("  {key}\n    {value}");
+    }
+    Ok(())
+}
+
+/// Bulk TCP from one namespace to an address in another, in Gb/s at the receiver.
+///
+/// # Errors
+/// Where `iperf3` fails.
+pub fn tcp_gbits(
+    client: &Netns,
+    server: &Netns,
+    address: std::net::Ipv4Addr,
+    seconds: u32,
+    directory: &Path,
+) -> Result<f64> {
+    let mut listen = server.command("taskset");
+    listen.args(["-c", "1", "iperf3", "--server", "--one-off", "--bind", &address.to_string()]);
+    let mut listening = Process::start(&mut listen, &directory.join("iperf3.log"))?;
+    wait_for("iperf3 to listen", Duration::from_secs(5), || {
+        server.exec("ss -Hltn sport = 5201").is_ok_and(|sockets| !sockets.is_empty())
+    })?;
+    let report = client.exec(&format!("taskset -c 0 iperf3 --json --time {seconds} --client {address}"))?;
+    listening.wait(Duration::from_secs(5))?;
+    let report: serde_json::Value = serde_json::from_str(&report)?;
+    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64().context("iperf3 reports no rate")?;
+    Ok(bits / 1e9)
+}
+
+/// The layers of the first tunnel packet that `provoke` sends through a host's underlay device.
+fn decoded_packet(host: &Host, directory: &Path, provoke: impl FnOnce() -> Result<()>) -> Result<String> {
+    let file = directory.join("packet.pcap");
+    let mut capture = host.netns.command("tcpdump");
+    // Readable by tshark, which drops its privileges.
+    capture.args(["-Z", "root", "-i", "eth0", "-c", "1", "-w"]).arg(&file).arg("udp port 8472");
+    let mut capture = Process::start(&mut capture, &directory.join("tcpdump.log"))?;
+    wait_for("tcpdump to listen", Duration::from_secs(5), || capture.log().contains("listening on"))?;
+    provoke()?;
+    capture.wait(Duration::from_secs(5))?;
+    let text = output(Command::new("tshark").args(["-d", "udp.port==8472,vxlan", "-V", "-r"]).arg(&file))?;
+    let layers = text.lines().filter(|line| {
+        // Names of layers begin the line; fields are indented, and bytes begin with their offset.
+        let is_layer = line.starts_with(|c: char| c.is_ascii_uppercase()) && !line.starts_with("Frame");
+        is_layer || line.contains("VXLAN Network Identifier")
+    });
+    Ok(layers.collect::<Vec<_>>().join("\n"))
+}
+
+/// Into a lab, or down with it.
+///
+/// # Errors
+/// Where there is none to enter, or it does not go.
+pub fn lab(options: &LabOptions) -> Result<()> {
+    match &options.command {
+        LabCommand::Exec { place, command } => enter(place, command),
+        LabCommand::Down => take_down(),
+    }
+}
+
+fn enter(place: &str, command: &[String]) -> Result<()> {
+    let namespace = PathBuf::from(format!("/run/netns/{NAME}-{place}"));
+    anyhow::ensure!(namespace.exists(), "there is no {place} in a lab; `cargo xtask run` builds one");
+    let shell = [std::env::var("SHELL").unwrap_or_else(|_| "/bin/sh".to_owned())];
+    let command = if command.is_empty() { &shell } else { command };
+    // Returns only where it fails.
+    let error = Command::new("nsenter").arg(format!("--net={}", namespace.display())).arg("--").args(command).exec();
+    Err(error).context("start nsenter")
+}
+
+fn take_down() -> Result<()> {
+    let held = match lock() {
+        Ok(lock) => Some(lock),
+        Err(_) => {
+            let pid: i32 = fs::read_to_string(lock_path())?.trim().parse().context("the lock names no process")?;
+            println!("the lab's process {pid} is asked to take it down");
+            kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+            let start = Instant::now();
+            let limit = Duration::from_secs(30);
+            let mut lock = None;
+            wait_for("the lab to go", limit.saturating_sub(start.elapsed()), || {
+                lock = self::lock().ok();
+                lock.is_some()
+            })?;
+            lock
+        }
+    };
+    remove_leftovers(NAME, &directory())?;
+    drop(held);
+    println!("nothing of a lab is left");
+    Ok(())
+}
+
+fn directory() -> PathBuf {
+    std::env::temp_dir().join(NAME)
+}
+
+fn lock_path() -> PathBuf {
+    std::env::temp_dir().join(format!("{NAME}.lock"))
+}
+
+/// One lab at a time. The file holds the process that has it.
+fn lock() -> Result<Flock<fs::File>> {
+    let path = lock_path();
+    let file = fs::File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("open {path:?}"))?;
+    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| anyhow::anyhow!("a lab is up already; `cargo xtask lab down` takes it down"))?;
+    lock.set_len(0)?;
+    write!(lock, "{}", std::process::id())?;
+    Ok(lock)
+}

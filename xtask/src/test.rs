@@ -1,0 +1,43 @@
+//! `cargo xtask test`: all tests, or those that need neither root nor other programs.
+
+use anyhow::Result;
+
+use crate::{
+    process::{cargo, inherit},
+    setup,
+};
+
+/// Options of `cargo xtask test`.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Which tests
+    #[arg(value_enum, default_value = "all")]
+    suite: Suite,
+    /// Only tests whose names contain this
+    #[arg(last = true)]
+    filter: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Suite {
+    /// Everything; needs root
+    All,
+    /// Without root: pure code
+    Unit,
+}
+
+/// Runs the tests.
+///
+/// # Errors
+/// Where one fails.
+pub fn run(options: &Options) -> Result<()> {
+    setup::ensure()?;
+    let Options { suite, filter } = options;
+    inherit(cargo().args(["test", "--package", "flannel-common", "--package", "flannel-agent", "--"]).args(filter))?;
+    if *suite == Suite::All {
+        // The namespace tests start the agent as a program.
+        inherit(cargo().args(["build", "--package", "flannel-agent"]))?;
+        inherit(cargo().args(["test", "--package", "tests", "--"]).args(filter))?;
+    }
+    Ok(())
+}
