@@ -9,7 +9,7 @@ use crate::{
     lab::{Host, Lab, Store, remove_leftovers},
     process::{cargo, inherit, workspace},
     progress::{heading, step},
-    run::tcp_gbits,
+    run::tcp_transfer,
     setup,
 };
 
@@ -51,17 +51,19 @@ fn measure(options: &Options, directory: &Path) -> Result<()> {
             host.set_underlay_gso(gso)?;
         }
         heading(mode);
-        let mut rates = [Vec::new(), Vec::new()];
+        let mut transfers = [Vec::new(), Vec::new()];
         for _ in 0..options.rounds {
-            for (pair, rates) in [&ours, &kernel].into_iter().zip(&mut rates) {
+            for (pair, transfers) in [&ours, &kernel].into_iter().zip(&mut transfers) {
                 let [client, server] = [&pair[0].pods[0], &pair[1].pods[0]];
-                rates.push(tcp_gbits(&client.netns, &server.netns, server.address, options.seconds, directory)?);
+                let transfer = tcp_transfer(&client.netns, &server.netns, server.address, options.seconds, directory)?;
+                transfers.push(transfer);
             }
         }
-        let [ours, kernel] = rates.map(Summary::of);
-        println!("TCP, 1 flow, Gb/s   median  min..max of {}", options.rounds);
-        println!("kernel vxlan        {kernel}");
-        println!("this dataplane      {ours}   {:.2}x", ours.median / kernel.median);
+        let rates = transfers.each_ref().map(|all| Summary::of(all.iter().map(|transfer| transfer.gbits).collect()));
+        let again = transfers.map(|all| Summary::of(all.iter().map(|transfer| transfer.retransmits).collect()).median);
+        println!("TCP, 1 flow         Gb/s median, min..max of {}, retransmissions", options.rounds);
+        println!("kernel vxlan        {}  {:6}", rates[1], again[1]);
+        println!("this dataplane      {}  {:6}   {:.2}x", rates[0], again[0], rates[0].median / rates[1].median);
     }
     Ok(())
 }

@@ -144,12 +144,8 @@ fn tour(hosts: &[Host], store: &Store, agent: &Path, directory: &Path) -> Result
     }
 
     heading("TCP for two seconds");
-    println!(
-        "{:.2} Gb/s from {} to {}",
-        tcp_gbits(&from.netns, &to.netns, to.address, 2, directory)?,
-        from.address,
-        to.address
-    );
+    let transfer = tcp_transfer(&from.netns, &to.netns, to.address, 2, directory)?;
+    println!("{:.2} Gb/s from {} to {}", transfer.gbits, from.address, to.address);
 
     heading("one packet on the underlay, decoded by tshark");
     println!(
@@ -202,28 +198,40 @@ fn picture(hosts: &[Host], store: &Store) -> Result<()> {
     Ok(())
 }
 
-/// Bulk TCP from one namespace to an address in another, in Gb/s at the receiver.
+/// What `iperf3` reports of bulk TCP.
+pub struct Transfer {
+    /// Rate at the receiver.
+    pub gbits: f64,
+    /// Segments sent again.
+    pub retransmits: f64,
+}
+
+/// Bulk TCP from one namespace to an address in another, the client on the first and the server on the second core.
 ///
 /// # Errors
 /// Where `iperf3` fails.
-pub fn tcp_gbits(
+pub fn tcp_transfer(
     client: &Netns,
     server: &Netns,
     address: std::net::Ipv4Addr,
     seconds: u32,
     directory: &Path,
-) -> Result<f64> {
+) -> Result<Transfer> {
     let mut listen = server.command("taskset");
     listen.args(["-c", "1", "iperf3", "--server", "--one-off", "--bind", &address.to_string()]);
     let mut listening = Process::start(&mut listen, &directory.join("iperf3.log"))?;
     wait_for("iperf3 to listen", Duration::from_secs(5), || {
         server.exec("ss -Hltn sport = 5201").is_ok_and(|sockets| !sockets.is_empty())
     })?;
-    let report = client.exec(&format!("taskset -c 0 iperf3 --json --time {seconds} --client {address}"))?;
+    let report = client.exec(&format!("taskset -c 0 iperf3 --json -C cubic --time {seconds} --client {address}"))?;
     listening.wait(Duration::from_secs(5))?;
     let report: serde_json::Value = serde_json::from_str(&report)?;
-    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64().context("iperf3 reports no rate")?;
-    Ok(bits / 1e9)
+    let end = &report["end"];
+    let number = |value: &serde_json::Value| value.as_f64().context("iperf3 reports no number");
+    Ok(Transfer {
+        gbits: number(&end["sum_received"]["bits_per_second"])? / 1e9,
+        retransmits: number(&end["sum_sent"]["retransmits"])?,
+    })
 }
 
 /// The layers of the first tunnel packet that `provoke` sends through a host's underlay device.

@@ -11,6 +11,8 @@ mod pins;
 use std::{io, path::PathBuf};
 
 pub use attach::detach_filters;
+/// Runs a program on a packet of one's own.
+pub use aya::programs::{TestRun, TestRunOptions};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, include_bytes_aligned,
     maps::{Map, MapData, MapError, PerCpuArray},

@@ -1,0 +1,179 @@
+//! The programs, loaded in a namespace of their own and run on single frames (BPF_PROG_TEST_RUN).
+
+use std::{collections::BTreeMap, fs::File, path::Path, thread};
+
+use flannel_agent::{
+    config::NetworkConfig,
+    dataplane::{BpfLogLevel, Capacity, Dataplane, DesiredPeers, Hook, PinDirectory},
+};
+use flannel_common::{
+    event::{Event, Outcome},
+    flow::SourcePorts,
+    maps::{Config, Vtep},
+    packet::{OuterHeader, Tunnel},
+    vxlan::Vni,
+};
+use nix::sched::{CloneFlags, setns};
+use xtask::lab::Lab;
+
+use crate::{
+    frames::{
+        Mac, NODE_ONE, NODE_ONE_MAC, NODE_THREE, NODE_TWO, NODE_TWO_MAC, VTEP_ONE_MAC, VTEP_THREE_MAC, VTEP_TWO_MAC,
+    },
+    world,
+};
+
+pub const SOURCE_PORTS: SourcePorts = SourcePorts { min: 32768, max: 60999 };
+pub const MTU: u32 = 1450;
+
+/// The loaded dataplane, and the device that frames seem to come from.
+pub struct Loaded {
+    dataplane: Dataplane,
+    ifindex: u32,
+}
+
+/// What a program made of a frame.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Run {
+    pub verdict: i32,
+    pub frame: Vec<u8>,
+    /// The counters that moved: packets and bytes.
+    pub counted: BTreeMap<&'static str, (u64, u64)>,
+}
+
+/// Runs a test with the dataplane loaded in a namespace that has `eth0` with node one's MAC.
+pub fn with_programs(test: impl FnOnce(&mut Loaded) + Send) {
+    let (name, directory) = world::names();
+    let lab = Lab::new(&name, directory.path()).unwrap();
+    let host = lab.host("node1", 1).unwrap();
+    let [a, b, c, d, e, f] = NODE_ONE_MAC;
+    host.netns.ip(&format!("link set eth0 address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")).unwrap();
+    let ifindex = host.netns.ip_json("link show eth0").unwrap()[0]["ifindex"].as_u64().unwrap() as u32;
+    let netns = format!("/run/netns/{}", host.netns.name());
+    let pins = lab.bpf("programs");
+    // The namespace is the thread's, so it goes with it.
+    thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            enter(Path::new(&netns));
+            test(&mut Loaded { dataplane: load(&pins), ifindex });
+        });
+        if let Err(panic) = run.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+/// Moves the thread into a network namespace.
+pub fn enter(netns: &Path) {
+    setns(File::open(netns).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
+}
+
+fn load(pins: &Path) -> Dataplane {
+    let network = NetworkConfig::parse(r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#).unwrap();
+    let capacity = Capacity::of(&network);
+    let config = Config {
+        network: 0x0a05_0000,
+        slot_shift: 8,
+        slots: capacity.slots,
+        subnet: 0x0a05_0100,
+        subnet_mask: 0xffff_ff00,
+        vtep_address: u32::from_be_bytes(NODE_ONE),
+        vni: 1,
+        mtu: MTU,
+        underlay_header_len: 14,
+        port: 8472,
+        vtep_mac: VTEP_ONE_MAC,
+        source_ports: SOURCE_PORTS,
+    };
+    let pins = PinDirectory::new(pins, Vni::DEFAULT);
+    let mut dataplane = Dataplane::load(pins, &config, capacity, BpfLogLevel::Off).unwrap();
+    dataplane.peers.sync(&peers()).unwrap();
+    dataplane
+}
+
+/// Node two in the grid, with a lease that is longer than the grid's and one outside the Network; node three.
+fn peers() -> DesiredPeers {
+    let two = vtep(NODE_TWO, NODE_TWO_MAC, VTEP_TWO_MAC, Vtep::RESOLVED);
+    let three = vtep(NODE_THREE, Mac::default(), VTEP_THREE_MAC, 0);
+    let lease = |subnet: &str, vtep| (subnet.parse().unwrap(), vtep);
+    DesiredPeers::from([
+        lease("10.5.2.0/24", two),
+        lease("10.5.3.0/24", three),
+        lease("10.5.4.128/25", two),
+        lease("172.30.0.0/16", two),
+    ])
+}
+
+fn vtep(address: [u8; 4], next_hop_mac: Mac, peer_vtep_mac: Mac, flags: u32) -> Vtep {
+    let header = OuterHeader::template(&Tunnel {
+        next_hop_mac,
+        device_mac: NODE_ONE_MAC,
+        source: NODE_ONE,
+        destination: address,
+        port: 8472,
+        vni: Vni::DEFAULT,
+        peer_vtep_mac,
+        vtep_mac: VTEP_ONE_MAC,
+    });
+    Vtep { header, address: u32::from_be_bytes(address), next_hop: address, ifindex: 2, flags }
+}
+
+impl Loaded {
+    /// Runs a program on a frame.
+    pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Run {
+        self.run_gso(hook, frame, 0)
+    }
+
+    /// The same on a frame that is to be segmented.
+    pub fn run_gso(&mut self, hook: Hook, frame: &[u8], gso_size: u32) -> Run {
+        use flannel_agent::dataplane::{TestRun as _, TestRunOptions};
+        let before = self.dataplane.counters().unwrap();
+        let mut out = vec![0; frame.len() + 256];
+        let context = context(self.ifindex, gso_size);
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context),
+            ..TestRunOptions::new()
+        };
+        let result = self.dataplane.program(hook).unwrap().test_run(options).unwrap();
+        out.truncate(result.data_size_out as usize);
+        let after = self.dataplane.counters().unwrap();
+        let counted = before.iter().zip(&after).filter(|(before, after)| before != after);
+        let counted = counted.map(|((event, before), (_, after))| {
+            (event.label(), (after.packets - before.packets, after.bytes - before.bytes))
+        });
+        Run { verdict: result.return_value as i32, frame: out, counted: counted.collect() }
+    }
+
+    /// Runs a program on a frame that it must not change, and compares everything.
+    pub fn expect_unchanged(&mut self, hook: Hook, what: &str, frame: &[u8], event: Event) {
+        let expected = Run { verdict: verdict(event), frame: frame.to_vec(), counted: counted(event, frame) };
+        assert_eq!(self.run(hook, frame), expected, "{what}");
+    }
+}
+
+/// The verdict that the kernel takes for an outcome (include/uapi/linux/pkt_cls.h).
+pub fn verdict(event: Event) -> i32 {
+    match event.outcome() {
+        Outcome::Forward => 7,
+        Outcome::Pass => -1,
+        Outcome::Drop => 2,
+    }
+}
+
+/// One packet under one event, and nothing else.
+pub fn counted(event: Event, frame: &[u8]) -> BTreeMap<&'static str, (u64, u64)> {
+    BTreeMap::from([(event.label(), (1, frame.len() as u64))])
+}
+
+/// A `struct __sk_buff` with the two fields that the tests set.
+fn context(ifindex: u32, gso_size: u32) -> Vec<u8> {
+    const SIZE: usize = 192;
+    const IFINDEX: usize = 40;
+    const GSO_SIZE: usize = 176;
+    let mut context = vec![0; SIZE];
+    context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+    context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&gso_size.to_ne_bytes());
+    context
+}

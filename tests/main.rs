@@ -1,0 +1,22 @@
+//! The dataplane on real packets: the loaded programs on frames of our own, and hosts in network namespaces with a
+//! real etcd, judged by other people's tools. Everything here needs root, and fails without it.
+//!
+//! # Layout
+//!
+//! * [`world`]: a lab for a test, named hosts, the agent's binary
+//! * [`frames`]: frames of the world, built with another's packet builder
+//! * [`encapsulation`], [`admission`]: packet tables through the loaded programs; whole frames and all counters
+//! * [`two_hosts`]: pods talk, large sends stay whole, fragments pass, peers come, change and go
+//! * [`interoperation`]: with hosts of flannel's
+//! * [`lifecycle`]: what is made, what stays after the end, what cleanup takes away
+//! * [`bad_input`]: one line for each, and nothing half-made
+
+mod admission;
+mod bad_input;
+mod encapsulation;
+mod frames;
+mod interoperation;
+mod lifecycle;
+mod loaded;
+mod two_hosts;
+mod world;

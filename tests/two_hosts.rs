@@ -1,0 +1,204 @@
+//! Pods on two hosts, on real traffic.
+
+use std::{
+    io::Write as _,
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    os::fd::AsRawFd as _,
+    path::PathBuf,
+    thread,
+    time::Duration,
+};
+
+use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
+use xtask::{
+    lab::{Netns, PREFIX},
+    progress::wait_for,
+    run::tcp_transfer,
+};
+
+use crate::{
+    loaded::enter,
+    world::{SOON, World, is_answered},
+};
+
+#[test]
+fn pods_and_hosts_reach_each_other_from_the_first_packet() {
+    let world = World::with_agents(2);
+    let [one, two] = &world.hosts[..] else { panic!("two hosts") };
+    // Nothing was sent yet, so that each next hop has to be resolved for the first of these.
+    for (from, to) in [(one, two), (two, one)] {
+        let ping = from.pods[0].netns.exec(&format!("ping -c 5 -i 0.2 -W 2 {}", to.pods[0].address)).unwrap();
+        assert!(ping.contains("5 received"), "{ping}");
+    }
+    assert_eq!(world.counter(0, "encapsulated_neighbour"), 1, "only the first packet is left to the kernel");
+    let gateway = two.subnet().unwrap().gateway;
+    let overlay_address = Ipv4Addr::from_bits(gateway.to_bits() - 1);
+    for address in [two.pods[0].address, gateway, overlay_address] {
+        assert!(is_answered(&one.netns, &address.to_string()), "host to {address}");
+        assert!(is_answered(&one.pods[0].netns, &address.to_string()), "pod to {address}");
+    }
+    for label in ["unknown_vtep", "spoofed_inner_source", "inner_foreign_mac", "foreign_inner_destination"] {
+        assert_eq!((world.counter(0, label), world.counter(1, label)), (0, 0), "{label}");
+    }
+}
+
+#[test]
+fn fragments_and_large_pings_pass() {
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let ping =
+        world.hosts[0].pods[0].netns.exec(&format!("ping -c 3 -i 0.2 -s 4000 {}", world.hosts[1].pods[0].address));
+    assert!(ping.unwrap().contains("3 received"));
+    // Too big for the overlay, and not to be fragmented: the pod is told.
+    let refused =
+        world.hosts[0].pods[0].netns.exec(&format!("ping -c 1 -W 1 -M do -s 1423 {}", world.hosts[1].pods[0].address));
+    assert!(refused.unwrap_err().to_string().contains("too long"));
+}
+
+#[test]
+fn bulk_tcp_is_not_segmented_before_the_underlay() {
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let (from, to) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    let (packets, bytes) = world.counter_row(0, "encapsulated");
+    let transfer = tcp_transfer(&from.netns, &to.netns, to.address, 1, world.lab.directory()).unwrap();
+    assert!(transfer.gbits > 0.1, "{} Gb/s", transfer.gbits);
+    let (packets_after, bytes_after) = world.counter_row(0, "encapsulated");
+    let mean = (bytes_after - bytes) / (packets_after - packets);
+    // Segmented, none would be larger than the MTU.
+    assert!(mean > 5000, "{mean} bytes a packet: {packets_after} packets");
+    // The device that the tunnel leaves by saw them whole as well.
+    let link = &from_underlay_statistics(&world.hosts[0].netns);
+    assert!(link.0 < packets_after + 1000, "{link:?} for {packets_after} packets");
+}
+
+/// Packets and bytes sent by `eth0`.
+fn from_underlay_statistics(netns: &Netns) -> (u64, u64) {
+    let links = netns.ip_json("-s link show eth0").unwrap();
+    let sent = &links[0]["stats64"]["tx"];
+    (sent["packets"].as_u64().unwrap(), sent["bytes"].as_u64().unwrap())
+}
+
+#[test]
+fn bulk_tcp_passes_when_the_underlay_segments() {
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    for host in &world.hosts {
+        host.set_underlay_gso(false).unwrap();
+    }
+    let (from, to) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    let transfer = tcp_transfer(&from.netns, &to.netns, to.address, 1, world.lab.directory()).unwrap();
+    assert!(transfer.gbits > 0.1, "{} Gb/s", transfer.gbits);
+}
+
+#[test]
+fn a_large_udp_send_crosses_whole_and_arrives_as_datagrams() {
+    const DATAGRAM: usize = 1400;
+    const COUNT: usize = 40;
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let (from, to) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    let receiver = socket_in(&to.netns, SocketAddrV4::new(to.address, 7777));
+    receiver.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let sender = socket_in(&from.netns, SocketAddrV4::new(from.address, 0));
+    setsockopt(&sender, UdpGsoSegment, &(DATAGRAM as i32)).unwrap();
+    assert!(sender.as_raw_fd() >= 0);
+
+    let before = world.counter(0, "encapsulated");
+    let sent: Vec<u8> = (0..COUNT * DATAGRAM).map(|index| (index / DATAGRAM) as u8).collect();
+    sender.send_to(&sent, (to.address, 7777)).unwrap();
+    let mut buffer = [0; 2 * DATAGRAM];
+    for number in 0..COUNT {
+        let (len, _) = receiver.recv_from(&mut buffer).unwrap();
+        assert_eq!(buffer[..len], [number as u8; DATAGRAM], "datagram {number}");
+    }
+    assert_eq!(world.counter(0, "encapsulated") - before, 1, "packets for one send");
+}
+
+/// A socket of a namespace. A socket stays in the namespace that it was made in.
+fn socket_in(netns: &Netns, address: SocketAddrV4) -> UdpSocket {
+    let path = PathBuf::from(format!("/run/netns/{}", netns.name()));
+    thread::spawn(move || {
+        enter(&path);
+        UdpSocket::bind(address).unwrap()
+    })
+    .join()
+    .unwrap()
+}
+
+#[test]
+fn no_kernel_object_belongs_to_a_peer() {
+    let mut world = World::with_agents(2);
+    for octet in 100..150 {
+        let value = lease_value(&format!("192.168.64.{octet}"), &format!("0a:00:00:00:00:{octet:x}"));
+        world.store.put(&format!("{PREFIX}/subnets/10.5.{octet}.0-24"), &value).unwrap();
+    }
+    // The last is in the map: a packet to it is encapsulated.
+    let pod = &world.hosts[0].pods[0].netns;
+    wait_for("the last peer", SOON, || {
+        let before = world.counter(0, "encapsulated_neighbour");
+        is_answered(pod, "10.5.149.1");
+        world.counter(0, "encapsulated_neighbour") > before
+    })
+    .unwrap();
+    let netns = &world.hosts[0].netns;
+    let count = |what: &str| netns.ip_json(what).unwrap().as_array().unwrap().len();
+    assert_eq!(count("route show dev flannel.1"), 1);
+    assert_eq!(count("neigh show dev flannel.1"), 1);
+    assert_eq!(netns.exec("bridge fdb show dev flannel.1").unwrap(), "");
+    world.hosts.clear();
+}
+
+#[test]
+fn peers_come_change_and_go() {
+    let mut world = World::with_agents(1);
+    let key = format!("{PREFIX}/subnets/10.5.200.0-24");
+    world.store.put(&key, &lease_value("192.168.64.50", "0a:00:00:00:00:50")).unwrap();
+    let capture = |world: &World, address: &str, mac: &str| {
+        // A capture on the underlay says where the packet went; nobody answers ARP there but the bridge.
+        let filter = format!("udp port 8472 and dst host {address}");
+        let netns = world.hosts[0].netns.name();
+        let script = format!(
+            "ip -n {netns} neigh replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent; \
+             timeout 1 nsenter --net=/run/netns/{netns} tcpdump -n -c 1 -e -i eth0 '{filter}' 2>/dev/null & \
+             sleep 0.3; nsenter --net=/run/netns/{netns} ping -c 1 -W 0.1 10.5.200.1 >/dev/null; wait"
+        );
+        let text = xtask::process::output(std::process::Command::new("sh").args(["-c", &script])).unwrap_or_default();
+        text.contains(mac)
+    };
+    wait_for("the new peer", SOON, || capture(&world, "192.168.64.50", "0a:00:00:00:00:50")).unwrap();
+    // The same subnet at another host with another MAC.
+    world.store.put(&key, &lease_value("192.168.64.51", "0a:00:00:00:00:51")).unwrap();
+    wait_for("the changed peer", SOON, || capture(&world, "192.168.64.51", "0a:00:00:00:00:51")).unwrap();
+
+    world.store.etcdctl(&["del", &key]).unwrap();
+    wait_for("the peer to go", SOON, || {
+        let before = world.counter(0, "encap_no_peer");
+        is_answered(&world.hosts[0].netns, "10.5.200.1");
+        world.counter(0, "encap_no_peer") > before
+    })
+    .unwrap();
+    world.hosts.clear();
+}
+
+fn lease_value(address: &str, mac: &str) -> String {
+    format!(
+        r#"{{"PublicIP":"{address}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+    )
+}
+
+#[test]
+fn a_bad_entry_costs_only_itself() {
+    let world = World::with_agents(2);
+    for (key, value) in [
+        ("10.5.100.0-24", "not json"),
+        ("10.5.101.0-24x", "{}"),
+        ("10.5.102.0-32", "{}"),
+        ("10.5.103.0-24", r#"{"PublicIP":"1.2.3.4","BackendType":"host-gw"}"#),
+    ] {
+        world.store.put(&format!("{PREFIX}/subnets/{key}"), value).unwrap();
+    }
+    world.wait_log(0, "10.5.103.0-24 is passed over");
+    world.wait_connected(0, 1);
+    std::io::stdout().flush().unwrap();
+}
