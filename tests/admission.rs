@@ -129,10 +129,11 @@ fn forged_packets_are_dropped_with_the_reason() {
 fn a_packet_cut_off_anywhere_in_its_headers_does_not_get_in() {
     let whole = from_two(&udp(POD_TWO, POD_ONE));
     with_programs(|programs| {
-        for len in 14..whole.len() {
+        // The kernel runs programs on no shorter frame; shorter ones are sent in `short_frames`.
+        for len in 34..whole.len() {
             let event = match len {
                 // Without a UDP header it is nobody's.
-                14..42 => Event::NotTunnel,
+                34..42 => Event::NotTunnel,
                 42..84 => Event::TunnelTruncated,
                 _ => Event::Admitted,
             };

@@ -1,7 +1,10 @@
 //! With hosts of flannel's: the kernel's vxlan device, set up with plain commands, and a lease written as flannel
 //! writes it.
 
-use xtask::{lab::PREFIX, run::tcp_transfer};
+use xtask::{
+    lab::{PREFIX, Subnet},
+    run::tcp_transfer,
+};
 
 use crate::world::{World, is_answered};
 
@@ -47,15 +50,28 @@ fn tcp_passes_both_ways_whole_and_segmented() {
 
 #[test]
 fn fragments_of_tunnel_packets_are_reassembled_and_delivered() {
-    let world = mixed();
-    // A device of flannel's with an MTU that its underlay does not carry: the kernel fragments the outer packets.
-    let peer = &world.hosts[1];
-    peer.netns.ip("link set eth0 mtu 1000").unwrap();
-    peer.netns.exec("sysctl -qw net.ipv4.ip_no_pmtu_disc=1").unwrap();
-    let address = world.hosts[0].pods[0].address;
-    let ping = peer.pods[0].netns.exec(&format!("ping -c 3 -i 0.2 -W 2 -s 1300 {address}")).unwrap();
-    assert!(world.counter(0, "underlay_fragment") >= 3, "{ping}");
+    let mut world = World::new(2);
+    world.start(0, &[]);
+    world.hosts[0].wait_ready().unwrap();
+    world.hosts[0].add_pod().unwrap();
+    // A device that is bound to no underlay, with an MTU that its packets exceed the underlay's by: the kernel
+    // fragments what is around them.
+    let kernel = world.hosts[1].become_kernel_vxlan(&world.store, 200).unwrap();
+    let peer = &mut world.hosts[1];
+    peer.netns.ip("link delete flannel.1").unwrap();
+    let device = format!("address {} mtu 1500 type vxlan id 1 local 192.168.64.2 dstport 8472", kernel.mac);
+    peer.netns.ip(&format!("link add flannel.1 {device} nolearning")).unwrap();
+    peer.netns.ip("address add 10.5.200.0/32 dev flannel.1").unwrap();
+    peer.netns.ip("link set flannel.1 up").unwrap();
+    peer.add_pod_in(&Subnet { mtu: 1500, ..kernel.subnet }).unwrap();
+    let third_octet = world.hosts[0].subnet().unwrap().gateway.octets()[2];
+    world.hosts[1].add_kernel_peer_from(&world.store, third_octet).unwrap();
+
+    // To the host: its pods have a smaller MTU.
+    let address = world.hosts[0].subnet().unwrap().gateway;
+    let ping = world.hosts[1].pods[0].netns.exec(&format!("ping -c 3 -i 0.2 -W 2 -s 1460 {address}")).unwrap();
     assert!(ping.contains("3 received"), "{ping}");
+    assert_eq!(world.counter(0, "underlay_fragment"), 3, "one later fragment each");
 }
 
 #[test]

@@ -3,13 +3,14 @@
 //!
 //! # Layout
 //!
-//! * [`world`]: a lab for a test, named hosts, the agent's binary
-//! * [`frames`]: frames of the world, built with another's packet builder
-//! * [`encapsulation`], [`admission`]: packet tables through the loaded programs; whole frames and all counters
-//! * [`two_hosts`]: pods talk, large sends stay whole, fragments pass, peers come, change and go
-//! * [`interoperation`]: with hosts of flannel's
-//! * [`lifecycle`]: what is made, what stays after the end, what cleanup takes away
-//! * [`bad_input`]: one line for each, and nothing half-made
+//! * [`world`] — a lab for a test, named hosts, the agent's binary
+//! * [`frames`] — frames of the world, built with another's packet builder
+//! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
+//! * [`short_frames`] — the rest of those tables, sent through the attached programs
+//! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
+//! * [`interoperation`] — with hosts of flannel's
+//! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
+//! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
 mod bad_input;
@@ -18,5 +19,6 @@ mod frames;
 mod interoperation;
 mod lifecycle;
 mod loaded;
+mod short_frames;
 mod two_hosts;
 mod world;

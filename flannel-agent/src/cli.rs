@@ -58,7 +58,7 @@ pub struct Cli {
     /// Address that other hosts reach this one at
     #[arg(long, value_name = "IP")]
     public_ip: Option<Ipv4Addr>,
-    /// Where the subnet is written for container runtimes [default: <run-dir>/subnet.env]
+    /// Where the subnet is written for container runtimes (default: subnet.env in --run-dir)
     #[arg(long, value_name = "FILE", global = true)]
     subnet_file: Option<PathBuf>,
     /// Directory on a bpf file system for what must outlive the agent
@@ -75,7 +75,7 @@ pub struct Cli {
 /// What the agent does besides being the daemon.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Remove everything that the agent made on this host: programs, maps, flannel.<VNI> with its route, subnet.env
+    /// Remove everything that the agent made on this host: programs, maps, flannel.VNI with its route, subnet.env
     Cleanup,
     /// Print what became of the packets, by reason; also when the agent is not running
     Counters,

@@ -220,7 +220,7 @@ fn subnet_range(
     let size = 1u32 << (32 - subnet_len);
     let check = |name, address: Ipv4Addr| match () {
         () if !network.contains(&address) => Err(ConfigError::OutOfRange(name)),
-        () if address.to_bits() % size != 0 => Err(ConfigError::OffBoundary(name, address)),
+        () if !address.to_bits().is_multiple_of(size) => Err(ConfigError::OffBoundary(name, address)),
         () => Ok(address),
     };
     let min = match min {

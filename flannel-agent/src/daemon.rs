@@ -416,7 +416,7 @@ async fn renew(mut registry: Registry, lease: OwnLease) {
             }
             Ok(false) => return,
             Err(error) => {
-                delay = back_off.next();
+                delay = back_off.delay();
                 warn!("{error}; renewing the lease again in {delay:?}");
             }
         }

@@ -285,7 +285,7 @@ pub fn is_allocatable(config: &NetworkConfig, subnet: Ipv4Net) -> bool {
 /// How many free subnets a choice is made from, as in flannel: enough that hosts starting at once rarely collide.
 const CANDIDATES: usize = 100;
 
-/// Chooses a free subnet at random among the first [`CANDIDATES`]. [`None`] where all are taken.
+/// Chooses a free subnet at random among the first hundred. [`None`] where all are taken.
 pub fn allocate(
     config: &NetworkConfig,
     taken: impl IntoIterator<Item = Ipv4Net>,

@@ -2,17 +2,17 @@
 //!
 //! # Layout
 //!
-//! * [`cli`]: flags, variables, exit codes
-//! * [`daemon`]: the life of the daemon: wait for the store, set up, follow changes
-//! * [`config`]: the network configuration and its rules
-//! * [`lease`]: keys, values, allocation, the set of peers; pure
-//! * [`registry`]: the lease table in the store; the only room that speaks to etcd
-//! * [`device`]: links, routes, neighbours; the only room that speaks netlink
-//! * [`dataplane`]: programs, maps, pins; the only room that speaks to aya
-//! * [`underlay`]: which way each peer is reached; from lease table and kernel to what the maps should say
-//! * [`subnet_env`]: what container runtimes are told
-//! * [`cleanup`]: taking all of it away again
-//! * [`retry`]: back-off
+//! * [`cli`] — flags, variables, exit codes
+//! * [`daemon`] — the life of the daemon: wait for the store, set up, follow changes
+//! * [`config`] — the network configuration and its rules
+//! * [`lease`] — keys, values, allocation, the set of peers; pure
+//! * [`registry`] — the lease table in the store; the only room that speaks to etcd
+//! * [`device`] — links, routes, neighbours; the only room that speaks netlink
+//! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
+//! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
+//! * [`subnet_env`] — what container runtimes are told
+//! * [`cleanup`] — taking all of it away again
+//! * [`retry`] — back-off
 //!
 //! The daemon decides, `lease` and `underlay` calculate, and `registry`, `device` and `dataplane` act. What is in the
 //! maps is compared with what should be there on every event and every few seconds, so that nothing is handled once

@@ -23,7 +23,7 @@ impl Default for BackOff {
 
 impl BackOff {
     /// How long to wait before the next attempt.
-    pub fn next(&mut self) -> Duration {
+    pub fn delay(&mut self) -> Duration {
         self.0.next().unwrap_or(LONGEST)
     }
 
@@ -53,7 +53,7 @@ pub async fn until_ok<T, E: Display>(
                     warn!("{reason}; trying again");
                     last = reason;
                 }
-                tokio::time::sleep(back_off.next()).await;
+                tokio::time::sleep(back_off.delay()).await;
             }
         }
     }

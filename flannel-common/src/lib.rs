@@ -3,13 +3,13 @@
 //!
 //! # Layout
 //!
-//! * [`admission`]: which tunnel packets a host takes
-//! * [`vxlan`]: the VXLAN network identifier and header constants (RFC 7348)
-//! * [`packet`]: the outer header of an encapsulated packet, as a template and its completion; inner addresses
-//! * [`checksum`]: the Internet checksum (RFC 1071)
-//! * [`flow`]: the UDP source port of a flow
-//! * [`maps`]: names, keys, values and sizes of the BPF maps, and the programs' constants
-//! * [`event`]: what can become of a packet: drop reason, counter, metric label and documentation in one enum
+//! * [`admission`] — which tunnel packets a host takes
+//! * [`vxlan`] — the VXLAN network identifier and header constants (RFC 7348)
+//! * [`packet`] — the outer header of an encapsulated packet, as a template and its completion; inner addresses
+//! * [`checksum`] — the Internet checksum (RFC 1071)
+//! * [`flow`] — the UDP source port of a flow
+//! * [`maps`] — names, keys, values and sizes of the BPF maps, and the programs' constants
+//! * [`event`] — what can become of a packet: drop reason, counter, metric label and documentation in one enum
 #![cfg_attr(not(test), no_std)]
 
 pub mod admission;

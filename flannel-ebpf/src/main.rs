@@ -10,11 +10,11 @@
 //!
 //! # Layout
 //!
-//! * [`encap`]: `to_overlay`, egress of `flannel.<VNI>`
-//! * [`decap`]: `from_underlay`, ingress of the external interface
-//! * [`leases`]: the maps, asked as the lease table
-//! * [`packet`]: the only place that touches packet memory and calls helpers on it
-//! * [`maps`], [`count`]: what the agent shares with the programs
+//! * [`encap`] — `to_overlay`, egress of `flannel.<VNI>`
+//! * [`decap`] — `from_underlay`, ingress of the external interface
+//! * [`leases`] — the maps, asked as the lease table
+//! * [`packet`] — the only place that touches packet memory and calls helpers on it
+//! * [`maps`], [`count`] — what the agent shares with the programs
 #![no_std]
 #![no_main]
 
@@ -58,9 +58,9 @@ fn conclude(ctx: &TcContext, event: Event, len: u32) -> i32 {
     count::count(event, len);
     trace!(ctx, "event {}, {} bytes", event as u32, len);
     match event.outcome() {
-        Outcome::Forward => TC_ACT_REDIRECT as i32,
+        Outcome::Forward => TC_ACT_REDIRECT,
         Outcome::Pass => TC_ACT_UNSPEC,
-        Outcome::Drop => TC_ACT_SHOT as i32,
+        Outcome::Drop => TC_ACT_SHOT,
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! # Layout
 //!
-//! * [`lab`]: an underlay, hosts, pods, a store; made of other people's tools
+//! * [`lab`] — an underlay, hosts, pods, a store; made of other people's tools
 //! * one module for each command
 //!
 //! It runs programs and depends on no other crate of the project, so that it builds on a machine that has nothing yet.

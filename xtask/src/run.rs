@@ -148,10 +148,8 @@ fn tour(hosts: &[Host], store: &Store, agent: &Path, directory: &Path) -> Result
     println!("{:.2} Gb/s from {} to {}", transfer.gbits, from.address, to.address);
 
     heading("one packet on the underlay, decoded by tshark");
-    println!(
-        "{}",
-        decoded_packet(first, directory, || from.netns.exec(&format!("ping -c 1 -W 2 {}", to.address)).map(drop))?
-    );
+    let provoke = || from.netns.exec(&format!("ping -c 1 -W 2 {}", to.address)).map(drop);
+    println!("{}", layers(&decoded_packet(&first.netns, "udp port 8472", directory, provoke)?));
 
     heading(&format!("what became of the packets on {}", first.name));
     let counters = output(first.agent_command(agent).arg("counters"))?;
@@ -234,23 +232,35 @@ pub fn tcp_transfer(
     })
 }
 
-/// The layers of the first tunnel packet that `provoke` sends through a host's underlay device.
-fn decoded_packet(host: &Host, directory: &Path, provoke: impl FnOnce() -> Result<()>) -> Result<String> {
-    let file = directory.join("packet.pcap");
-    let mut capture = host.netns.command("tcpdump");
-    // Readable by tshark, which drops its privileges.
-    capture.args(["-Z", "root", "-i", "eth0", "-c", "1", "-w"]).arg(&file).arg("udp port 8472");
-    let mut capture = Process::start(&mut capture, &directory.join("tcpdump.log"))?;
+/// The first packet that `provoke` sends through `eth0` of a namespace and the filter takes, decoded by tshark.
+///
+/// # Errors
+/// Where none comes within two seconds.
+pub fn decoded_packet(
+    netns: &Netns,
+    filter: &str,
+    directory: &Path,
+    provoke: impl FnOnce() -> Result<()>,
+) -> Result<String> {
+    let file = tempfile::Builder::new().suffix(".pcap").tempfile_in(directory)?;
+    let log = tempfile::NamedTempFile::new_in(directory)?;
+    let mut capture = netns.command("tcpdump");
+    capture.args(["-Z", "root", "-i", "eth0", "-c", "1", "-w"]).arg(file.path()).arg(filter);
+    let mut capture = Process::start(&mut capture, log.path())?;
     wait_for("tcpdump to listen", Duration::from_secs(5), || capture.log().contains("listening on"))?;
     provoke()?;
-    capture.wait(Duration::from_secs(5))?;
-    let text = output(Command::new("tshark").args(["-d", "udp.port==8472,vxlan", "-V", "-r"]).arg(&file))?;
-    let layers = text.lines().filter(|line| {
+    capture.wait(Duration::from_secs(2))?;
+    output(Command::new("tshark").args(["-d", "udp.port==8472,vxlan", "-V", "-r"]).arg(file.path()))
+}
+
+/// The names of a decoded packet's layers, and its VNI.
+fn layers(decoded: &str) -> String {
+    let layers = decoded.lines().filter(|line| {
         // Names of layers begin the line; fields are indented, and bytes begin with their offset.
         let is_layer = line.starts_with(|c: char| c.is_ascii_uppercase()) && !line.starts_with("Frame");
         is_layer || line.contains("VXLAN Network Identifier")
     });
-    Ok(layers.collect::<Vec<_>>().join("\n"))
+    layers.collect::<Vec<_>>().join("\n")
 }
 
 /// Into a lab, or down with it.

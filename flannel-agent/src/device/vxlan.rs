@@ -249,7 +249,7 @@ impl Netlink {
                 dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
             for entry in entries.into_iter().filter(|entry| entry.header.ifindex == link.index) {
                 let is_peers = entry.attributes.iter().any(|attribute| match attribute {
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => *address != NEXT_HOP,
+                    NeighbourAttribute::Destination(address) => *address != NeighbourAddress::Inet(NEXT_HOP),
                     _ => false,
                 });
                 if is_peers {

@@ -198,7 +198,7 @@ impl Registry {
             match self.watch_once(&updates, &mut back_off).await {
                 Ok(()) => return,
                 Err(error) => {
-                    let delay = back_off.next();
+                    let delay = back_off.delay();
                     warn!("the watch on the leases ended: {error}; a fresh one begins in {delay:?}");
                     tokio::time::sleep(delay).await;
                 }
@@ -234,7 +234,7 @@ impl Registry {
             for event in response.events() {
                 let Some(kv) = event.kv() else { continue };
                 let update = match event.event_type() {
-                    EventType::Put => self.usable_entry(kv).map(Update::Set),
+                    EventType::Put => self.usable_entry(kv).map(Box::new).map(Update::Set),
                     EventType::Delete => self.key_of(kv).ok().map(Update::Removed),
                 };
                 if let Some(update) = update

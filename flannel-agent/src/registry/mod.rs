@@ -40,7 +40,7 @@ pub enum Update {
     /// The whole table. Comes first, and after every gap in the changes.
     Snapshot(Vec<Entry>),
     /// A lease was taken or changed.
-    Set(Entry),
+    Set(Box<Entry>),
     /// A lease ended.
     Removed(LeaseKey),
 }

@@ -25,7 +25,7 @@ use anyhow::{Context as _, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 pub use self::{
-    host::{Host, KernelVxlan, Pod},
+    host::{Host, KernelVxlan, Pod, Subnet},
     netns::Netns,
     store::Store,
 };
