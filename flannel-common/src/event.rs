@@ -107,4 +107,14 @@ mod tests {
         let labels: HashSet<_> = Event::ALL.iter().map(|event| event.label()).collect();
         assert_eq!(labels.len(), Event::ALL.len());
     }
+
+    #[test]
+    fn the_readme_has_a_row_for_each() {
+        let readme = include_str!("../../README.md");
+        for event in Event::ALL {
+            let outcome = format!("{:?}", event.outcome()).to_lowercase();
+            let row = format!("| `{}` | {outcome} | {} |", event.label(), event.description().trim());
+            assert!(readme.contains(&row), "README.md lacks: {row}");
+        }
+    }
 }

@@ -89,16 +89,15 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
         store.put(&format!("{PREFIX}/config"), CONFIG)?;
         Ok(store)
     })?;
-    let mut hosts = step(&format!("{} hosts, with the agent on each", options.nodes), || {
-        let mut hosts: Vec<Host> =
-            (1..=options.nodes).map(|number| lab.host(&format!("node{number}"), number)).collect::<Result<_>>()?;
-        for host in &mut hosts {
-            host.start_agent(&agent, &store, &[])?;
-        }
-        for host in &mut hosts {
-            host.wait_ready()?;
-        }
-        Ok(hosts)
+    let mut hosts = step(&format!("{} hosts", options.nodes), || {
+        (1..=options.nodes).map(|number| lab.host(&format!("node{number}"), number)).collect::<Result<Vec<_>>>()
+    })?;
+    let start = Instant::now();
+    step("the agent on each", || start_agents(&mut hosts, &agent, &store))?;
+    step("the first ping between two of them", || {
+        wait_for_ping(&hosts[0], &hosts[1])?;
+        println!("  answered {:.0?} after the agents were started", start.elapsed());
+        Ok(())
     })?;
     step("two pods on each, from its subnet.env", || {
         for host in &mut hosts {
@@ -108,6 +107,8 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
         Ok(())
     })?;
     tour(&hosts, &store, &agent, directory)?;
+    hosts.push(join(&lab, &hosts, &agent, &store)?);
+    no_peer_state(&hosts)?;
     if !options.once {
         println!(
             "\nThe lab is up. In another terminal, for example:\n  \
@@ -161,7 +162,39 @@ fn tour(hosts: &[Host], store: &Store, agent: &Path, directory: &Path) -> Result
     for command in ["ip route", "ip neigh show dev flannel.1", "bridge fdb show dev flannel.1"] {
         println!("$ {command}\n{}", first.netns.exec(command)?.trim_end());
     }
-    no_peer_state(hosts)
+    Ok(())
+}
+
+/// One more host, and how long it takes until all others reach it.
+fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &Store) -> Result<Host> {
+    heading("one more host joins");
+    let number = u8::try_from(hosts.len())? + 1;
+    let mut host = [lab.host(&format!("node{number}"), number)?];
+    let start = Instant::now();
+    start_agents(&mut host, agent, store)?;
+    let [host] = host;
+    for other in hosts {
+        wait_for_ping(other, &host)?;
+    }
+    println!("{} is reached from all others {:.0?} after its agent was started", host.name, start.elapsed());
+    Ok(host)
+}
+
+fn start_agents(hosts: &mut [Host], agent: &Path, store: &Store) -> Result<()> {
+    for host in &mut *hosts {
+        host.start_agent(agent, store, &[])?;
+    }
+    for host in hosts {
+        host.wait_ready()?;
+    }
+    Ok(())
+}
+
+/// Waits until one host reaches the overlay address of another.
+fn wait_for_ping(from: &Host, to: &Host) -> Result<()> {
+    let overlay_address = std::net::Ipv4Addr::from_bits(to.subnet()?.gateway.to_bits() - 1);
+    let ping = format!("ping -c 1 -W 0.2 {overlay_address}");
+    wait_for(&ping, Duration::from_secs(10), || from.netns.exec(&ping).is_ok()).map(drop)
 }
 
 /// Every host has one route and one neighbour for the overlay, whatever the number of peers.
