@@ -98,6 +98,7 @@ fn a_host_of_flannels_is_taken_over_with_its_device_subnet_and_mac() {
     let netns = &world.hosts[0].netns;
     let state = [netns.exec("ip route").unwrap(), netns.exec("ip neigh show dev flannel.1").unwrap()].concat();
     assert!(!state.contains("10.5.202."), "{state}");
-    assert_eq!(netns.exec("bridge fdb show dev flannel.1").unwrap(), "");
+    let forwarding = netns.exec("bridge fdb show dev flannel.1").unwrap();
+    assert_eq!(forwarding, "02:00:00:00:00:01 dst 192.168.64.1 self permanent\n");
     assert_eq!(world.store.list(&format!("{PREFIX}/subnets/")).unwrap().len(), 2);
 }

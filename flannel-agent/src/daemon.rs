@@ -244,9 +244,10 @@ async fn make(cli: &Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent, 
     device::enable_forwarding()?;
     let link = agent.netlink.ensure_vxlan(&device, lease.vtep_mac.0).await?;
     agent.dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
+    agent.dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
     agent.dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
     agent.netlink.ensure_address(&link, network.network, subnet.network()).await?;
-    agent.netlink.ensure_route(&link, network.network).await?;
+    agent.netlink.ensure_route(&link, &device, network.network).await?;
     let env = SubnetEnv { network: network.network, subnet, mtu: device.mtu, ip_masq: false };
     env.write(&cli.subnet_file())?;
     info!("{} carries {subnet} to {} peers", link.name, agent.dataplane.peers.len());

@@ -60,12 +60,17 @@ events! {
     EncapNoPeer = "encap_no_peer", Pass;
     /// to_overlay: larger than the overlay's MTU and not segmentable.
     EncapTooBig = "encap_too_big", Pass;
-    /// to_overlay: a tunnel packet already, so the kernel refuses to note a second tunnel on it.
+    /// to_overlay: a tunnel packet that the kernel has still to segment, and can't note a second tunnel on.
     EncapNested = "encap_nested", Pass;
     /// to_overlay: the kernel had no room for the outer header.
     EncapNoRoom = "encap_no_room", Pass;
     /// to_overlay: the outer header could not be written into the room made for it.
     EncapFailed = "encap_failed", Drop;
+
+    /// from_overlay: came out of the tunnel, or is the host's own; on to the host's stack.
+    Received = "received", Pass;
+    /// from_overlay: handed on by to_overlay, back from the kernel's vxlan device, and still not to be encapsulated.
+    EncapImpossible = "encap_impossible", Drop;
 
     /// from_underlay: not a tunnel packet for this host.
     NotTunnel = "not_tunnel", Pass;

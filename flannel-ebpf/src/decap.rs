@@ -64,6 +64,8 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let Some(inner) = packet.header::<Ipv4Hdr>(inner_offset + EthHdr::LEN) else {
         return Event::TunnelTruncated;
     };
+    // What it means is meant for this host's own packets.
+    packet.forget_handed_on();
     let outer_source = u32::from_be_bytes(ip.src_addr);
     admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner)
 }

@@ -2,9 +2,13 @@
 //!
 //! Fragments, IP options and any TTL are no matter here: the stack has dealt with them, and a tunnel carries them as
 //! they are.
+//!
+//! What it can't encapsulate it hands on to the kernel's vxlan device, which sends it back: the one forwarding entry of
+//! that device leads to this host itself (`encap_bypass_if_local`, drivers/net/vxlan/vxlan_core.c). On the way the kernel
+//! segments what has to be, and forgets that a pod put it into a tunnel already. `from_overlay` then tries again.
 
 use flannel_common::{
-    event::Event,
+    event::{Event, Outcome},
     maps::{Config, Vtep},
     packet::Inner,
 };
@@ -18,6 +22,29 @@ use crate::{
 
 #[inline(always)]
 pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
+    let event = try_encapsulate(packet);
+    if event.outcome() == Outcome::Pass {
+        packet.mark_handed_on();
+    }
+    event
+}
+
+#[inline(always)]
+pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
+    if !packet.was_handed_on() {
+        return Event::Received;
+    }
+    packet.forget_handed_on();
+    let event = try_encapsulate(packet);
+    match event.outcome() {
+        // The host's stack would send it to the overlay again and again.
+        Outcome::Pass => Event::EncapImpossible,
+        Outcome::Forward | Outcome::Drop => event,
+    }
+}
+
+#[inline(always)]
+fn try_encapsulate(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
     if !packet.is_ipv4() {
         return Event::EncapNotIpv4;

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! pods, host ─▶ routes, netfilter ─▶ flannel.<VNI> ─ to_overlay ══ underlay ══▶ from_underlay ─▶ kernel vxlan ─▶ ...
+//!                                        ▲ from_overlay  │ handed on
+//!                                        └─ kernel vxlan ┘
 //! ```
 //!
 //! A packet is forwarded, or handed on unmodified, or dropped because it must not pass; [`Event`] names each case.
@@ -10,7 +12,7 @@
 //!
 //! # Layout
 //!
-//! * [`encap`] — `to_overlay`, egress of `flannel.<VNI>`
+//! * [`encap`] — `to_overlay` and `from_overlay`, egress and ingress of `flannel.<VNI>`
 //! * [`decap`] — `from_underlay`, ingress of the external interface
 //! * [`leases`] — the maps, asked as the lease table
 //! * [`packet`] — the only place that touches packet memory and calls helpers on it
@@ -41,6 +43,14 @@ pub(crate) fn to_overlay(ctx: TcContext) -> i32 {
     let packet = Packet::new(&ctx);
     let len = packet.len();
     conclude(&ctx, encap::to_overlay(&packet), len)
+}
+
+/// Ingress of `flannel.<VNI>`: encapsulates what the kernel's vxlan device hands back.
+#[classifier]
+pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
+    let packet = Packet::new(&ctx);
+    let len = packet.len();
+    conclude(&ctx, encap::from_overlay(&packet), len)
 }
 
 /// Ingress of the external interface: admits or drops tunnel packets, and leaves all others alone.

@@ -28,6 +28,8 @@ const AF_INET: u32 = 2;
 const PACKET_HOST: u32 = 0;
 /// The VLAN id within a tag's control information (IEEE 802.1Q).
 const VLAN_ID_MASK: u32 = 0x0fff;
+/// The value of `tc_index` (16 bits) that no classifier of others is likely to choose.
+const HANDED_ON: u32 = 0xf1a2;
 /// `EALREADY`: `bpf_skb_adjust_room` on a packet that is encapsulated already.
 const EALREADY: i64 = 114;
 
@@ -211,6 +213,28 @@ impl<'a> Packet<'a> {
         let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
         // SAFETY: the context and the key are valid for the call, with the size given.
         unsafe { bpf_skb_set_tunnel_key(self.skb(), &raw mut key, size_of::<bpf_tunnel_key>() as u32, 0) };
+    }
+
+    /// Notes that `to_overlay` left the packet to the kernel. The field stays with it through segmentation and the
+    /// kernel's vxlan device.
+    #[inline(always)]
+    pub(crate) fn mark_handed_on(&self) {
+        // SAFETY: the context is valid; TC programs may write this field.
+        unsafe { (*self.skb()).tc_index = HANDED_ON };
+    }
+
+    /// Takes that note away. It would stay with the packet through a veth, where hosts or pods share a kernel.
+    #[inline(always)]
+    pub(crate) fn forget_handed_on(&self) {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).tc_index = 0 };
+    }
+
+    /// Whether `to_overlay` left it to the kernel.
+    #[inline(always)]
+    pub(crate) fn was_handed_on(&self) -> bool {
+        // SAFETY: the context is valid.
+        unsafe { (*self.skb()).tc_index == HANDED_ON }
     }
 
     /// A forwarded packet remembers the queue it was received on, and a multi-queue device would send it on the queue

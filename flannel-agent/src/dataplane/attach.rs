@@ -26,7 +26,7 @@ impl Hook {
     const fn attach_type(self) -> TcAttachType {
         match self {
             Self::ToOverlay => TcAttachType::Egress,
-            Self::FromUnderlay => TcAttachType::Ingress,
+            Self::FromOverlay | Self::FromUnderlay => TcAttachType::Ingress,
         }
     }
 
@@ -34,7 +34,7 @@ impl Hook {
     const fn order(self) -> LinkOrder {
         match self {
             Self::ToOverlay => LinkOrder::last(),
-            Self::FromUnderlay => LinkOrder::first(),
+            Self::FromOverlay | Self::FromUnderlay => LinkOrder::first(),
         }
     }
 }

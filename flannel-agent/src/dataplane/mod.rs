@@ -115,18 +115,21 @@ fn chain(error: &dyn std::error::Error) -> String {
 pub enum Hook {
     /// `to_overlay`, egress of `flannel.<VNI>`.
     ToOverlay,
+    /// `from_overlay`, ingress of `flannel.<VNI>`.
+    FromOverlay,
     /// `from_underlay`, ingress of the external interface.
     FromUnderlay,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::ToOverlay, Self::FromUnderlay];
+    pub const ALL: [Self; 3] = [Self::ToOverlay, Self::FromOverlay, Self::FromUnderlay];
 
     /// The program's name in the object.
     pub const fn program(self) -> &'static str {
         match self {
             Self::ToOverlay => "to_overlay",
+            Self::FromOverlay => "from_overlay",
             Self::FromUnderlay => "from_underlay",
         }
     }

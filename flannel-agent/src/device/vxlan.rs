@@ -14,7 +14,7 @@ use rtnetlink::{
         AddressFamily,
         address::AddressAttribute,
         link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
+        neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage},
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
     },
 };
@@ -200,12 +200,13 @@ impl Netlink {
         Ok(())
     }
 
-    /// Routes the Network into the device through the one next hop with its one neighbour, then removes what a
-    /// flannel that ran here before left for each of its peers.
+    /// Routes the Network into the device through the one next hop with its one neighbour, and has the kernel send what
+    /// is addressed to that neighbour's MAC, and not encapsulated by the programs, back to this host's own device. Then
+    /// removes what a flannel that ran here before left for each of its peers.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn ensure_route(&self, link: &Link, network: Ipv4Net) -> Result<(), DeviceError> {
+    pub async fn ensure_route(&self, link: &Link, device: &VxlanDevice, network: Ipv4Net) -> Result<(), DeviceError> {
         self.handle
             .neighbours()
             .add(link.index, NEXT_HOP.into())
@@ -214,6 +215,15 @@ impl Netlink {
             .execute()
             .await
             .map_err(DeviceError::call("set the neighbour of", &link.name))?;
+        self.handle
+            .neighbours()
+            .add_bridge(link.index, &NEXT_HOP_MAC.0)
+            .destination(device.local.into())
+            .flags(NeighbourFlags::Own)
+            .replace()
+            .execute()
+            .await
+            .map_err(DeviceError::call("set the forwarding entry of", &link.name))?;
         self.handle
             .route()
             .add(overlay_route(link, network))
@@ -248,11 +258,10 @@ impl Netlink {
             let entries: Vec<NeighbourMessage> =
                 dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
             for entry in entries.into_iter().filter(|entry| entry.header.ifindex == link.index) {
-                let is_peers = entry.attributes.iter().any(|attribute| match attribute {
-                    NeighbourAttribute::Destination(address) => *address != NeighbourAddress::Inet(NEXT_HOP),
-                    _ => false,
-                });
-                if is_peers {
+                let has_destination =
+                    entry.attributes.iter().any(|attribute| matches!(attribute, NeighbourAttribute::Destination(_)));
+                let is_ours = entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.0.to_vec()));
+                if has_destination && !is_ours {
                     let removal = self.handle.neighbours().del(entry).execute().await;
                     removal.map_err(DeviceError::call("remove an old neighbour of", &link.name))?;
                 }
