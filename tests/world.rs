@@ -14,7 +14,7 @@ use xtask::{
 
 pub const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#;
 /// For what is to happen soon.
-pub const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(20);
 
 /// Everything of one test. The fields go in this order.
 pub struct World {
@@ -67,7 +67,9 @@ impl World {
     pub fn wait_connected(&self, one: usize, two: usize) {
         for (from, to) in [(one, two), (two, one)] {
             let (from, to) = (&self.hosts[from].pods[0], &self.hosts[to].pods[0]);
-            wait_for("pods to reach each other", SOON, || is_answered(&from.netns, &to.address.to_string())).unwrap();
+            let waited = wait_for("pods", SOON, || is_answered(&from.netns, &to.address.to_string()));
+            let logs = [one, two].map(|host| self.hosts[host].agent.as_ref().map(|agent| agent.log()));
+            assert!(waited.is_ok(), "pods do not reach each other; the agents said: {logs:#?}");
         }
     }
 
