@@ -6,7 +6,7 @@ use std::{fs, process::Command, time::Duration};
 use nix::sys::signal::Signal;
 use xtask::{
     lab::{PREFIX, Store},
-    process::output,
+    process::{Process, output},
 };
 
 use crate::world::{CONFIG, SOON, World, agent, is_answered};
@@ -62,6 +62,20 @@ fn an_absent_etcd_is_named_and_waited_out() {
     world.assert_untouched(0);
     world.store.resume().unwrap();
     world.hosts[0].wait_ready().unwrap();
+}
+
+#[test]
+fn an_endpoint_that_is_dead_costs_nothing_beside_one_that_lives() {
+    let mut world = World::new(1);
+    // As with flannel's default endpoints, of which only the second exists on most hosts.
+    let dead = "http://192.168.64.254:4001,";
+    let endpoints = format!("--etcd-endpoints={dead}{}", world.store.endpoint());
+    let mut command = world.agent_on(0);
+    command.arg(endpoints);
+    let log = world.lab.directory().join("agent.log");
+    world.hosts[0].agent = Some(Process::start(&mut command, &log).unwrap());
+    world.hosts[0].wait_ready().unwrap();
+    assert!(!world.hosts[0].agent.as_ref().unwrap().log().contains("WARN"));
 }
 
 #[test]

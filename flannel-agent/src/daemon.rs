@@ -171,8 +171,7 @@ async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, DaemonError> 
         external.link.name, external.address, external.public_ip
     );
 
-    let options = cli.etcd();
-    let mut registry = retry::until_ok(async || Registry::connect(&options).await, RegistryError::is_final).await?;
+    let mut registry = Registry::new(cli.etcd())?;
     let network = retry::until_ok(async || registry.network_config().await, RegistryError::is_final).await?;
     if network.backend.direct_routing {
         warn!("DirectRouting is not used: packets to peers on the same link are encapsulated too");

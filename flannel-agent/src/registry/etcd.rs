@@ -9,6 +9,7 @@ use etcd_client::{
     Certificate, Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, Identity, KeyValue, PutOptions,
     TlsOptions, Txn, TxnOp, WatchOptions,
 };
+use futures_util::future::select_ok;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
@@ -99,21 +100,29 @@ enum BadEntry {
     Value(#[from] InvalidLease),
 }
 
-/// A connection to the lease table.
+/// The lease table. Connects when it has to, and anew after a failure, to whichever endpoint answers first: a client
+/// that balances over all of them fails a call whenever it picks one that is dead.
 #[derive(Clone)]
 pub struct Registry {
-    client: Client,
+    options: EtcdOptions,
     prefix: String,
-    endpoints: String,
+    client: Option<Client>,
 }
 
 impl Registry {
-    /// Connects. Without user and password nothing is asked of the servers yet.
+    /// Checks how etcd is to be reached; asks nothing of it yet.
     ///
     /// # Errors
-    /// [`RegistryError::File`], which is final, or [`RegistryError::Call`].
-    pub async fn connect(options: &EtcdOptions) -> Result<Self, RegistryError> {
-        let endpoints = options.endpoints.join(",");
+    /// [`RegistryError::File`].
+    pub fn new(options: EtcdOptions) -> Result<Self, RegistryError> {
+        tls_options(&options)?;
+        Ok(Self { prefix: normalise(&options.prefix), options, client: None })
+    }
+
+    async fn client(&mut self) -> Result<Client, RegistryError> {
+        if let Some(client) = &self.client {
+            return Ok(client.clone());
+        }
         let mut connect = ConnectOptions::new()
             .with_connect_timeout(REQUEST_TIMEOUT)
             .with_timeout(REQUEST_TIMEOUT)
@@ -121,14 +130,37 @@ impl Registry {
             .with_keep_alive_while_idle(true)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
-        if let Some(tls) = tls_options(options)? {
+        // Read anew each time: certificates are renewed.
+        if let Some(tls) = tls_options(&self.options)? {
             connect = connect.with_tls(tls);
         }
-        if let Some((name, password)) = &options.user {
+        if let Some((name, password)) = &self.options.user {
             connect = connect.with_user(name, password);
         }
-        let client = Client::connect(&options.endpoints, Some(connect)).await.map_err(failed(&endpoints, "connect"))?;
-        Ok(Self { client, prefix: normalise(&options.prefix), endpoints })
+        let key = self.config_key();
+        let attempts = self.options.endpoints.iter().map(|endpoint| {
+            let (key, connect) = (key.as_str(), connect.clone());
+            Box::pin(async move {
+                let mut client = Client::connect([endpoint], Some(connect)).await?;
+                // Without user and password, connecting asks nothing of the server.
+                client.get(key, Some(GetOptions::new().with_count_only())).await?;
+                Ok(client)
+            })
+        });
+        let first = select_ok(attempts).await.map(|(client, _slower)| client);
+        let client = first.map_err(|error| self.failed("connect", &error))?;
+        self.client = Some(client.clone());
+        Ok(client)
+    }
+
+    /// A call failed: the next one is made on a fresh connection.
+    fn failed(&mut self, call: &'static str, error: &etcd_client::Error) -> RegistryError {
+        self.ended(call, explain(error))
+    }
+
+    fn ended(&mut self, call: &'static str, cause: String) -> RegistryError {
+        self.client = None;
+        RegistryError::Call { call, endpoints: self.options.endpoints.join(","), cause }
     }
 
     /// The key of the network configuration.
@@ -142,7 +174,8 @@ impl Registry {
     /// [`RegistryError::NoConfig`], [`RegistryError::Config`] or [`RegistryError::Call`].
     pub async fn network_config(&mut self) -> Result<NetworkConfig, RegistryError> {
         let key = self.config_key();
-        let response = self.client.get(key.as_str(), None).await.map_err(failed(&self.endpoints, "read the config"))?;
+        let response = self.client().await?.get(key.as_str(), None).await;
+        let response = response.map_err(|error| self.failed("read the config", &error))?;
         let Some(kv) = response.kvs().first() else { return Err(RegistryError::NoConfig(key)) };
         NetworkConfig::parse(&String::from_utf8_lossy(kv.value()))
             .map_err(|source| RegistryError::Config { key, source })
@@ -154,8 +187,8 @@ impl Registry {
     /// [`RegistryError::Call`].
     pub async fn leases(&mut self) -> Result<(Vec<Entry>, i64), RegistryError> {
         let options = GetOptions::new().with_prefix();
-        let response =
-            self.client.get(self.subnets(), Some(options)).await.map_err(failed(&self.endpoints, "list the leases"))?;
+        let response = self.client().await?.get(self.subnets(), Some(options)).await;
+        let response = response.map_err(|error| self.failed("list the leases", &error))?;
         let revision = response.header().map_or(0, |header| header.revision());
         let entries = response.kvs().iter().filter_map(|kv| self.usable_entry(kv)).collect();
         Ok((entries, revision))
@@ -182,11 +215,11 @@ impl Registry {
         if lease.etcd_lease == 0 {
             return Ok(true);
         }
-        match self.client.lease_keep_alive(lease.etcd_lease).await {
+        match self.client().await?.lease_keep_alive(lease.etcd_lease).await {
             Ok(_) => Ok(true),
             // The client's words for a response with a TTL of zero.
             Err(etcd_client::Error::LeaseKeepAliveError(message)) if message == "lease not found" => Ok(false),
-            Err(error) => Err(failed(&self.endpoints, "renew the lease")(error)),
+            Err(error) => Err(self.failed("renew the lease", &error)),
         }
     }
 
@@ -211,26 +244,26 @@ impl Registry {
         updates: &mpsc::Sender<Update>,
         back_off: &mut retry::BackOff,
     ) -> Result<(), RegistryError> {
-        let endpoints = self.endpoints.clone();
+        const CALL: &str = "watch the leases";
         let (entries, revision) = self.leases().await?;
         if updates.send(Update::Snapshot(entries)).await.is_err() {
             return Ok(());
         }
         let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
-        let mut stream =
-            self.client.watch(self.subnets(), Some(options)).await.map_err(failed(&endpoints, "watch the leases"))?;
+        let stream = self.client().await?.watch(self.subnets(), Some(options)).await;
+        let mut stream = stream.map_err(|error| self.failed(CALL, &error))?;
         back_off.reset();
         loop {
             let next = tokio::select! {
                 next = stream.message() => next,
                 () = updates.closed() => return Ok(()),
             };
-            let response = next
-                .map_err(failed(&endpoints, "watch the leases"))?
-                .ok_or_else(|| ended(&endpoints, "etcd closed the stream".to_owned()))?;
-            if response.canceled() {
-                return Err(ended(&endpoints, cancellation(&response)));
-            }
+            let response = match next {
+                Ok(Some(response)) if response.canceled() => return Err(self.ended(CALL, cancellation(&response))),
+                Ok(Some(response)) => response,
+                Ok(None) => return Err(self.ended(CALL, "etcd closed the stream".to_owned())),
+                Err(error) => return Err(self.failed(CALL, &error)),
+            };
             for event in response.events() {
                 let Some(kv) = event.kv() else { continue };
                 let update = match event.event_type() {
@@ -304,16 +337,15 @@ impl Registry {
         let vtep_mac = request.vtep_mac.unwrap_or_else(|| MacAddress::random(&mut rand::rng()));
         let value = LeaseAttributes::vxlan(request.public_ip, config.backend.vni.get(), vtep_mac).to_json();
         let ttl = request.ttl.as_secs() as i64;
-        let granted =
-            self.client.lease_grant(ttl, None).await.map_err(failed(&self.endpoints, "grant an etcd lease"))?;
-        let etcd_lease = granted.id();
+        let granted = self.client().await?.lease_grant(ttl, None).await;
+        let etcd_lease = granted.map_err(|error| self.failed("grant an etcd lease", &error))?.id();
         let name = self.lease_key(&key);
         let absent = Compare::version(name.as_str(), CompareOp::Equal, 0);
         if self.put_if(absent, name, value, etcd_lease).await? {
             return Ok(Some(OwnLease { key, vtep_mac, etcd_lease }));
         }
         // Nothing hangs on it: it ends by itself.
-        if let Err(error) = self.client.lease_revoke(etcd_lease).await {
+        if let Err(error) = self.client().await?.lease_revoke(etcd_lease).await {
             warn!("an etcd lease that was not needed stays until it expires: {error}");
         }
         Ok(None)
@@ -328,16 +360,16 @@ impl Registry {
     ) -> Result<bool, RegistryError> {
         let options = (etcd_lease != 0).then(|| PutOptions::new().with_lease(etcd_lease));
         let txn = Txn::new().when([condition]).and_then([TxnOp::put(key, value, options)]);
-        let response = self.client.txn(txn).await.map_err(failed(&self.endpoints, "write the lease"))?;
-        Ok(response.succeeded())
+        let response = self.client().await?.txn(txn).await;
+        Ok(response.map_err(|error| self.failed("write the lease", &error))?.succeeded())
     }
 
     async fn delete(&mut self, entry: &Entry) -> Result<(), RegistryError> {
         let key = self.lease_key(&entry.key);
         let unchanged = Compare::create_revision(key.as_str(), CompareOp::Equal, entry.create_revision);
         let txn = Txn::new().when([unchanged]).and_then([TxnOp::delete(key, None)]);
-        self.client.txn(txn).await.map_err(failed(&self.endpoints, "give up a lease"))?;
-        Ok(())
+        let response = self.client().await?.txn(txn).await;
+        response.map(drop).map_err(|error| self.failed("give up a lease", &error))
     }
 
     fn subnets(&self) -> String {
@@ -388,14 +420,6 @@ fn tls_options(options: &EtcdOptions) -> Result<Option<TlsOptions>, RegistryErro
 /// The prefix as Go's `path.Join` leaves it: one slash between parts, none at the end.
 fn normalise(prefix: &str) -> String {
     prefix.split('/').filter(|part| !part.is_empty()).fold(String::new(), |path, part| path + "/" + part)
-}
-
-fn failed(endpoints: &str, call: &'static str) -> impl FnOnce(etcd_client::Error) -> RegistryError {
-    move |error| RegistryError::Call { call, endpoints: endpoints.to_owned(), cause: explain(&error) }
-}
-
-fn ended(endpoints: &str, cause: String) -> RegistryError {
-    RegistryError::Call { call: "watch the leases", endpoints: endpoints.to_owned(), cause }
 }
 
 fn cancellation(response: &etcd_client::WatchResponse) -> String {
