@@ -57,21 +57,31 @@ pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     Ok(())
 }
 
-/// Takes away one overlay's programs, maps and device.
+/// Takes away one overlay's programs and maps, and its device with address and route.
+async fn remove_datapath(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<(), CleanupError> {
+    undo(cli, netlink, vni, true, true).await
+}
+
+/// Takes away what was made: programs and maps, the device with what hangs on it, or both.
 ///
 /// # Errors
 /// [`CleanupError`].
-pub async fn remove_datapath(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<(), CleanupError> {
-    // Filters are on the external interface, which is not known here; they are found by name.
-    for link in netlink.links().await? {
-        dataplane::detach_filters(&link.name);
+pub async fn undo(cli: &Cli, netlink: &Netlink, vni: Vni, programs: bool, device: bool) -> Result<(), CleanupError> {
+    if programs {
+        // The external interface of the agent that attached them is not known here.
+        for link in netlink.links().await? {
+            dataplane::detach_filters(&link.name, vni);
+        }
+        dataplane::remove(&cli.bpf_pin_dir, vni)?;
     }
-    dataplane::remove(&cli.bpf_pin_dir, vni)?;
     let name = VxlanDevice::name_of(vni);
-    if let Some(link) = netlink.link_by_name(&name).await? {
+    let Some(message) = netlink.link_by_name(&name).await? else { return Ok(()) };
+    if device {
         // The address, the route and the neighbour go with it.
-        netlink.delete_link(&name, link.header.index).await?;
+        netlink.delete_link(&name, message.header.index).await?;
         info!("removed {name}");
+    } else if programs {
+        netlink.remove_route(&name, message.header.index).await?;
     }
     Ok(())
 }

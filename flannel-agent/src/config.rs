@@ -101,7 +101,13 @@ struct Raw {
     subnetlen: u8,
     subnetmin: Option<Ipv4Addr>,
     subnetmax: Option<Ipv4Addr>,
+    /// Also where it is null, which is another thing than not there.
+    #[serde(deserialize_with = "present")]
     backend: Option<Value>,
+}
+
+fn present<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(value).map(Some)
 }
 
 impl Default for Raw {
@@ -244,8 +250,11 @@ fn object<T: serde::de::DeserializeOwned>(json: &str) -> Result<T, ConfigError> 
 
 /// As Go decodes: names without case, of several spellings of one name the last counts, null leaves the default.
 fn from_map<T: serde::de::DeserializeOwned>(map: Map<String, Value>, context: &str) -> Result<T, ConfigError> {
-    let lower: Map<_, _> =
-        map.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.to_lowercase(), value)).collect();
+    let lower: Map<_, _> = map
+        .into_iter()
+        .map(|(key, value)| (key.to_lowercase(), value))
+        .filter(|(key, value)| key == "backend" || !value.is_null())
+        .collect();
     serde_json::from_value(Value::Object(lower)).map_err(|error| ConfigError::Value(format!("{context}{error}")))
 }
 

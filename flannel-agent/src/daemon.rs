@@ -12,7 +12,6 @@ use std::{
 };
 
 use flannel_common::{maps::Config, vxlan::Vni};
-use ipnet::Ipv4Net;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -28,11 +27,11 @@ use crate::{
     config::NetworkConfig,
     dataplane::{self, Capacity, Dataplane, DataplaneError, Hook, PinDirectory},
     device::{
-        self, DeviceError, DeviceEvent, Netlink,
+        self, Changed, DeviceError, DeviceEvent, Netlink,
         external::{External, SelectError},
         vxlan::VxlanDevice,
     },
-    lease::{Peer, PeerChange, Peers},
+    lease::{LeaseKey, Peer, PeerChange, Peers},
     registry::{
         Entry, LeaseRequest, OwnLease, Update,
         etcd::{Registry, RegistryError},
@@ -55,6 +54,14 @@ pub enum DaemonError {
     /// A capability is missing.
     #[error("the capability {0} is missing; run as root, or with CAP_BPF and CAP_NET_ADMIN")]
     Capability(caps::Capability),
+    /// The kernel is too old for the programs.
+    #[error("this kernel is {found}; {needed} is needed")]
+    Kernel {
+        /// Its release.
+        found: String,
+        /// The oldest with `BPF_F_ADJ_ROOM_ENCAP_L2_ETH`, which is only refused when a packet comes.
+        needed: &'static str,
+    },
     /// The process' own capabilities can't be read.
     #[error("read the capabilities of this process: {0}")]
     Capabilities(#[from] caps::errors::CapsError),
@@ -95,11 +102,12 @@ impl DaemonError {
         const BAD_CONFIGURATION: u8 = 78;
         match self {
             Self::Capability(_)
+            | Self::Kernel { .. }
             | Self::Interface(SelectError::NoMatch(_))
             | Self::Dataplane(
                 DataplaneError::NotBpffs { .. } | DataplaneError::Load(_) | DataplaneError::Program { .. },
             ) => HOST_LACKS,
-            Self::Registry(RegistryError::File { .. }) => BAD_CONFIGURATION,
+            Self::Registry(RegistryError::File { .. } | RegistryError::PlainEndpoints) => BAD_CONFIGURATION,
             _ => FAILED,
         }
     }
@@ -112,6 +120,7 @@ impl DaemonError {
 pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     let mut shutdown = Shutdown::listen()?;
     require_capabilities()?;
+    require_kernel()?;
     dataplane::require_bpffs(&cli.bpf_pin_dir)?;
     let (netlink, device_events, _connection) = Netlink::open()?;
 
@@ -153,6 +162,21 @@ fn require_capabilities() -> Result<(), DaemonError> {
     Ok(())
 }
 
+fn require_kernel() -> Result<(), DaemonError> {
+    let found = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+    // Where the version can't be told, the programs will be.
+    match version(&found) {
+        Some(version) if version < (5, 13) => Err(DaemonError::Kernel { found, needed: "5.13" }),
+        _ => Ok(()),
+    }
+}
+
+/// Major and minor number of a kernel release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
 /// What is known once the lease is held.
 struct Prepared {
     registry: Registry,
@@ -160,6 +184,8 @@ struct Prepared {
     external: External,
     device: VxlanDevice,
     lease: OwnLease,
+    /// The lease table as it was right after.
+    entries: Vec<Entry>,
 }
 
 /// Waits for network config and lease. Touches nothing on the host.
@@ -185,26 +211,27 @@ async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, DaemonError> 
     };
     let lease = retry::until_ok(async || registry.acquire(&network, &request).await, RegistryError::is_final).await?;
     info!("lease {} of {}", lease.key.subnet, network.network);
-    Ok(Prepared { registry, network, external, device, lease })
+    let (entries, _) = retry::until_ok(async || registry.leases().await, RegistryError::is_final).await?;
+    Ok(Prepared { registry, network, external, device, lease, entries })
 }
 
-/// Makes everything, and undoes it where that fails half-way and nothing was there before.
+/// Makes everything. Where that fails half-way, what was not there before is taken away again.
 async fn set_up(cli: &Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent, DaemonError> {
     let vni = prepared.network.backend.vni;
-    let was_there = PinDirectory::new(&cli.bpf_pin_dir, vni).exists()
-        || netlink.link_by_name(&prepared.device.name).await?.is_some();
+    let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
+    let had_device = netlink.link_by_name(&prepared.device.name).await?.is_some();
     let result = make(cli, netlink.clone(), prepared).await;
-    if result.is_err()
-        && !was_there
-        && let Err(error) = cleanup::remove_datapath(cli, &netlink, vni).await
-    {
-        warn!("what was made before the failure could not be removed: {error}");
+    if result.is_err() {
+        let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;
+        if let Err(error) = undone {
+            warn!("what was made before the failure could not be removed: {error}");
+        }
     }
     result
 }
 
 async fn make(cli: &Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent, DaemonError> {
-    let Prepared { mut registry, network, external, device, lease } = prepared;
+    let Prepared { registry, network, external, device, lease, entries } = prepared;
     let subnet = lease.key.subnet;
     let config = Config {
         network: network.network.network().to_bits(),
@@ -220,8 +247,13 @@ async fn make(cli: &Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent, 
         vtep_mac: lease.vtep_mac.0,
         source_ports: device::local_ports(),
     };
-    let endpoint =
-        Endpoint { external: external.clone(), port: device.port, vni: device.vni, vtep_mac: lease.vtep_mac };
+    let endpoint = Endpoint {
+        external: external.clone(),
+        port: device.port,
+        vni: device.vni,
+        vtep_mac: lease.vtep_mac,
+        overlay: 0,
+    };
 
     let pins = PinDirectory::new(&cli.bpf_pin_dir, device.vni);
     let dataplane = Dataplane::load(pins, &config, Capacity::of(&network), cli.bpf_log_level)?;
@@ -230,25 +262,30 @@ async fn make(cli: &Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent, 
         dataplane,
         underlay: Underlay::new(endpoint),
         peers: Peers::default(),
-        own: lease.key.subnet,
+        own: lease.key,
         public_ip: external.public_ip,
         renewal: tokio::spawn(std::future::pending()),
         updates: mpsc::channel(1).1,
     };
     // Peers before programs: none that is attached may meet empty maps.
-    let (entries, _) = registry.leases().await?;
     agent.take_snapshot(&entries);
-    agent.compare(DeviceEvent::Topology).await?;
+    agent.compare(Changed::Topology).await?;
 
     device::enable_forwarding()?;
     let link = agent.netlink.ensure_vxlan(&device, lease.vtep_mac.0).await?;
+    agent.underlay.set_overlay(link.index);
     agent.dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
     agent.dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
     agent.dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+    agent.dataplane.discard_other_versions()?;
     agent.netlink.ensure_address(&link, network.network, subnet.network()).await?;
     agent.netlink.ensure_route(&link, &device, network.network).await?;
     let env = SubnetEnv { network: network.network, subnet, mtu: device.mtu, ip_masq: false };
     env.write(&cli.subnet_file())?;
+    // Last: until here a host of flannel's could go on as it was.
+    if let Err(error) = agent.netlink.sweep(&link, network.network).await {
+        warn!("{error}");
+    }
     info!("{} carries {subnet} to {} peers", link.name, agent.dataplane.peers.len());
 
     let (updates, receiver) = mpsc::channel(1024);
@@ -264,7 +301,7 @@ struct Agent {
     dataplane: Dataplane,
     underlay: Underlay,
     peers: Peers,
-    own: Ipv4Net,
+    own: LeaseKey,
     public_ip: Ipv4Addr,
     /// Ends when the lease is lost.
     renewal: JoinHandle<()>,
@@ -306,21 +343,20 @@ impl Agent {
                         warn!("Lease has been revoked. Shutting down daemon.");
                         return Ok(());
                     }
-                    if let Err(error) = self.underlay.look_up(&self.netlink, &self.peers).await {
-                        warn!("{error}");
-                    }
+                    self.underlay.look_up(&self.netlink, &self.peers).await;
                     self.write_peers();
                 }
-                Some(event) = device_events.recv() => {
-                    if pending != Some(DeviceEvent::Topology) {
-                        pending = Some(event);
+                Some(DeviceEvent { kind, ifindex }) = device_events.recv() => {
+                    let event = Some(kind).filter(|_| ifindex.is_none_or(|index| self.underlay.depends_on(index)));
+                    if pending != Some(Changed::Topology) {
+                        pending = event.or(pending);
                     }
                 }
                 () = sleep_until(not_before), if pending.is_some() => {
-                    self.compare_or_say(pending.take().unwrap_or(DeviceEvent::Topology)).await;
+                    self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await;
                     not_before = Instant::now() + SETTLE_TIME;
                 }
-                _ = compare.tick() => self.compare_or_say(DeviceEvent::Topology).await,
+                _ = compare.tick() => self.compare_or_say(Changed::Topology).await,
             }
         }
     }
@@ -332,7 +368,7 @@ impl Agent {
             let standing = match update {
                 Update::Snapshot(entries) => self.take_snapshot(&entries),
                 Update::Set(entry) => self.take_entry(&entry),
-                Update::Removed(key) if key.subnet == self.own => Standing::Lost,
+                Update::Removed(key) if key == self.own => Standing::Lost,
                 Update::Removed(key) => {
                     self.apply(PeerChange::Remove(key.subnet));
                     Standing::Held
@@ -352,12 +388,12 @@ impl Agent {
         for change in self.peers.replace(peers) {
             debug!("{change:?}");
         }
-        let is_own = |entry: &Entry| entry.key.subnet == self.own && entry.attributes.public_ip == self.public_ip;
+        let is_own = |entry: &Entry| entry.key == self.own && entry.attributes.public_ip == self.public_ip;
         if entries.iter().any(is_own) { Standing::Held } else { Standing::Lost }
     }
 
     fn take_entry(&mut self, entry: &Entry) -> Standing {
-        if entry.key.subnet == self.own {
+        if entry.key == self.own {
             let is_own = entry.attributes.public_ip == self.public_ip;
             return if is_own { Standing::Held } else { Standing::Lost };
         }
@@ -376,20 +412,20 @@ impl Agent {
 
     /// The host to encapsulate to for an entry, unless it is this one or none of our kind.
     fn peer_of(&self, entry: &Entry) -> Option<Peer> {
-        if entry.key.subnet == self.own || entry.attributes.public_ip == self.public_ip {
+        if entry.key == self.own || entry.attributes.public_ip == self.public_ip {
             return None;
         }
         entry.peer().inspect_err(|error| warn!("the lease {} is passed over: {error}", entry.key)).ok()
     }
 
-    async fn compare_or_say(&mut self, event: DeviceEvent) {
+    async fn compare_or_say(&mut self, event: Changed) {
         if let Err(error) = self.compare(event).await {
             warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
         }
     }
 
     /// Brings the maps to what lease table and kernel say now.
-    async fn compare(&mut self, event: DeviceEvent) -> Result<(), DaemonError> {
+    async fn compare(&mut self, event: Changed) -> Result<(), DaemonError> {
         self.underlay.refresh(&self.netlink, &self.peers, event).await?;
         self.dataplane.peers.sync(&self.underlay.desired(&self.peers))?;
         Ok(())
@@ -486,5 +522,18 @@ impl Lock {
     /// The file behind it.
     pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
         run_dir.join(format!("flannel.{vni}.lock"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_releases_are_compared_by_number() {
+        assert_eq!(version("6.18.44-fc-v595"), Some((6, 18)));
+        assert_eq!(version("5.10.0-8-amd64"), Some((5, 10)));
+        assert_eq!(version(""), None);
+        assert!(version("5.9.1") < Some((5, 13)));
     }
 }

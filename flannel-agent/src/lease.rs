@@ -169,6 +169,9 @@ pub enum InvalidLease {
     /// A MAC that no device can have.
     #[error("{0:?} is not a unicast MAC address")]
     Mac(String),
+    /// An address that no host can have.
+    #[error("its PublicIP {0} is no host's")]
+    PublicIp(Ipv4Addr),
     /// A host with another backend.
     #[error("its backend is {0:?}, not vxlan")]
     Backend(String),

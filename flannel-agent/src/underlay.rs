@@ -15,7 +15,7 @@ use tracing::warn;
 
 use crate::{
     dataplane::DesiredPeers,
-    device::{DeviceError, DeviceEvent, Netlink, external::External, next_hop::NextHop},
+    device::{Changed, DeviceError, Netlink, external::External, next_hop::NextHop},
     lease::{MacAddress, Peer, Peers},
 };
 
@@ -30,76 +30,108 @@ pub struct Endpoint {
     pub vni: Vni,
     /// MAC of this host's vxlan device.
     pub vtep_mac: MacAddress,
+    /// Number of this host's vxlan device; 0 before it is made.
+    pub overlay: u32,
 }
 
 /// What the kernel says of the ways to the peers.
 pub struct Underlay {
     endpoint: Endpoint,
-    next_hops: HashMap<Ipv4Addr, NextHop>,
+    /// MAC of each link; [`None`] for one without link-layer header.
+    links: HashMap<u32, Option<Mac>>,
+    /// [`None`] for a peer that the underlay has no way to.
+    next_hops: HashMap<Ipv4Addr, Option<NextHop>>,
     neighbours: HashMap<NextHop, Mac>,
-    unreachable: BTreeSet<Ipv4Addr>,
+    /// What was said of peers without a way, so that it is said once.
+    complaints: HashMap<Ipv4Addr, String>,
 }
 
 impl Underlay {
     /// Knows nothing yet.
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, next_hops: HashMap::new(), neighbours: HashMap::new(), unreachable: BTreeSet::new() }
+        Self {
+            endpoint,
+            links: HashMap::new(),
+            next_hops: HashMap::new(),
+            neighbours: HashMap::new(),
+            complaints: HashMap::new(),
+        }
     }
 
-    /// Asks the kernel for what is not known of these peers.
-    ///
-    /// # Errors
-    /// [`DeviceError::Call`].
-    pub async fn look_up(&mut self, netlink: &Netlink, peers: &Peers) -> Result<(), DeviceError> {
+    /// Takes note of the number of this host's vxlan device.
+    pub const fn set_overlay(&mut self, ifindex: u32) {
+        self.endpoint.overlay = ifindex;
+    }
+
+    /// Whether something that happens on a link can matter for the ways to the peers.
+    pub fn depends_on(&self, ifindex: u32) -> bool {
+        let Endpoint { external, overlay, .. } = &self.endpoint;
+        ifindex == external.link.index
+            || ifindex == *overlay
+            || self.next_hops.values().flatten().any(|next_hop| next_hop.ifindex == ifindex)
+    }
+
+    /// Asks the kernel for what is not known of these peers. One that it has no way to costs only itself.
+    pub async fn look_up(&mut self, netlink: &Netlink, peers: &Peers) {
         let wanted: BTreeSet<Ipv4Addr> = peers.iter().map(|(_, peer)| peer.public_ip).collect();
         self.next_hops.retain(|address, _| wanted.contains(address));
-        self.unreachable.retain(|address| wanted.contains(address));
+        self.complaints.retain(|address, _| wanted.contains(address));
         for address in wanted {
             if self.next_hops.contains_key(&address) {
                 continue;
             }
-            match netlink.next_hop(address, self.endpoint.external.link.index).await? {
-                Some(next_hop) => {
-                    self.unreachable.remove(&address);
-                    self.next_hops.insert(address, next_hop);
+            let next_hop = match netlink.next_hop(address, self.endpoint.external.address).await {
+                Ok(next_hop) if next_hop.ifindex != self.endpoint.overlay => {
+                    self.complaints.remove(&address);
+                    Some(next_hop)
                 }
-                None if self.unreachable.insert(address) => {
-                    warn!("{} has no route to the peer {address}", self.endpoint.external.link.name);
-                }
-                None => {}
-            }
+                Ok(_) => self.complain(address, "its route leads into the overlay itself".to_owned()),
+                Err(error) => self.complain(address, error.to_string()),
+            };
+            self.next_hops.insert(address, next_hop);
         }
-        Ok(())
+    }
+
+    fn complain(&mut self, address: Ipv4Addr, reason: String) -> Option<NextHop> {
+        if self.complaints.get(&address) != Some(&reason) {
+            warn!("nothing can be sent to the peer {address}: {reason}");
+            self.complaints.insert(address, reason);
+        }
+        None
     }
 
     /// Asks anew for what may have changed.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn refresh(&mut self, netlink: &Netlink, peers: &Peers, event: DeviceEvent) -> Result<(), DeviceError> {
+    pub async fn refresh(&mut self, netlink: &Netlink, peers: &Peers, event: Changed) -> Result<(), DeviceError> {
         self.neighbours = netlink.neighbours().await?;
-        if event == DeviceEvent::Topology {
+        if event == Changed::Topology {
+            self.links = netlink.links().await?.into_iter().map(|link| (link.index, link.mac)).collect();
             self.next_hops.clear();
         }
-        self.look_up(netlink, peers).await
+        self.look_up(netlink, peers).await;
+        Ok(())
     }
 
-    /// What the maps should say. Peers without a way are left out.
+    /// What the maps should say. A peer without a way stays in them: what comes from it is still its own.
     pub fn desired(&self, peers: &Peers) -> DesiredPeers {
-        peers.iter().filter_map(|(subnet, peer)| Some((*subnet, self.vtep(peer)?))).collect()
+        peers.iter().map(|(subnet, peer)| (*subnet, self.vtep(peer))).collect()
     }
 
-    fn vtep(&self, peer: &Peer) -> Option<Vtep> {
-        let Endpoint { external, port, vni, vtep_mac } = &self.endpoint;
-        let next_hop = *self.next_hops.get(&peer.public_ip)?;
-        // A device without a link-layer header needs no MAC: the header's is stripped on the way to it.
-        let next_hop_mac = match external.link.mac {
-            Some(_) => self.neighbours.get(&next_hop).copied(),
-            None => Some(Mac::default()),
+    fn vtep(&self, peer: &Peer) -> Vtep {
+        let Endpoint { external, port, vni, vtep_mac, overlay: _ } = &self.endpoint;
+        let next_hop = self.next_hops.get(&peer.public_ip).copied().flatten();
+        let device_mac = next_hop.and_then(|next_hop| self.links.get(&next_hop.ifindex).copied()).flatten();
+        let next_hop_mac = match (next_hop, device_mac) {
+            (Some(next_hop), Some(_)) => self.neighbours.get(&next_hop).copied(),
+            // A device without a link-layer header needs no MAC: the header's is stripped on the way to it.
+            (Some(_), None) => Some(Mac::default()),
+            (None, _) => None,
         };
         let header = OuterHeader::template(&Tunnel {
             next_hop_mac: next_hop_mac.unwrap_or_default(),
-            device_mac: external.link.mac.unwrap_or_default(),
+            device_mac: device_mac.unwrap_or_default(),
             source: external.address.octets(),
             destination: peer.public_ip.octets(),
             port: *port,
@@ -107,12 +139,12 @@ impl Underlay {
             peer_vtep_mac: peer.vtep_mac.0,
             vtep_mac: vtep_mac.0,
         });
-        Some(Vtep {
+        Vtep {
             header,
             address: peer.public_ip.to_bits(),
-            next_hop: next_hop.address.octets(),
-            ifindex: next_hop.ifindex,
+            next_hop: next_hop.map_or([0; 4], |next_hop| next_hop.address.octets()),
+            ifindex: next_hop.map_or(0, |next_hop| next_hop.ifindex),
             flags: if next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 },
-        })
+        }
     }
 }

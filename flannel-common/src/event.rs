@@ -58,6 +58,8 @@ events! {
     EncapTruncated = "encap_truncated", Pass;
     /// to_overlay: no host leases the destination's subnet.
     EncapNoPeer = "encap_no_peer", Pass;
+    /// to_overlay: the underlay has no route to the peer.
+    EncapNoRoute = "encap_no_route", Pass;
     /// to_overlay: larger than the overlay's MTU and not segmentable.
     EncapTooBig = "encap_too_big", Pass;
     /// to_overlay: a tunnel packet that the kernel has still to segment, and can't note a second tunnel on.
@@ -67,8 +69,10 @@ events! {
     /// to_overlay: the outer header could not be written into the room made for it.
     EncapFailed = "encap_failed", Drop;
 
-    /// from_overlay: came out of the tunnel, or is the host's own; on to the host's stack.
+    /// from_overlay: admitted by from_underlay; on to the host's stack.
     Received = "received", Pass;
+    /// from_overlay: came out of the tunnel past from_underlay: by another interface, from a pod, to another address of this host.
+    NotAdmitted = "not_admitted", Drop;
     /// from_overlay: handed on by to_overlay, back from the kernel's vxlan device, and still not to be encapsulated.
     EncapImpossible = "encap_impossible", Drop;
 

@@ -98,7 +98,7 @@ pub struct Vtep {
     pub address: u32,
     /// The underlay's next hop towards it, wire order.
     pub next_hop: [u8; 4],
-    /// The underlay device towards it.
+    /// The underlay device towards it; 0 where there is no route.
     pub ifindex: u32,
     /// [`Vtep::RESOLVED`] or 0.
     pub flags: u32,

@@ -8,7 +8,11 @@ use network_types::{
     vxlan::VxlanHdr,
 };
 
-use crate::{leases::Leases, maps::CONFIG, packet::Packet};
+use crate::{
+    leases::Leases,
+    maps::CONFIG,
+    packet::{Note, Packet},
+};
 
 /// The fragment offset within `Ipv4Hdr::frags` (RFC 791).
 const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
@@ -25,7 +29,12 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let Some(ip) = packet.header::<Ipv4Hdr>(ip_offset) else {
         return Event::NotTunnel;
     };
-    if ip.proto != IpProto::Udp as u8 || u32::from_be_bytes(ip.dst_addr) != config.vtep_address {
+    if ip.proto != IpProto::Udp as u8 {
+        return Event::NotTunnel;
+    }
+    // Whatever it says was not written here.
+    packet.write_note(Note::None);
+    if u32::from_be_bytes(ip.dst_addr) != config.vtep_address {
         return Event::NotTunnel;
     }
     if u16::from_be_bytes(ip.frags) & FRAGMENT_OFFSET_MASK != 0 {
@@ -64,8 +73,10 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let Some(inner) = packet.header::<Ipv4Hdr>(inner_offset + EthHdr::LEN) else {
         return Event::TunnelTruncated;
     };
-    // What it means is meant for this host's own packets.
-    packet.forget_handed_on();
     let outer_source = u32::from_be_bytes(ip.src_addr);
-    admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner)
+    let event = admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner);
+    if event == Event::Admitted {
+        packet.write_note(Note::Admitted);
+    }
+    event
 }

@@ -17,24 +17,27 @@ use network_types::{eth::EthHdr, ip::Ipv4Hdr};
 use crate::{
     leases::Leases,
     maps::CONFIG,
-    packet::{NoRoom, Packet, random_id},
+    packet::{NoRoom, Note, Packet, random_id},
 };
 
 #[inline(always)]
 pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
     let event = try_encapsulate(packet);
     if event.outcome() == Outcome::Pass {
-        packet.mark_handed_on();
+        packet.write_note(Note::HandedOn);
     }
     event
 }
 
 #[inline(always)]
 pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
-    if !packet.was_handed_on() {
+    if packet.has_note(Note::Admitted) {
         return Event::Received;
     }
-    packet.forget_handed_on();
+    if !packet.has_note(Note::HandedOn) {
+        return Event::NotAdmitted;
+    }
+    packet.write_note(Note::None);
     let event = try_encapsulate(packet);
     match event.outcome() {
         // The host's stack would send it to the overlay again and again.
@@ -55,6 +58,9 @@ fn try_encapsulate(packet: &Packet<'_>) -> Event {
     let Some(vtep) = (Leases { config: &config }).peer_of(u32::from_be_bytes(ip.dst_addr)) else {
         return Event::EncapNoPeer;
     };
+    if vtep.ifindex == 0 {
+        return Event::EncapNoRoute;
+    }
     let len = packet.len() - EthHdr::LEN as u32;
     if len > config.mtu && !packet.is_gso() {
         return Event::EncapTooBig;

@@ -1,6 +1,6 @@
 //! The packet: the only place that touches its memory, and that calls helpers which change or redirect it.
 
-use core::ptr;
+use core::{mem::offset_of, ptr};
 
 use aya_ebpf::{
     bindings::{
@@ -24,12 +24,34 @@ use network_types::{
 
 /// `AF_INET`, for `struct bpf_redir_neigh`.
 const AF_INET: u32 = 2;
-/// `PACKET_HOST` (include/uapi/linux/if_packet.h): addressed to this host's device.
-const PACKET_HOST: u32 = 0;
+/// `PACKET_OTHERHOST` (include/uapi/linux/if_packet.h): addressed to another host's MAC.
+const PACKET_OTHERHOST: u32 = 3;
 /// The VLAN id within a tag's control information (IEEE 802.1Q).
 const VLAN_ID_MASK: u32 = 0x0fff;
-/// The value of `tc_index` (16 bits) that no classifier of others is likely to choose.
-const HANDED_ON: u32 = 0xf1a2;
+/// What one program tells another that sees the packet later on this host, in `tc_index`. The field stays with a packet
+/// through reassembly, segmentation and the kernel's vxlan device, and through a veth to other hosts or pods on the same
+/// kernel; so each program writes it before another believes it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Note {
+    /// Nothing.
+    None,
+    /// `to_overlay` left it to the kernel.
+    HandedOn,
+    /// `from_underlay` let it through.
+    Admitted,
+}
+
+impl Note {
+    /// 16 bits that no classifier of others is likely to choose.
+    const fn index(self) -> u32 {
+        match self {
+            Self::None => 0,
+            Self::HandedOn => 0xf1a2,
+            Self::Admitted => 0xf1a3,
+        }
+    }
+}
+
 /// `EALREADY`: `bpf_skb_adjust_room` on a packet that is encapsulated already.
 const EALREADY: i64 = 114;
 
@@ -82,13 +104,14 @@ impl<'a> Packet<'a> {
         self.ctx.skb.protocol() == u32::from(EtherType::Ipv4 as u16)
     }
 
-    /// Whether the kernel would deliver it on the device it was received by: to the device's MAC, and not of a VLAN
-    /// whose packets go to a device of their own. (VLAN id 0 is a priority tag.)
+    /// Whether the kernel would deliver it on the device it was received by: not to another's MAC (it takes unicast IPv4
+    /// from broadcast frames), and not of a VLAN whose packets go to a device of their own. (VLAN id 0 is a priority
+    /// tag.)
     #[inline(always)]
     pub(crate) fn is_for_device(&self) -> bool {
         // SAFETY: the context is valid for the program's run; these fields are readable for TC programs.
         let (packet_type, vlan) = unsafe { ((*self.skb()).pkt_type, (*self.skb()).vlan_tci) };
-        packet_type == PACKET_HOST && vlan & VLAN_ID_MASK == 0
+        packet_type != PACKET_OTHERHOST && vlan & VLAN_ID_MASK == 0
     }
 
     /// Whether the kernel or the device segments it later.
@@ -209,32 +232,26 @@ impl<'a> Packet<'a> {
     /// place of the route, and means nothing to an underlay device.
     #[inline(always)]
     fn forget_route(&self) {
+        // Up to `local_ipv4`, which came with 5.19: older kernels refuse a longer key.
+        const KEY_LEN: u32 = offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
         // SAFETY: an all-zero key is valid.
         let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
-        // SAFETY: the context and the key are valid for the call, with the size given.
-        unsafe { bpf_skb_set_tunnel_key(self.skb(), &raw mut key, size_of::<bpf_tunnel_key>() as u32, 0) };
+        // SAFETY: the context and the key are valid for the call, with a size within the key.
+        unsafe { bpf_skb_set_tunnel_key(self.skb(), &raw mut key, KEY_LEN, 0) };
     }
 
-    /// Notes that `to_overlay` left the packet to the kernel. The field stays with it through segmentation and the
-    /// kernel's vxlan device.
+    /// Leaves a note for a later program, or takes one away.
     #[inline(always)]
-    pub(crate) fn mark_handed_on(&self) {
+    pub(crate) fn write_note(&self, note: Note) {
         // SAFETY: the context is valid; TC programs may write this field.
-        unsafe { (*self.skb()).tc_index = HANDED_ON };
+        unsafe { (*self.skb()).tc_index = note.index() };
     }
 
-    /// Takes that note away. It would stay with the packet through a veth, where hosts or pods share a kernel.
+    /// Whether an earlier program left this note.
     #[inline(always)]
-    pub(crate) fn forget_handed_on(&self) {
-        // SAFETY: as above.
-        unsafe { (*self.skb()).tc_index = 0 };
-    }
-
-    /// Whether `to_overlay` left it to the kernel.
-    #[inline(always)]
-    pub(crate) fn was_handed_on(&self) -> bool {
+    pub(crate) fn has_note(&self, note: Note) -> bool {
         // SAFETY: the context is valid.
-        unsafe { (*self.skb()).tc_index == HANDED_ON }
+        unsafe { (*self.skb()).tc_index == note.index() }
     }
 
     /// A forwarded packet remembers the queue it was received on, and a multi-queue device would send it on the queue

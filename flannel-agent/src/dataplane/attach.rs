@@ -4,12 +4,13 @@ use std::{fs, io};
 
 use aya::{
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        Link as _, LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
-        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program},
+        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
     },
     sys::SyscallError,
 };
+use flannel_common::vxlan::Vni;
 use tracing::debug;
 
 use super::{
@@ -17,10 +18,15 @@ use super::{
     pins::{PinDirectory, failed},
 };
 
-/// Where a filter of ours sits among those of a clsact qdisc. The same place every time, so that a new program
-/// replaces the old one in one step.
+/// Where a filter of ours sits among those of a clsact qdisc.
 const FILTER_PRIORITY: u16 = 1;
-const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0xf1);
+
+/// The same handle for an overlay every time, so that a new program replaces the old one in one step, and no other
+/// overlay's.
+fn filter_handle(vni: Vni) -> TcHandle {
+    const OURS: u32 = 0xf100_0000;
+    (OURS | vni.get()).into()
+}
 
 impl Hook {
     const fn attach_type(self) -> TcAttachType {
@@ -63,7 +69,7 @@ pub(super) fn attach(
             }
             Err(error) if lacks_tcx(&error) => {
                 debug!("no TCX here ({error}); attaching to clsact");
-                attach_filter(program, hook, interface).map_err(refused("attach"))?;
+                attach_filter(program, hook, interface, pins.vni()).map_err(refused("attach"))?;
             }
             Err(error) => return Err(refused("attach")(error)),
         }
@@ -85,18 +91,19 @@ fn swap_pinned(program: &mut SchedClassifier, pin: &std::path::Path) -> bool {
     }
 }
 
-fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str) -> Result<(), ProgramError> {
+fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str, vni: Vni) -> Result<(), ProgramError> {
+    let handle = filter_handle(vni);
     // Fails where it is there already, and then attaching works.
     if let Err(error) = qdisc_add_clsact(interface) {
         debug!("clsact on {interface}: {error}");
     }
-    let existing = SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, FILTER_HANDLE, None);
+    let existing = SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, handle, None);
     let replaced = existing.map_err(aya::programs::tc::TcError::IoError)?;
     let id = match program.attach_to_link(replaced) {
         Ok(id) => id,
         Err(error) => {
             debug!("no filter to replace on {interface}: {error}");
-            let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
+            let options = NlOptions { priority: FILTER_PRIORITY, handle, classid: None };
             program.attach_with_options(interface, hook.attach_type(), TcAttachOptions::Netlink(options))?
         }
     };
@@ -105,10 +112,13 @@ fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str) -> 
     Ok(())
 }
 
-/// Removes the filters of kernels without TCX from an interface. Links go with their pins.
-pub fn detach_filters(interface: &str) {
+/// Removes an overlay's filters, as kernels without TCX have them, from an interface. Links go with their pins.
+pub fn detach_filters(interface: &str, vni: Vni) {
     for hook in Hook::ALL {
-        if qdisc_detach_program(interface, hook.attach_type(), hook.program()).is_ok() {
+        let filter =
+            SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, filter_handle(vni), None);
+        // There is none on most interfaces, and nobody to ask but by removing it.
+        if filter.is_ok_and(|filter| filter.detach().is_ok()) {
             debug!("removed the filter {} from {interface}", hook.program());
         }
     }

@@ -1,7 +1,7 @@
 //! The programs and maps in the kernel: the only room that speaks to aya.
 //!
-//! Everything that must outlive the agent is pinned under `<bpf-pin-dir>/<VNI>/v<ABI>/`: maps under their names, TCX
-//! links as `<program>-<ifindex>`. A new agent adopts maps of equal layout with all their peers, and swaps the program
+//! Everything that must outlive the agent is pinned under `<bpf-pin-dir>/<VNI>/`: TCX links as `<program>-<ifindex>`, and
+//! maps under their names in a folder `v<ABI>` for their layout. A new agent adopts maps of equal layout with all their peers, and swaps the program
 //! of each link in one step, so that no packet meets a hook without a program.
 
 mod attach;
@@ -222,6 +222,14 @@ impl Dataplane {
     /// [`DataplaneError`].
     pub fn attach(&mut self, hook: Hook, interface: &str, ifindex: u32) -> Result<(), DataplaneError> {
         attach::attach(program(&mut self.ebpf, hook)?, hook, &self.pins, interface, ifindex)
+    }
+
+    /// Removes what agents with another map layout left, once all programs are attached.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Pin`].
+    pub fn discard_other_versions(&self) -> Result<(), DataplaneError> {
+        self.pins.discard_other_versions()
     }
 
     /// A program, to run it on a packet of one's own.

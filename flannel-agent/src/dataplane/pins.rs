@@ -16,11 +16,14 @@ use tracing::info;
 
 use super::{Capacity, DataplaneError, Hook};
 
-/// The directory of one overlay's pins.
+/// The directory of one overlay's pins. Maps are in a folder for their layout; links are beside those folders, so that
+/// an agent with another layout takes them over instead of attaching a second time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinDirectory {
+    vni: Vni,
     root: PathBuf,
-    path: PathBuf,
+    overlay: PathBuf,
+    maps: PathBuf,
 }
 
 /// How a map must look to be adopted.
@@ -56,35 +59,46 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 5] {
 impl PinDirectory {
     /// The directory of an overlay below the agent's `--bpf-pin-dir`.
     pub fn new(root: &Path, vni: Vni) -> Self {
-        Self { root: root.to_owned(), path: root.join(vni.to_string()).join(format!("v{ABI_VERSION}")) }
+        let overlay = root.join(vni.to_string());
+        Self { vni, root: root.to_owned(), maps: overlay.join(format!("v{ABI_VERSION}")), overlay }
+    }
+
+    pub(super) const fn vni(&self) -> Vni {
+        self.vni
     }
 
     /// Where a map is pinned.
     pub fn map(&self, name: &str) -> PathBuf {
-        self.path.join(name)
+        self.maps.join(name)
     }
 
     /// Where a TCX link is pinned.
     pub(super) fn link(&self, hook: Hook, ifindex: u32) -> PathBuf {
-        self.path.join(format!("{}-{ifindex}", hook.program()))
+        self.overlay.join(format!("{}-{ifindex}", hook.program()))
     }
 
     /// The pinned links of a hook.
     pub(super) fn links(&self, hook: Hook) -> Result<Vec<PathBuf>, DataplaneError> {
-        let prefix = format!("{}-", hook.program());
-        let entries = fs::read_dir(&self.path).map_err(failed("list", &self.path))?;
-        let names = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
-        Ok(names.map(|entry| entry.path()).collect())
+        links(&self.overlay, hook)
     }
 
     /// Whether an earlier agent left something.
     pub fn exists(&self) -> bool {
-        self.path.exists()
+        self.overlay.exists()
     }
 
     pub(super) fn create(&self) -> Result<(), DataplaneError> {
         require_bpffs(&self.root)?;
-        fs::create_dir_all(&self.path).map_err(failed("create", &self.path))
+        fs::create_dir_all(&self.maps).map_err(failed("create", &self.maps))
+    }
+
+    /// Removes maps of other versions, which no attached program uses any more.
+    pub(super) fn discard_other_versions(&self) -> Result<(), DataplaneError> {
+        for version in versions(&self.overlay).into_iter().filter(|version| *version != self.maps) {
+            info!("{} is of another version and no longer used", version.display());
+            fs::remove_dir_all(&version).map_err(failed("remove", &version))?;
+        }
+        Ok(())
     }
 
     /// Unpins maps of another layout: the kernel would hand them to programs that take them for something else. The
@@ -135,6 +149,14 @@ pub fn pinned_vnis(root: &Path) -> Vec<Vni> {
 /// [`DataplaneError::Pin`].
 pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
     let overlay = root.join(vni.to_string());
+    if !overlay.exists() {
+        return Ok(());
+    }
+    for hook in Hook::ALL {
+        for link in links(&overlay, hook)? {
+            fs::remove_file(&link).map_err(failed("unpin", &link))?;
+        }
+    }
     for version in versions(&overlay) {
         fs::remove_dir_all(&version).map_err(failed("remove", &version))?;
     }
@@ -143,6 +165,13 @@ pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
         let _kept = fs::remove_dir(directory);
     }
     Ok(())
+}
+
+fn links(overlay: &Path, hook: Hook) -> Result<Vec<PathBuf>, DataplaneError> {
+    let prefix = format!("{}-", hook.program());
+    let entries = fs::read_dir(overlay).map_err(failed("list", overlay))?;
+    let names = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
+    Ok(names.map(|entry| entry.path()).collect())
 }
 
 fn versions(overlay: &Path) -> Vec<PathBuf> {

@@ -71,8 +71,10 @@ impl Netlink {
             .into_iter()
             .find(|link| link.index == index)
             .ok_or_else(|| SelectError::NoMatch(format!("link {index} is gone")))?;
-        let address = choice
-            .address
+        // The published address is the tunnel's wherever it is one of this host's: peers know no other.
+        let published = selection.public_ip.filter(|ip| addresses.iter().any(|(_, address)| address == ip));
+        let address = published
+            .or(choice.address)
             .or_else(|| addresses.iter().find(|(owner, _)| *owner == index).map(|(_, address)| *address))
             .ok_or_else(|| {
                 SelectError::NoMatch(format!("{} has no IPv4 address; give it one or use --iface", link.name))

@@ -65,13 +65,39 @@ impl DeviceError {
     }
 }
 
-/// Something that the agent's view of the kernel may depend on has changed.
+/// What has changed in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceEvent {
+pub enum Changed {
     /// A neighbour: a next hop's MAC may be known, changed or unsure now.
     Neighbour,
     /// A route, an address or a link: next hops may be others.
     Topology,
+}
+
+/// A change that the agent's view of the kernel may depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceEvent {
+    /// Of what kind.
+    pub kind: Changed,
+    /// The link that it happened on, where it is one's.
+    pub ifindex: Option<u32>,
+}
+
+impl DeviceEvent {
+    fn of(message: &RouteNetlinkMessage) -> Self {
+        use RouteNetlinkMessage as Message;
+        let (kind, ifindex) = match message {
+            Message::NewNeighbour(entry) | Message::DelNeighbour(entry) => {
+                (Changed::Neighbour, Some(entry.header.ifindex))
+            }
+            Message::NewLink(link) | Message::DelLink(link) => (Changed::Topology, Some(link.header.index)),
+            Message::NewAddress(address) | Message::DelAddress(address) => {
+                (Changed::Topology, Some(address.header.index))
+            }
+            _ => (Changed::Topology, None),
+        };
+        Self { kind, ifindex }
+    }
 }
 
 /// A link as the agent needs it.
@@ -111,8 +137,7 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// Opens a netlink socket that also hears of changes. Events are merged: one that is not taken yet stands for all
-    /// later ones of its kind.
+    /// Opens a netlink socket that also hears of changes.
     ///
     /// # Errors
     /// [`DeviceError::Socket`].
@@ -120,19 +145,13 @@ impl Netlink {
         let groups =
             [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Ifaddr];
         let (connection, handle, mut messages) = new_multicast_connection(&groups).map_err(DeviceError::Socket)?;
-        // One slot a kind would do; a full queue only says what the receiver is about to look at anyway.
-        let (sender, receiver) = mpsc::channel(16);
+        let (sender, receiver) = mpsc::channel(1024);
         let connection = tokio::spawn(async move {
             let forward = async {
                 while let Some((message, _)) = messages.next().await {
                     if let NetlinkPayload::InnerMessage(message) = message.payload {
-                        let event = match message {
-                            RouteNetlinkMessage::NewNeighbour(_) | RouteNetlinkMessage::DelNeighbour(_) => {
-                                DeviceEvent::Neighbour
-                            }
-                            _ => DeviceEvent::Topology,
-                        };
-                        let _merged = sender.try_send(event);
+                        // Where the queue is full, the periodic comparison makes up for it.
+                        let _lost = sender.try_send(DeviceEvent::of(&message));
                     }
                 }
             };

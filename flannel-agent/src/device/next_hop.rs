@@ -14,7 +14,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{RouteAddress, RouteAttribute},
+        route::{RouteAddress, RouteAttribute, RouteType},
     },
 };
 
@@ -30,31 +30,33 @@ pub struct NextHop {
 }
 
 impl Netlink {
-    /// The next hop towards `destination` through the underlay device, as the kernel's vxlan device bound to it would
-    /// choose it (`vxlan_get_route`). [`None`] where the underlay has no way.
+    /// The next hop towards `destination` from this VTEP address, as the kernel's vxlan device would choose it for a
+    /// forwarding entry of flannel's, which names no interface (`vxlan_get_route`).
     ///
     /// # Errors
-    /// [`DeviceError::Call`].
-    pub async fn next_hop(&self, destination: Ipv4Addr, underlay: u32) -> Result<Option<NextHop>, DeviceError> {
+    /// [`DeviceError::Call`] where the kernel has no way, [`DeviceError::Unexpected`] for one that is not followed here.
+    pub async fn next_hop(&self, destination: Ipv4Addr, source: Ipv4Addr) -> Result<NextHop, DeviceError> {
+        const CALL: &str = "look up the route to";
         let request = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(destination, 32)
-            .output_interface(underlay)
+            .source_prefix(source, 32)
             .build();
-        let route = match self.handle.route().get(request).execute().try_next().await {
-            Ok(Some(route)) => route,
-            Ok(None) => return Ok(None),
-            Err(rtnetlink::Error::NetlinkError(error))
-                if matches!(-error.raw_code(), nix::libc::ENETUNREACH | nix::libc::EHOSTUNREACH) =>
-            {
-                return Ok(None);
-            }
-            Err(error) => return Err(DeviceError::call("look up the route to", destination)(error)),
-        };
+        let route = self.handle.route().get(request).execute().try_next().await;
+        let route = route.map_err(DeviceError::call(CALL, destination))?;
+        let route = route.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no answer")))?;
+        if route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Via(_))) {
+            return Err(DeviceError::Unexpected(format!("{destination} is behind an IPv6 next hop: not supported")));
+        }
+        if route.header.kind != RouteType::Unicast {
+            return Err(DeviceError::Unexpected(format!("{destination} is no other host's address")));
+        }
         let gateway = route.attributes.iter().find_map(|attribute| match attribute {
             RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(*address),
             _ => None,
         });
-        Ok(output_interface(&route).map(|ifindex| NextHop { ifindex, address: gateway.unwrap_or(destination) }))
+        let ifindex = output_interface(&route);
+        let ifindex = ifindex.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no interface")))?;
+        Ok(NextHop { ifindex, address: gateway.unwrap_or(destination) })
     }
 
     /// The MACs of next hops that the kernel holds for valid and confirmed, or is confirming.

@@ -201,8 +201,7 @@ impl Netlink {
     }
 
     /// Routes the Network into the device through the one next hop with its one neighbour, and has the kernel send what
-    /// is addressed to that neighbour's MAC, and not encapsulated by the programs, back to this host's own device. Then
-    /// removes what a flannel that ran here before left for each of its peers.
+    /// is addressed to that neighbour's MAC, and not encapsulated by the programs, back to this host's own device.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
@@ -230,45 +229,88 @@ impl Netlink {
             .replace()
             .execute()
             .await
-            .map_err(DeviceError::call("route into", &link.name))?;
-        self.sweep_routes(link, network).await?;
-        self.sweep_neighbours(link).await
+            .map_err(DeviceError::call("route into", &link.name))
     }
 
-    async fn sweep_routes(&self, link: &Link, network: Ipv4Net) -> Result<(), DeviceError> {
+    /// Removes the route through the one next hop, and that next hop, from a device that stays.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`] where the kernel does not list them.
+    pub async fn remove_route(&self, name: &str, ifindex: u32) -> Result<(), DeviceError> {
+        let has_next_hop =
+            |route: &RouteMessage| route.attributes.contains(&RouteAttribute::Gateway(RouteAddress::Inet(NEXT_HOP)));
+        self.remove_routes(name, ifindex, has_next_hop).await?;
+        self.remove_neighbours(name, ifindex, |entry| is_next_hop(entry)).await
+    }
+
+    /// Removes what else leads into the device: a former configuration's route, and what a flannel that ran here before
+    /// made for each of its peers. What can't be removed is said and left.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`] where the kernel does not list them.
+    pub async fn sweep(&self, link: &Link, network: Ipv4Net) -> Result<(), DeviceError> {
+        let is_other = |route: &RouteMessage| {
+            let has = |wanted: RouteAttribute| route.attributes.contains(&wanted);
+            let is_ours = route.header.destination_prefix_length == network.prefix_len()
+                && has(RouteAttribute::Destination(RouteAddress::Inet(network.network())))
+                && has(RouteAttribute::Gateway(RouteAddress::Inet(NEXT_HOP)));
+            !is_ours
+        };
+        self.remove_routes(&link.name, link.index, is_other).await?;
+        self.remove_neighbours(&link.name, link.index, |entry| !is_next_hop(entry)).await
+    }
+
+    /// Removes routes with a gateway into a device.
+    async fn remove_routes(
+        &self,
+        name: &str,
+        ifindex: u32,
+        is_unwanted: impl Fn(&RouteMessage) -> bool,
+    ) -> Result<(), DeviceError> {
         let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
         let routes: Vec<RouteMessage> = dump.try_collect().await.map_err(DeviceError::call("list", "routes"))?;
         for route in routes {
-            let has = |wanted: RouteAttribute| route.attributes.contains(&wanted);
-            let is_ours = route.header.destination_prefix_length == network.prefix_len()
-                && has(RouteAttribute::Gateway(RouteAddress::Inet(NEXT_HOP)));
             let has_gateway = route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)));
-            let in_main = route.header.table == RouteHeader::RT_TABLE_MAIN;
-            if in_main && has_gateway && has(RouteAttribute::Oif(link.index)) && !is_ours {
-                let removal = self.handle.route().del(route).execute().await;
-                removal.map_err(DeviceError::call("remove an old route into", &link.name))?;
+            let leads_there = has_gateway && route.attributes.contains(&RouteAttribute::Oif(ifindex));
+            if leads_there
+                && route.header.table == RouteHeader::RT_TABLE_MAIN
+                && is_unwanted(&route)
+                && let Err(error) = self.handle.route().del(route).execute().await
+            {
+                warn!("a route into {name} stays: {error}");
             }
         }
         Ok(())
     }
 
-    async fn sweep_neighbours(&self, link: &Link) -> Result<(), DeviceError> {
+    /// Removes neighbours and forwarding entries that name a destination.
+    async fn remove_neighbours(
+        &self,
+        name: &str,
+        ifindex: u32,
+        is_unwanted: impl Fn(&NeighbourMessage) -> bool,
+    ) -> Result<(), DeviceError> {
         for family in [AddressFamily::Inet, AddressFamily::Bridge] {
             let dump = self.handle.neighbours().get().set_address_family(family).execute();
             let entries: Vec<NeighbourMessage> =
                 dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
-            for entry in entries.into_iter().filter(|entry| entry.header.ifindex == link.index) {
+            for entry in entries.into_iter().filter(|entry| entry.header.ifindex == ifindex) {
                 let has_destination =
                     entry.attributes.iter().any(|attribute| matches!(attribute, NeighbourAttribute::Destination(_)));
-                let is_ours = entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.0.to_vec()));
-                if has_destination && !is_ours {
-                    let removal = self.handle.neighbours().del(entry).execute().await;
-                    removal.map_err(DeviceError::call("remove an old neighbour of", &link.name))?;
+                if has_destination
+                    && is_unwanted(&entry)
+                    && let Err(error) = self.handle.neighbours().del(entry).execute().await
+                {
+                    warn!("a neighbour of {name} stays: {error}");
                 }
             }
         }
         Ok(())
     }
+}
+
+fn is_next_hop(entry: &NeighbourMessage) -> bool {
+    entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.0.to_vec()))
 }
 
 fn overlay_route(link: &Link, network: Ipv4Net) -> RouteMessage {

@@ -22,7 +22,8 @@ use crate::{
 
 /// For how long one request may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a connection without traffic is tested, and how long that may take.
+/// How often a connection with a watch on it is tested, and how long that may take. Idle ones are not: etcd takes that
+/// for abuse and closes them.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 /// How often an acquisition that lost a race begins again before it is given back to the caller's back-off.
 const ACQUIRE_TRIES: usize = 10;
@@ -53,6 +54,9 @@ pub enum RegistryError {
         /// Why.
         source: io::Error,
     },
+    /// Certificates for connections that have none.
+    #[error("TLS files are given, but no endpoint is https://; change --etcd-endpoints, or drop the files")]
+    PlainEndpoints,
     /// etcd refused, or did not answer.
     #[error("etcd at {endpoints}: {call}: {cause}")]
     Call {
@@ -87,7 +91,7 @@ pub enum RegistryError {
 impl RegistryError {
     /// Whether trying again can't help.
     pub const fn is_final(&self) -> bool {
-        matches!(self, Self::File { .. })
+        matches!(self, Self::File { .. } | Self::PlainEndpoints)
     }
 }
 
@@ -113,7 +117,7 @@ impl Registry {
     /// Checks how etcd is to be reached; asks nothing of it yet.
     ///
     /// # Errors
-    /// [`RegistryError::File`].
+    /// [`RegistryError::File`] or [`RegistryError::PlainEndpoints`].
     pub fn new(options: EtcdOptions) -> Result<Self, RegistryError> {
         tls_options(&options)?;
         Ok(Self { prefix: normalise(&options.prefix), options, client: None })
@@ -127,20 +131,19 @@ impl Registry {
             .with_connect_timeout(REQUEST_TIMEOUT)
             .with_timeout(REQUEST_TIMEOUT)
             .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
-            .with_keep_alive_while_idle(true)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
         // Read anew each time: certificates are renewed.
-        if let Some(tls) = tls_options(&self.options)? {
-            connect = connect.with_tls(tls);
-        }
+        let tls = tls_options(&self.options)?.unwrap_or_default();
         if let Some((name, password)) = &self.options.user {
             connect = connect.with_user(name, password);
         }
         let key = self.config_key();
         let attempts = self.options.endpoints.iter().map(|endpoint| {
-            let (key, connect) = (key.as_str(), connect.clone());
+            let (key, connect, tls) = (key.as_str(), connect.clone(), tls.clone());
             Box::pin(async move {
+                // Per endpoint: the client refuses TLS options for one in clear text.
+                let connect = if endpoint.starts_with("https://") { connect.with_tls(tls) } else { connect };
                 let mut client = Client::connect([endpoint], Some(connect)).await?;
                 // Without user and password, connecting asks nothing of the server.
                 client.get(key, Some(GetOptions::new().with_count_only())).await?;
@@ -413,8 +416,12 @@ fn tls_options(options: &EtcdOptions) -> Result<Option<TlsOptions>, RegistryErro
         tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
     }
     let is_tls = |endpoint: &String| endpoint.starts_with("https://");
-    let is_wanted = options.ca_file.is_some() || options.identity.is_some() || options.endpoints.iter().any(is_tls);
-    Ok(is_wanted.then_some(tls))
+    match (options.endpoints.iter().any(is_tls), options.ca_file.is_some() || options.identity.is_some()) {
+        (true, _) => Ok(Some(tls)),
+        (false, false) => Ok(None),
+        // flannel would go on in clear text.
+        (false, true) => Err(RegistryError::PlainEndpoints),
+    }
 }
 
 /// The prefix as Go's `path.Join` leaves it: one slash between parts, none at the end.

@@ -4,6 +4,7 @@ pub mod etcd;
 
 use std::{net::Ipv4Addr, time::Duration};
 
+use flannel_common::packet::is_unicast;
 use ipnet::Ipv4Net;
 
 use crate::lease::{InvalidLease, LeaseAttributes, LeaseKey, MacAddress, Peer};
@@ -30,6 +31,9 @@ impl Entry {
     /// [`InvalidLease`] for a host without a VTEP.
     pub fn peer(&self) -> Result<Peer, InvalidLease> {
         let data = self.attributes.vxlan_data()?;
+        if !is_unicast(self.attributes.public_ip.to_bits()) {
+            return Err(InvalidLease::PublicIp(self.attributes.public_ip));
+        }
         Ok(Peer { public_ip: self.attributes.public_ip, vtep_mac: data.vtep_mac })
     }
 }
