@@ -199,16 +199,82 @@ fn lease_value(address: &str, mac: &str) -> String {
 }
 
 #[test]
+fn a_peer_behind_a_gateway_is_reached() {
+    let mut world = World::new(2);
+    let underlay = &world.lab.underlay;
+    underlay.ip("address add 192.168.65.254/24 dev br0").unwrap();
+    underlay.exec("sysctl -qw net.ipv4.ip_forward=1").unwrap();
+    let two = &world.hosts[1].netns;
+    two.ip("address flush dev eth0").unwrap();
+    two.ip("address add 192.168.65.2/24 dev eth0").unwrap();
+    two.ip("route add default via 192.168.65.254").unwrap();
+    for host in 0..2 {
+        world.start(host, &[]);
+    }
+    for host in &mut world.hosts {
+        host.wait_ready().unwrap();
+        host.add_pod().unwrap();
+    }
+    world.wait_connected(0, 1);
+    let peers = world.store.list(&format!("{PREFIX}/subnets/")).unwrap();
+    assert!(peers.iter().any(|(_, value)| value.contains("192.168.65.2")), "{peers:?}");
+}
+
+#[test]
+fn a_peer_without_a_route_is_named_and_costs_only_itself() {
+    let world = World::with_agents(2);
+    world.hosts[0].netns.ip("route delete default").unwrap();
+    world
+        .store
+        .put(&format!("{PREFIX}/subnets/10.5.99.0-24"), &lease_value("203.0.113.9", "0a:00:00:00:00:99"))
+        .unwrap();
+    world.wait_log(0, "nothing can be sent to the peer 203.0.113.9");
+    is_answered(&world.hosts[0].netns, "10.5.99.1");
+    wait_for("the counter", SOON, || world.counter(0, "encap_no_route") > 0).unwrap();
+    world.wait_connected(0, 1);
+    // A route that comes is noticed.
+    world.hosts[0].netns.ip("route add default via 192.168.64.254").unwrap();
+    wait_for("the route", SOON, || {
+        let before = world.counter(0, "encap_no_route");
+        is_answered(&world.hosts[0].netns, "10.5.99.1");
+        world.counter(0, "encap_no_route") == before
+    })
+    .unwrap();
+}
+
+#[test]
+fn tunnel_packets_past_the_admission_do_not_get_in() {
+    let mut world = World::with_agents(1);
+    let intruder = world.lab.host("intruder", 66).unwrap();
+    world.hosts.push(intruder);
+    // All that admission looks at is right but the address that it is sent to: a second one of the host.
+    let host = &world.hosts[0].netns;
+    host.ip("address add 192.168.64.101/24 dev eth0").unwrap();
+    let mac = host.ip_json("link show flannel.1").unwrap()[0]["address"].as_str().unwrap().to_owned();
+    let kernel = world.hosts[1].become_kernel_vxlan(&world.store, 200).unwrap();
+    world.hosts[1].add_pod_in(&kernel.subnet).unwrap();
+    let subnet = Ipv4Addr::from_bits(world.hosts[0].subnet().unwrap().gateway.to_bits() - 1);
+    let pod = world.hosts[0].pods[0].address.to_string();
+    world.hosts[1].add_kernel_peer(subnet, &mac, [192, 168, 64, 101].into()).unwrap();
+    assert!(!is_answered(&world.hosts[1].pods[0].netns, &pod));
+    assert!(world.counter(0, "not_admitted") > 0);
+    // To the right address it is a peer like any other.
+    world.hosts[1].add_kernel_peer(subnet, &mac, [192, 168, 64, 1].into()).unwrap();
+    wait_for("an answer", SOON, || is_answered(&world.hosts[1].pods[0].netns, &pod)).unwrap();
+}
+
+#[test]
 fn a_bad_entry_costs_only_itself() {
     let world = World::with_agents(2);
     for (key, value) in [
         ("10.5.100.0-24", "not json"),
         ("10.5.101.0-24x", "{}"),
         ("10.5.102.0-32", "{}"),
-        ("10.5.103.0-24", r#"{"PublicIP":"1.2.3.4","BackendType":"host-gw"}"#),
+        ("10.5.103.0-24", &lease_value("0.0.0.1", "0a:00:00:00:00:99")),
+        ("10.5.104.0-24", r#"{"PublicIP":"1.2.3.4","BackendType":"host-gw"}"#),
     ] {
         world.store.put(&format!("{PREFIX}/subnets/{key}"), value).unwrap();
     }
-    world.wait_log(0, "10.5.103.0-24 is passed over");
+    world.wait_log(0, "10.5.104.0-24 is passed over");
     world.wait_connected(0, 1);
 }
