@@ -240,7 +240,7 @@ impl Netlink {
         let has_next_hop =
             |route: &RouteMessage| route.attributes.contains(&RouteAttribute::Gateway(RouteAddress::Inet(NEXT_HOP)));
         self.remove_routes(name, ifindex, has_next_hop).await?;
-        self.remove_neighbours(name, ifindex, |entry| is_next_hop(entry)).await
+        self.remove_neighbours(name, ifindex, is_next_hop).await
     }
 
     /// Removes what else leads into the device: a former configuration's route, and what a flannel that ran here before
