@@ -110,6 +110,50 @@ fn the_same_subnet_is_asked_for_again_when_the_lease_is_lost() {
 }
 
 #[test]
+fn what_somebody_else_breaks_is_made_again() {
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let netns = &world.hosts[0].netns;
+    let state = || {
+        let link = netns.ip("-o link show flannel.1").unwrap_or_default();
+        let link = link.split_once(": ").map(|(_index, rest)| rest.replace(['\\', '\n'], "")).unwrap_or_default();
+        let routes = netns.ip("route show dev flannel.1").unwrap_or_default();
+        let addresses = netns.ip("-4 -o addr show flannel.1").unwrap_or_default();
+        let addresses = addresses.split_once("inet ").map(|(_, rest)| rest.to_owned()).unwrap_or_default();
+        let neighbours = netns.ip("neigh show dev flannel.1").unwrap_or_default();
+        let forwarding = netns.exec("bridge fdb show dev flannel.1").unwrap_or_default();
+        [link, routes, addresses, neighbours, forwarding].join("\n")
+    };
+    let right = state();
+    assert!(right.contains("10.5.0.0/16 via 169.254.1.1"), "{right}");
+    let address = world.lease_of(0).0.replace("-24", "/32");
+    for damage in [
+        "ip link delete flannel.1",
+        "ip link set flannel.1 down",
+        "ip link set flannel.1 mtu 1300",
+        "ip link set flannel.1 address 0a:00:00:00:00:77",
+        "ip route delete 10.5.0.0/16",
+        "ip neigh delete 169.254.1.1 dev flannel.1",
+        "bridge fdb delete 02:00:00:00:00:01 dev flannel.1",
+        &format!("ip address delete {address} dev flannel.1"),
+    ] {
+        netns.exec(damage).unwrap();
+        let repaired = wait_for("the repair", SOON, || state() == right);
+        assert!(repaired.is_ok(), "after {damage}:\n{}\ninstead of\n{right}", state());
+        world.wait_connected(0, 1);
+    }
+}
+
+#[test]
+fn an_external_interface_that_is_gone_ends_the_agent() {
+    let mut world = World::with_agents(1);
+    world.hosts[0].netns.ip("link delete eth0").unwrap();
+    let status = world.hosts[0].agent.as_mut().unwrap().wait(SOON).unwrap();
+    assert_eq!(status.code(), Some(1));
+    world.wait_log(0, "the external interface eth0 is gone");
+}
+
+#[test]
 fn cleanup_takes_everything_away_and_only_when_no_agent_runs() {
     let mut world = World::with_agents(2);
     world.wait_connected(0, 1);

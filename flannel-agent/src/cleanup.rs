@@ -8,9 +8,9 @@ use tracing::info;
 
 use crate::{
     cli::Cli,
-    daemon::{Lock, LockError},
     dataplane::{self, DataplaneError},
     device::{DeviceError, Netlink, vxlan::VxlanDevice},
+    lock::{Lock, LockError},
 };
 
 /// Something could not be taken away. What could was.

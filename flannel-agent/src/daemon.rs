@@ -3,16 +3,10 @@
 //! Until it holds a lease it touches nothing on the host, so waiting can be interrupted at any time. Setting up takes
 //! milliseconds, is not interrupted, and is undone where it fails and nothing was there before.
 
-use std::{
-    collections::BTreeMap,
-    fs, io,
-    net::Ipv4Addr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
 
-use flannel_common::{maps::Config, vxlan::Vni};
-use nix::fcntl::{Flock, FlockArg};
+use flannel_common::maps::Config;
+use ipnet::Ipv4Net;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -27,11 +21,13 @@ use crate::{
     config::NetworkConfig,
     dataplane::{self, Capacity, Dataplane, DataplaneError, Hook, PinDirectory},
     device::{
-        self, Changed, DeviceError, DeviceEvent, Netlink,
+        self, Changed, DeviceError, DeviceEvent, Link, Netlink,
         external::{External, SelectError},
-        vxlan::VxlanDevice,
+        vxlan::{Existing, VxlanDevice},
     },
-    lease::{LeaseKey, Peer, PeerChange, Peers},
+    lease::{Peer, PeerChange, Peers},
+    lock::{Lock, LockError},
+    preflight::{self, PreflightError},
     registry::{
         Entry, LeaseRequest, OwnLease, Update,
         etcd::{Registry, RegistryError},
@@ -51,23 +47,15 @@ const SETTLE_TIME: Duration = Duration::from_millis(10);
 /// Why the daemon ends.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// A capability is missing.
-    #[error("the capability {0} is missing; run as root, or with CAP_BPF and CAP_NET_ADMIN")]
-    Capability(caps::Capability),
-    /// The kernel is too old for the programs.
-    #[error("this kernel is {found}; {needed} is needed")]
-    Kernel {
-        /// Its release.
-        found: String,
-        /// The oldest with `BPF_F_ADJ_ROOM_ENCAP_L2_ETH`, which is only refused when a packet comes.
-        needed: &'static str,
-    },
-    /// The process' own capabilities can't be read.
-    #[error("read the capabilities of this process: {0}")]
-    Capabilities(#[from] caps::errors::CapsError),
+    /// The host lacks what no waiting brings.
+    #[error(transparent)]
+    Preflight(#[from] PreflightError),
     /// No interface to the other hosts.
     #[error(transparent)]
     Interface(#[from] SelectError),
+    /// The interface to the other hosts was deleted; one of the same name is another.
+    #[error("the external interface {0} is gone; start the agent again when there is one")]
+    InterfaceGone(String),
     /// The kernel's network.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -101,8 +89,7 @@ impl DaemonError {
         const HOST_LACKS: u8 = 77;
         const BAD_CONFIGURATION: u8 = 78;
         match self {
-            Self::Capability(_)
-            | Self::Kernel { .. }
+            Self::Preflight(_)
             | Self::Interface(SelectError::NoMatch(_))
             | Self::Dataplane(
                 DataplaneError::NotBpffs { .. } | DataplaneError::Load(_) | DataplaneError::Program { .. },
@@ -119,8 +106,7 @@ impl DaemonError {
 /// [`DaemonError`], where going on or trying again can't help.
 pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     let mut shutdown = Shutdown::listen()?;
-    require_capabilities()?;
-    require_kernel()?;
+    preflight::check()?;
     dataplane::require_bpffs(&cli.bpf_pin_dir)?;
     let (netlink, device_events, _connection) = Netlink::open()?;
 
@@ -149,32 +135,6 @@ pub fn print_counters(cli: &Cli) -> Result<(), DaemonError> {
         }
     }
     Ok(())
-}
-
-fn require_capabilities() -> Result<(), DaemonError> {
-    let effective = caps::read(None, caps::CapSet::Effective)?;
-    // Kernels before 5.8 have CAP_SYS_ADMIN for both of BPF's.
-    for needed in [caps::Capability::CAP_BPF, caps::Capability::CAP_NET_ADMIN] {
-        if !effective.contains(&needed) {
-            return Err(DaemonError::Capability(needed));
-        }
-    }
-    Ok(())
-}
-
-fn require_kernel() -> Result<(), DaemonError> {
-    let found = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
-    // Where the version can't be told, the programs will be.
-    match version(&found) {
-        Some(version) if version < (5, 13) => Err(DaemonError::Kernel { found, needed: "5.13" }),
-        _ => Ok(()),
-    }
-}
-
-/// Major and minor number of a kernel release.
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// What is known once the lease is held.
@@ -262,8 +222,10 @@ async fn make(cli: &Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent, 
         dataplane,
         underlay: Underlay::new(endpoint),
         peers: Peers::default(),
-        own: lease.key,
-        public_ip: external.public_ip,
+        network: network.network,
+        external,
+        device,
+        own: lease.clone(),
         renewal: tokio::spawn(std::future::pending()),
         updates: mpsc::channel(1).1,
     };
@@ -272,15 +234,9 @@ async fn make(cli: &Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent, 
     agent.compare(Changed::Topology).await?;
 
     device::enable_forwarding()?;
-    let link = agent.netlink.ensure_vxlan(&device, lease.vtep_mac.0).await?;
-    agent.underlay.set_overlay(link.index);
-    agent.dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
-    agent.dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
-    agent.dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+    let link = agent.ensure_datapath(Existing::Replace).await?;
     agent.dataplane.discard_other_versions()?;
-    agent.netlink.ensure_address(&link, network.network, subnet.network()).await?;
-    agent.netlink.ensure_route(&link, &device, network.network).await?;
-    let env = SubnetEnv { network: network.network, subnet, mtu: device.mtu, ip_masq: false };
+    let env = SubnetEnv { network: network.network, subnet, mtu: link.mtu, ip_masq: false };
     env.write(&cli.subnet_file())?;
     // Last: until here a host of flannel's could go on as it was.
     if let Err(error) = agent.netlink.sweep(&link, network.network).await {
@@ -301,8 +257,10 @@ struct Agent {
     dataplane: Dataplane,
     underlay: Underlay,
     peers: Peers,
-    own: LeaseKey,
-    public_ip: Ipv4Addr,
+    network: Ipv4Net,
+    external: External,
+    device: VxlanDevice,
+    own: OwnLease,
     /// Ends when the lease is lost.
     renewal: JoinHandle<()>,
     updates: mpsc::Receiver<Update>,
@@ -347,16 +305,21 @@ impl Agent {
                     self.write_peers();
                 }
                 Some(DeviceEvent { kind, ifindex }) = device_events.recv() => {
-                    let event = Some(kind).filter(|_| ifindex.is_none_or(|index| self.underlay.depends_on(index)));
+                    let event = match ifindex {
+                        // Its neighbours are ours.
+                        Some(index) if self.underlay.is_overlay(index) => Some(Changed::Topology),
+                        Some(index) if !self.underlay.depends_on(index) => None,
+                        _ => Some(kind),
+                    };
                     if pending != Some(Changed::Topology) {
                         pending = event.or(pending);
                     }
                 }
                 () = sleep_until(not_before), if pending.is_some() => {
-                    self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await;
+                    self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await?;
                     not_before = Instant::now() + SETTLE_TIME;
                 }
-                _ = compare.tick() => self.compare_or_say(Changed::Topology).await,
+                _ = compare.tick() => self.compare_or_say(Changed::Topology).await?,
             }
         }
     }
@@ -368,7 +331,7 @@ impl Agent {
             let standing = match update {
                 Update::Snapshot(entries) => self.take_snapshot(&entries),
                 Update::Set(entry) => self.take_entry(&entry),
-                Update::Removed(key) if key == self.own => Standing::Lost,
+                Update::Removed(key) if key == self.own.key => Standing::Lost,
                 Update::Removed(key) => {
                     self.apply(PeerChange::Remove(key.subnet));
                     Standing::Held
@@ -388,13 +351,13 @@ impl Agent {
         for change in self.peers.replace(peers) {
             debug!("{change:?}");
         }
-        let is_own = |entry: &Entry| entry.key == self.own && entry.attributes.public_ip == self.public_ip;
+        let is_own = |entry: &Entry| entry.key == self.own.key && entry.attributes.public_ip == self.external.public_ip;
         if entries.iter().any(is_own) { Standing::Held } else { Standing::Lost }
     }
 
     fn take_entry(&mut self, entry: &Entry) -> Standing {
-        if entry.key == self.own {
-            let is_own = entry.attributes.public_ip == self.public_ip;
+        if entry.key == self.own.key {
+            let is_own = entry.attributes.public_ip == self.external.public_ip;
             return if is_own { Standing::Held } else { Standing::Lost };
         }
         let subnet = entry.key.subnet;
@@ -412,16 +375,38 @@ impl Agent {
 
     /// The host to encapsulate to for an entry, unless it is this one or none of our kind.
     fn peer_of(&self, entry: &Entry) -> Option<Peer> {
-        if entry.key == self.own || entry.attributes.public_ip == self.public_ip {
+        if entry.key == self.own.key || entry.attributes.public_ip == self.external.public_ip {
             return None;
         }
         entry.peer().inspect_err(|error| warn!("the lease {} is passed over: {error}", entry.key)).ok()
     }
 
-    async fn compare_or_say(&mut self, event: Changed) {
+    /// Makes the device, what leads into it and what is attached to it, or what of that is not there.
+    async fn ensure_datapath(&mut self, existing: Existing) -> Result<Link, DaemonError> {
+        let Self { netlink, dataplane, underlay, external, device, own, network, .. } = self;
+        let link = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
+        underlay.set_overlay(link.index);
+        dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
+        dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
+        dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+        netlink.ensure_address(&link, *network, own.key.subnet.network()).await?;
+        netlink.ensure_route(&link, device, *network, existing).await?;
+        Ok(link)
+    }
+
+    /// Repairs and compares. What fails is said, and tried again at the next event or period; an external interface that
+    /// is gone is nothing to repair.
+    async fn compare_or_say(&mut self, event: Changed) -> Result<(), DaemonError> {
+        if event == Changed::Topology
+            && let Err(error) = self.ensure_datapath(Existing::Keep).await
+        {
+            warn!("{error}; trying again in {COMPARE_PERIOD:?}");
+        }
         if let Err(error) = self.compare(event).await {
             warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
         }
+        let External { link, .. } = &self.external;
+        if self.underlay.has_link(link.index) { Ok(()) } else { Err(DaemonError::InterfaceGone(link.name.clone())) }
     }
 
     /// Brings the maps to what lease table and kernel say now.
@@ -478,62 +463,5 @@ impl Shutdown {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
-    }
-}
-
-/// One agent for each overlay of a host.
-pub struct Lock {
-    _file: Flock<fs::File>,
-}
-
-/// The lock could not be taken.
-#[derive(Debug, thiserror::Error)]
-pub enum LockError {
-    /// Another agent has it.
-    #[error("another agent serves flannel.{0} with the same --run-dir; stop it first, or name another directory")]
-    Held(Vni),
-    /// The file can't be made.
-    #[error("lock {path}: {source}; check --run-dir")]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-}
-
-impl Lock {
-    /// Takes the lock of an overlay; it is given up when the process ends.
-    ///
-    /// # Errors
-    /// [`LockError`].
-    pub fn take(run_dir: &Path, vni: Vni) -> Result<Self, LockError> {
-        let path = Self::path(run_dir, vni);
-        let failed = |source| LockError::File { path: path.clone(), source };
-        fs::create_dir_all(run_dir).map_err(failed)?;
-        let file = fs::File::options().create(true).append(true).open(&path).map_err(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(Self { _file: file }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(LockError::Held(vni)),
-            Err((_, errno)) => Err(failed(errno.into())),
-        }
-    }
-
-    /// The file behind it.
-    pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
-        run_dir.join(format!("flannel.{vni}.lock"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kernel_releases_are_compared_by_number() {
-        assert_eq!(version("6.18.44-fc-v595"), Some((6, 18)));
-        assert_eq!(version("5.10.0-8-amd64"), Some((5, 10)));
-        assert_eq!(version(""), None);
-        assert!(version("5.9.1") < Some((5, 13)));
     }
 }

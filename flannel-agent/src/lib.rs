@@ -4,6 +4,8 @@
 //!
 //! * [`cli`] — flags, variables, exit codes
 //! * [`daemon`] — the life of the daemon: wait for the store, set up, follow changes
+//! * [`preflight`] — what the host must have
+//! * [`lock`] — one agent for each overlay of a host
 //! * [`config`] — the network configuration and its rules
 //! * [`lease`] — keys, values, allocation, the set of peers; pure
 //! * [`registry`] — the lease table in the store; the only room that speaks to etcd
@@ -25,6 +27,8 @@ pub mod daemon;
 pub mod dataplane;
 pub mod device;
 pub mod lease;
+pub mod lock;
+pub mod preflight;
 pub mod registry;
 pub mod retry;
 pub mod subnet_env;

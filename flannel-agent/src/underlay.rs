@@ -63,6 +63,16 @@ impl Underlay {
         self.endpoint.overlay = ifindex;
     }
 
+    /// Whether a link was there when the kernel was last asked.
+    pub fn has_link(&self, ifindex: u32) -> bool {
+        self.links.contains_key(&ifindex)
+    }
+
+    /// Whether a link is this host's vxlan device.
+    pub const fn is_overlay(&self, ifindex: u32) -> bool {
+        ifindex == self.endpoint.overlay
+    }
+
     /// Whether something that happens on a link can matter for the ways to the peers.
     pub fn depends_on(&self, ifindex: u32) -> bool {
         let Endpoint { external, overlay, .. } = &self.endpoint;

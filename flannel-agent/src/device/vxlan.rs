@@ -101,6 +101,28 @@ fn vxlan_options(message: &LinkMessage) -> Option<&Vec<InfoVxlan>> {
     })
 }
 
+/// What becomes of an object that is there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// It is made what it should be.
+    Replace,
+    /// It stays, and nobody is told of a change.
+    Keep,
+}
+
+impl Existing {
+    fn accept(self, result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+        match result {
+            Err(rtnetlink::Error::NetlinkError(error))
+                if self == Self::Keep && error.raw_code() == -nix::libc::EEXIST =>
+            {
+                Ok(())
+            }
+            other => other,
+        }
+    }
+}
+
 impl Netlink {
     /// The MAC of an existing device that can be kept.
     ///
@@ -205,31 +227,26 @@ impl Netlink {
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn ensure_route(&self, link: &Link, device: &VxlanDevice, network: Ipv4Net) -> Result<(), DeviceError> {
-        self.handle
-            .neighbours()
-            .add(link.index, NEXT_HOP.into())
-            .link_layer_address(&NEXT_HOP_MAC.0)
-            .replace()
-            .execute()
-            .await
-            .map_err(DeviceError::call("set the neighbour of", &link.name))?;
-        self.handle
-            .neighbours()
-            .add_bridge(link.index, &NEXT_HOP_MAC.0)
-            .destination(device.local.into())
-            .flags(NeighbourFlags::Own)
-            .replace()
-            .execute()
-            .await
+    pub async fn ensure_route(
+        &self,
+        link: &Link,
+        device: &VxlanDevice,
+        network: Ipv4Net,
+        existing: Existing,
+    ) -> Result<(), DeviceError> {
+        let mut neighbour = self.handle.neighbours().add(link.index, NEXT_HOP.into());
+        neighbour = neighbour.link_layer_address(&NEXT_HOP_MAC.0);
+        let mut forwarding = self.handle.neighbours().add_bridge(link.index, &NEXT_HOP_MAC.0);
+        forwarding = forwarding.destination(device.local.into()).flags(NeighbourFlags::Own);
+        let mut route = self.handle.route().add(overlay_route(link, network));
+        if existing == Existing::Replace {
+            (neighbour, forwarding, route) = (neighbour.replace(), forwarding.replace(), route.replace());
+        }
+        existing.accept(neighbour.execute().await).map_err(DeviceError::call("set the neighbour of", &link.name))?;
+        existing
+            .accept(forwarding.execute().await)
             .map_err(DeviceError::call("set the forwarding entry of", &link.name))?;
-        self.handle
-            .route()
-            .add(overlay_route(link, network))
-            .replace()
-            .execute()
-            .await
-            .map_err(DeviceError::call("route into", &link.name))
+        existing.accept(route.execute().await).map_err(DeviceError::call("route into", &link.name))
     }
 
     /// Removes the route through the one next hop, and that next hop, from a device that stays.
