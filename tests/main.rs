@@ -9,6 +9,7 @@
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`interoperation`] — with hosts of flannel's
+//! * [`leases`] — among many agents
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
 //! * [`bad_input`] — one line for each, and nothing half-made
 
@@ -17,6 +18,7 @@ mod bad_input;
 mod encapsulation;
 mod frames;
 mod interoperation;
+mod leases;
 mod lifecycle;
 mod loaded;
 mod short_frames;

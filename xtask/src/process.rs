@@ -62,7 +62,7 @@ impl Process {
     /// # Errors
     /// Where it can't be started.
     pub fn start(command: &mut Command, log: &Path) -> Result<Self> {
-        let file = File::options().create(true).append(true).open(log).with_context(|| format!("open {log:?}"))?;
+        let file = File::create(log).with_context(|| format!("open {log:?}"))?;
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
