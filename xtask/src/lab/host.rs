@@ -134,7 +134,9 @@ impl Host {
     pub fn add_pod_in(&mut self, subnet: &Subnet) -> Result<&Pod> {
         let Subnet { gateway, len, mtu } = subnet;
         if self.pods.is_empty() {
-            self.netns.ip("link add cni0 type bridge")?;
+            // A MAC made from the address, as the bridge plugin sets it, so that it stays when pods come.
+            let [a, b, c, d] = gateway.octets();
+            self.netns.ip(&format!("link add cni0 address 0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x} type bridge"))?;
             self.netns.ip(&format!("address add {gateway}/{len} dev cni0"))?;
             self.netns.ip(&format!("link set cni0 mtu {mtu} up"))?;
         }

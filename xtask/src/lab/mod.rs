@@ -66,7 +66,9 @@ impl Lab {
             }
         };
         lab.underlay.ip("link set lo up")?;
-        lab.underlay.ip("link add br0 type bridge")?;
+        // With a MAC of its own: a bridge without takes its lowest port's, and another one with the next host, which leaves
+        // the hosts before it with a neighbour that is none.
+        lab.underlay.ip("link add br0 address 02:00:00:00:00:fe type bridge")?;
         lab.underlay.ip("link set br0 up")?;
         lab.underlay.ip(&format!("address add {}/24 dev br0", address(GATEWAY)))?;
         Ok(lab)
