@@ -44,7 +44,7 @@ pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     let vnis = dataplane::pinned_vnis(&cli.bpf_pin_dir);
     let locks: Vec<Lock> = vnis.iter().map(|vni| Lock::take(&cli.run_dir, *vni)).collect::<Result<_, _>>()?;
     for vni in &vnis {
-        remove_datapath(cli, &netlink, *vni).await?;
+        undo(cli, &netlink, *vni, true, true).await?;
     }
     drop(locks);
     for vni in &vnis {
@@ -55,11 +55,6 @@ pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     let _kept = fs::remove_dir(&cli.run_dir);
     info!("everything that the agent made on this host is removed; its lease stays in the store until it ends");
     Ok(())
-}
-
-/// Takes away one overlay's programs and maps, and its device with address and route.
-async fn remove_datapath(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<(), CleanupError> {
-    undo(cli, netlink, vni, true, true).await
 }
 
 /// Takes away what was made: programs and maps, the device with what hangs on it, or both.

@@ -327,10 +327,8 @@ fn take_down() -> Result<()> {
             let pid: i32 = fs::read_to_string(lock_path())?.trim().parse().context("the lock names no process")?;
             println!("the lab's process {pid} is asked to take it down");
             kill(Pid::from_raw(pid), Signal::SIGTERM)?;
-            let start = Instant::now();
-            let limit = Duration::from_secs(30);
             let mut lock = None;
-            wait_for("the lab to go", limit.saturating_sub(start.elapsed()), || {
+            wait_for("the lab to go", Duration::from_secs(30), || {
                 lock = self::lock().ok();
                 lock.is_some()
             })?;
