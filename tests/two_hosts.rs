@@ -275,6 +275,6 @@ fn a_bad_entry_costs_only_itself() {
     ] {
         world.store.put(&format!("{PREFIX}/subnets/{key}"), value).unwrap();
     }
-    world.wait_log(0, "10.5.104.0-24 is passed over");
+    world.wait_log(0, r#"the entry "10.5.104.0-24" is passed over"#);
     world.wait_connected(0, 1);
 }

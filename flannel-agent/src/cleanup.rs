@@ -8,9 +8,12 @@ use tracing::info;
 
 use crate::{
     cli::Cli,
+    control,
     dataplane::{self, DataplaneError},
     device::{DeviceError, Netlink, vxlan::VxlanDevice},
+    last_known::LastKnown,
     lock::{Lock, LockError},
+    status::Status,
 };
 
 /// Something could not be taken away. What could was.
@@ -48,7 +51,14 @@ pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     }
     drop(locks);
     for vni in &vnis {
-        remove_file(&Lock::path(&cli.run_dir, *vni))?;
+        for path in [
+            LastKnown::path(&cli.run_dir, *vni),
+            Status::path(&cli.run_dir, *vni),
+            control::path(&cli.run_dir, *vni),
+            Lock::path(&cli.run_dir, *vni),
+        ] {
+            remove_file(&path)?;
+        }
     }
     remove_file(&cli.subnet_file())?;
     // Only where it is empty: others may keep files there.

@@ -1,6 +1,6 @@
 //! The command line: flannel's flags and `FLANNELD_*` variables (flannel: main.go), and ours beside them.
 
-use std::{ffi::OsString, net::Ipv4Addr, path::PathBuf};
+use std::{ffi::OsString, net::Ipv4Addr, path::PathBuf, time::Duration};
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use regex::Regex;
@@ -8,7 +8,7 @@ use regex::Regex;
 use crate::{dataplane::BpfLogLevel, device::external::Selection, registry::etcd::EtcdOptions};
 
 /// What the exit codes mean; printed by `--help`.
-const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage; 77 the host lacks something (capability, \
+const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage; 3 `status` found something to look at; 77 the host lacks something (capability, \
                           kernel feature, bpf file system, interface); 78 bad configuration on this host.\n\
                           Every flag can be given as an environment variable: --etcd-prefix as FLANNELD_ETCD_PREFIX.";
 
@@ -58,6 +58,15 @@ pub struct Cli {
     /// Address that other hosts reach this one at
     #[arg(long, value_name = "IP")]
     public_ip: Option<Ipv4Addr>,
+    /// How many minutes before its end the lease is renewed at the latest; it is renewed three times per term in any case
+    #[arg(long, value_name = "MINUTES", default_value_t = 60)]
+    pub subnet_lease_renew_margin: u32,
+    /// For how many seconds etcd keeps the lease of a host that is silent
+    #[arg(long, value_name = "SECONDS", default_value_t = 86400, value_parser = clap::value_parser!(u32).range(5..))]
+    subnet_lease_ttl: u32,
+    /// For how many seconds peers are kept that vanish from etcd all at once, unless `lease release-guard` says otherwise
+    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    lease_guard_grace: u32,
     /// Where the subnet is written for container runtimes (default: subnet.env in --run-dir)
     #[arg(long, value_name = "FILE", global = true)]
     subnet_file: Option<PathBuf>,
@@ -79,7 +88,40 @@ pub enum Command {
     Cleanup,
     /// Print what became of the packets, by reason; also when the agent is not running
     Counters,
+    /// Print what this host leases, how it stands with etcd, and what is to be looked at; exit code 3 where something is
+    Status {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Print the same, with the counters, as metrics for Prometheus
+    Metrics,
+    /// What concerns leases
+    #[command(subcommand)]
+    Lease(LeaseCommand),
 }
+
+/// What concerns leases.
+#[derive(Debug, Subcommand)]
+pub enum LeaseCommand {
+    /// Have the running agent remove the peers that etcd no longer names and that it holds back
+    ReleaseGuard,
+}
+
+/// Form of a command's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// flannel's message for the same.
+#[derive(Debug, thiserror::Error)]
+#[error("Invalid subnet-lease-renew-margin option, out of acceptable range")]
+pub struct InvalidMargin;
 
 impl Cli {
     /// The command line of this process. Says what is wrong with it, or what was asked for, and exits, where it can't
@@ -135,6 +177,33 @@ impl Cli {
             identity: self.etcd_certfile.clone().zip(self.etcd_keyfile.clone()),
             user: self.etcd_username.clone().zip(self.etcd_password.clone()),
         }
+    }
+
+    /// The term of the lease.
+    pub fn lease_ttl(&self) -> Duration {
+        Duration::from_secs(self.subnet_lease_ttl.into())
+    }
+
+    /// How often the lease is renewed: three times per term, and earlier where the margin is wider than the rest.
+    ///
+    /// # Errors
+    /// [`InvalidMargin`].
+    pub fn renew_interval(&self) -> Result<Duration, InvalidMargin> {
+        // flannel's range; its term is a day.
+        let margin = match self.subnet_lease_renew_margin {
+            margin @ 1..=1439 => Duration::from_secs(u64::from(margin) * 60),
+            _ => return Err(InvalidMargin),
+        };
+        let third = self.lease_ttl() / 3;
+        Ok(match self.lease_ttl().checked_sub(margin) {
+            Some(rest) if !rest.is_zero() => third.min(rest),
+            _ => third,
+        })
+    }
+
+    /// For how long a mass removal is held back.
+    pub fn guard_grace(&self) -> Duration {
+        Duration::from_secs(self.lease_guard_grace.into())
     }
 
     /// How the external interface is chosen.
@@ -234,6 +303,16 @@ mod tests {
         let (cli, warnings) = parse(&[], &environment).expect("valid");
         assert_eq!(cli.etcd().prefix, "/env");
         assert_eq!(warnings, ["FLANNELD_PUBLIC_IP has a value that can't be used and is passed over"]);
+    }
+
+    #[test]
+    fn the_lease_is_renewed_three_times_per_term_or_within_the_margin() {
+        let interval = |args: &[&str]| cli(args, &[]).renew_interval().map(|interval| interval.as_secs()).ok();
+        assert_eq!(interval(&[]), Some(86400 / 3));
+        assert_eq!(interval(&["--subnet-lease-renew-margin=1439"]), Some(60));
+        assert_eq!(interval(&["--subnet-lease-ttl=9"]), Some(3));
+        assert_eq!(interval(&["--subnet-lease-renew-margin=0"]), None);
+        assert_eq!(interval(&["--subnet-lease-renew-margin=1440"]), None);
     }
 
     #[test]

@@ -172,6 +172,27 @@ impl NetworkConfig {
     }
 }
 
+impl NetworkConfig {
+    /// What another configuration has otherwise, in words.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let (a, b) = (&self.backend, &other.backend);
+        let mtu = |backend: &VxlanConfig| backend.mtu.map_or("the interface's".to_owned(), |mtu| mtu.to_string());
+        let rows = [
+            ("Network", self.network.to_string(), other.network.to_string()),
+            ("SubnetLen", self.subnet_len.to_string(), other.subnet_len.to_string()),
+            ("SubnetMin", self.subnet_min.to_string(), other.subnet_min.to_string()),
+            ("SubnetMax", self.subnet_max.to_string(), other.subnet_max.to_string()),
+            ("VNI", a.vni.to_string(), b.vni.to_string()),
+            ("Port", a.port.to_string(), b.port.to_string()),
+            ("MTU", mtu(a), mtu(b)),
+            ("Learning", a.learning.to_string(), b.learning.to_string()),
+            ("DirectRouting", a.direct_routing.to_string(), b.direct_routing.to_string()),
+        ];
+        let differing = rows.into_iter().filter(|(_, ours, theirs)| ours != theirs);
+        differing.map(|(name, ours, theirs)| format!("{name} {theirs}, not {ours}")).collect()
+    }
+}
+
 impl VxlanConfig {
     fn from_json(backend: Option<Value>) -> Result<Self, ConfigError> {
         let RawBackend { r#type, vni, port, mtu, gbp, learning, directrouting } = match backend {

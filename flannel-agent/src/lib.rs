@@ -7,11 +7,14 @@
 //! * [`preflight`] — what the host must have
 //! * [`lock`] — one agent for each overlay of a host
 //! * [`config`] — the network configuration and its rules
-//! * [`lease`] — keys, values, allocation, the set of peers; pure
+//! * [`lease`] — keys, values, allocation, the table of peers with its guard; pure
 //! * [`registry`] — the lease table in the store; the only room that speaks to etcd
 //! * [`device`] — links, routes, neighbours; the only room that speaks netlink
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
+//! * [`last_known`] — what was last known of the store, for when it is away
+//! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
+//! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
 //! * [`cleanup`] — taking all of it away again
 //! * [`retry`] — back-off
@@ -20,16 +23,21 @@
 //! maps is compared with what should be there on every event and every few seconds, so that nothing is handled once
 //! and lost.
 
+pub mod atomic_file;
 pub mod cleanup;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod daemon;
 pub mod dataplane;
 pub mod device;
+pub mod last_known;
 pub mod lease;
 pub mod lock;
+pub mod operator;
 pub mod preflight;
 pub mod registry;
 pub mod retry;
+pub mod status;
 pub mod subnet_env;
 pub mod underlay;

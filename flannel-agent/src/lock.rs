@@ -46,6 +46,13 @@ impl Lock {
         }
     }
 
+    /// Whether an agent has it.
+    pub fn is_held(run_dir: &Path, vni: Vni) -> bool {
+        // Not made where it is missing: asking leaves nothing behind.
+        let Ok(file) = fs::File::open(Self::path(run_dir, vni)) else { return false };
+        matches!(Flock::lock(file, FlockArg::LockSharedNonblock), Err((_, nix::errno::Errno::EWOULDBLOCK)))
+    }
+
     /// The file behind it.
     pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
         run_dir.join(format!("flannel.{vni}.lock"))

@@ -1,14 +1,18 @@
 //! The agent's process: command line, log, exit code.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal as _, process::ExitCode};
 
 use flannel_agent::{
     cleanup,
-    cli::{Cli, Command},
+    cli::{Cli, Command, LeaseCommand},
     daemon::{self, DaemonError},
+    operator,
 };
 use tracing::error;
 use tracing_subscriber::filter::LevelFilter;
+
+/// Exit code of `status` where not all is well.
+const SOMETHING_TO_LOOK_AT: u8 = 3;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
@@ -19,18 +23,28 @@ async fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     start_log(&cli);
-    let result = match &cli.command {
-        None => daemon::run(&cli).await,
-        Some(Command::Cleanup) => cleanup::run(&cli).await.map_err(DaemonError::from),
-        Some(Command::Counters) => daemon::print_counters(&cli),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    match serve(&cli).await {
+        Ok(code) => code,
         Err(error) => {
             error!("{error}");
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
+    match &cli.command {
+        None => daemon::run(cli).await?,
+        Some(Command::Cleanup) => cleanup::run(cli).await?,
+        Some(Command::Counters) => operator::print_counters(cli)?,
+        Some(Command::Status { output }) => {
+            let is_well = operator::print_status(cli, *output)?;
+            return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
+        }
+        Some(Command::Metrics) => operator::print_metrics(cli)?,
+        Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn start_log(cli: &Cli) {
@@ -44,5 +58,10 @@ fn start_log(cli: &Cli) {
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(LevelFilter::WARN.into())
         .parse_lossy(format!("flannel_agent={level},flannel_ebpf={level},flannel={level}"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
 }

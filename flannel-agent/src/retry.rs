@@ -13,23 +13,37 @@ fn policy() -> ExponentialBuilder {
 }
 
 /// The delays of a loop that starts something again and again.
-pub struct BackOff(ExponentialBackoff);
+pub struct BackOff {
+    delays: ExponentialBackoff,
+    /// What was said last, so that each reason is said once.
+    said: String,
+}
 
 impl Default for BackOff {
     fn default() -> Self {
-        Self(policy().build())
+        Self { delays: policy().build(), said: String::new() }
     }
 }
 
 impl BackOff {
     /// How long to wait before the next attempt.
     pub fn delay(&mut self) -> Duration {
-        self.0.next().unwrap_or(LONGEST)
+        self.delays.next().unwrap_or(LONGEST)
     }
 
     /// An attempt succeeded: the next failure waits as the first.
     pub fn reset(&mut self) {
         *self = Self::default();
+    }
+
+    /// Says why an attempt failed, and waits.
+    pub async fn wait(&mut self, error: &impl Display) {
+        let reason = error.to_string();
+        if reason != self.said {
+            warn!("{reason}; trying again");
+            self.said = reason;
+        }
+        tokio::time::sleep(self.delay()).await;
     }
 }
 
@@ -41,20 +55,12 @@ pub async fn until_ok<T, E: Display>(
     mut attempt: impl AsyncFnMut() -> Result<T, E>,
     is_final: impl Fn(&E) -> bool,
 ) -> Result<T, E> {
-    let mut last = String::new();
     let mut back_off = BackOff::default();
     loop {
         match attempt().await {
             Ok(value) => return Ok(value),
             Err(error) if is_final(&error) => return Err(error),
-            Err(error) => {
-                let reason = error.to_string();
-                if reason != last {
-                    warn!("{reason}; trying again");
-                    last = reason;
-                }
-                tokio::time::sleep(back_off.delay()).await;
-            }
+            Err(error) => back_off.wait(&error).await,
         }
     }
 }

@@ -1,9 +1,11 @@
 //! `subnet.env`: how container runtimes learn this host's subnet and MTU. Byte for byte flannel's
 //! (flannel: pkg/subnet/subnet.go).
 
-use std::{fs, io, io::Write as _, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path};
+use std::{fs, net::Ipv4Addr, path::Path};
 
 use ipnet::Ipv4Net;
+
+use crate::atomic_file::{self, WriteError};
 
 /// What `subnet.env` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,15 +20,6 @@ pub struct SubnetEnv {
     pub ip_masq: bool,
 }
 
-/// The file could not be written.
-#[derive(Debug, thiserror::Error)]
-#[error("{path}: {call}: {source}")]
-pub struct WriteError {
-    path: String,
-    call: &'static str,
-    source: io::Error,
-}
-
 impl SubnetEnv {
     /// The file's content.
     pub fn render(&self) -> String {
@@ -38,24 +31,12 @@ impl SubnetEnv {
         )
     }
 
-    /// Writes the file atomically, mode 0644, in a directory of mode 0755 that is made where it is missing.
+    /// Writes the file, mode 0644.
     ///
     /// # Errors
-    /// [`WriteError`] with the call that failed. The file is then as it was.
+    /// [`WriteError`].
     pub fn write(&self, path: &Path) -> Result<(), WriteError> {
-        let failed = |call| move |source| WriteError { path: path.display().to_string(), call, source };
-        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::create_dir_all(directory).map_err(failed("create the directory"))?;
-        let mut file = tempfile::Builder::new()
-            .permissions(fs::Permissions::from_mode(0o644))
-            .tempfile_in(directory)
-            .map_err(failed("create a file beside it"))?;
-        // The mode given at creation is subject to the umask.
-        file.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed("chmod"))?;
-        file.write_all(self.render().as_bytes()).map_err(failed("write"))?;
-        file.as_file().sync_all().map_err(failed("fsync"))?;
-        file.persist(path).map_err(|error| failed("rename")(error.error))?;
-        Ok(())
+        atomic_file::write(path, self.render().as_bytes(), 0o644)
     }
 }
 
@@ -90,13 +71,11 @@ mod tests {
     }
 
     #[test]
-    fn written_with_its_mode_and_read_back() {
+    fn written_and_read_back() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("run/flannel/subnet.env");
         env().write(&path).expect("written");
         assert_eq!(fs::read_to_string(&path).expect("read"), env().render());
-        assert_eq!(fs::metadata(&path).expect("metadata").permissions().mode() & 0o777, 0o644);
-        assert_eq!(fs::read_dir(path.parent().expect("parent")).expect("listing").count(), 1);
         assert_eq!(previous_subnet(&path), Some(env().subnet));
     }
 

@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::{
     dataplane::DesiredPeers,
     device::{Changed, DeviceError, Netlink, external::External, next_hop::NextHop},
-    lease::{MacAddress, Peer, Peers},
+    lease::{LeaseTable, MacAddress, Peer},
 };
 
 /// This end of all tunnels.
@@ -63,6 +63,11 @@ impl Underlay {
         self.endpoint.overlay = ifindex;
     }
 
+    /// Takes note of another MAC of this host's vxlan device.
+    pub const fn set_vtep_mac(&mut self, mac: MacAddress) {
+        self.endpoint.vtep_mac = mac;
+    }
+
     /// Whether a link was there when the kernel was last asked.
     pub fn has_link(&self, ifindex: u32) -> bool {
         self.links.contains_key(&ifindex)
@@ -81,25 +86,20 @@ impl Underlay {
             || self.next_hops.values().flatten().any(|next_hop| next_hop.ifindex == ifindex)
     }
 
-    /// Asks the kernel for what is not known of these peers. One that it has no way to costs only itself.
-    pub async fn look_up(&mut self, netlink: &Netlink, peers: &Peers) {
-        let wanted: BTreeSet<Ipv4Addr> = peers.iter().map(|(_, peer)| peer.public_ip).collect();
-        self.next_hops.retain(|address, _| wanted.contains(address));
-        self.complaints.retain(|address, _| wanted.contains(address));
-        for address in wanted {
-            if self.next_hops.contains_key(&address) {
-                continue;
-            }
-            let next_hop = match netlink.next_hop(address, self.endpoint.external.address).await {
-                Ok(next_hop) if next_hop.ifindex != self.endpoint.overlay => {
-                    self.complaints.remove(&address);
-                    Some(next_hop)
-                }
-                Ok(_) => self.complain(address, "its route leads into the overlay itself".to_owned()),
-                Err(error) => self.complain(address, error.to_string()),
-            };
-            self.next_hops.insert(address, next_hop);
+    /// Asks the kernel for the way to a peer, where it is not known. One that it has no way to costs only itself.
+    pub async fn look_up(&mut self, netlink: &Netlink, address: Ipv4Addr) {
+        if self.next_hops.contains_key(&address) {
+            return;
         }
+        let next_hop = match netlink.next_hop(address, self.endpoint.external.address).await {
+            Ok(next_hop) if next_hop.ifindex != self.endpoint.overlay => {
+                self.complaints.remove(&address);
+                Some(next_hop)
+            }
+            Ok(_) => self.complain(address, "its route leads into the overlay itself".to_owned()),
+            Err(error) => self.complain(address, error.to_string()),
+        };
+        self.next_hops.insert(address, next_hop);
     }
 
     fn complain(&mut self, address: Ipv4Addr, reason: String) -> Option<NextHop> {
@@ -114,22 +114,28 @@ impl Underlay {
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn refresh(&mut self, netlink: &Netlink, peers: &Peers, event: Changed) -> Result<(), DeviceError> {
+    pub async fn refresh(&mut self, netlink: &Netlink, table: &LeaseTable, event: Changed) -> Result<(), DeviceError> {
         self.neighbours = netlink.neighbours().await?;
         if event == Changed::Topology {
             self.links = netlink.links().await?.into_iter().map(|link| (link.index, link.mac)).collect();
             self.next_hops.clear();
         }
-        self.look_up(netlink, peers).await;
+        let wanted: BTreeSet<Ipv4Addr> = table.iter().map(|(_, peer)| peer.public_ip).collect();
+        self.next_hops.retain(|address, _| wanted.contains(address));
+        self.complaints.retain(|address, _| wanted.contains(address));
+        for address in wanted {
+            self.look_up(netlink, address).await;
+        }
         Ok(())
     }
 
     /// What the maps should say. A peer without a way stays in them: what comes from it is still its own.
-    pub fn desired(&self, peers: &Peers) -> DesiredPeers {
-        peers.iter().map(|(subnet, peer)| (*subnet, self.vtep(peer))).collect()
+    pub fn desired(&self, table: &LeaseTable) -> DesiredPeers {
+        table.iter().map(|(subnet, peer)| (*subnet, self.vtep(peer))).collect()
     }
 
-    fn vtep(&self, peer: &Peer) -> Vtep {
+    /// What the maps should say of one.
+    pub fn vtep(&self, peer: &Peer) -> Vtep {
         let Endpoint { external, port, vni, vtep_mac, overlay: _ } = &self.endpoint;
         let next_hop = self.next_hops.get(&peer.public_ip).copied().flatten();
         let device_mac = next_hop.and_then(|next_hop| self.links.get(&next_hop.ifindex).copied()).flatten();

@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -22,18 +22,31 @@ pub const PREFIXES: &str = "PREFIXES";
 pub const VTEPS: &str = "VTEPS";
 /// Hash: VTEP address (wire order) -> VTEP id. Tells an unknown sender from a known one that forges inner addresses.
 pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
+/// Array: VTEP id -> when a packet of it was last admitted, as [`heard_time`]; 0 for never. Tells a host whose lease
+/// the store has lost from one that is gone.
+pub const HEARD: &str = "HEARD";
 /// Per-CPU array: [`Event`](crate::event::Event) -> [`Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// The read-only global that holds [`Config`].
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 5] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, COUNTERS];
+pub const PINNED: [&str; 6] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, COUNTERS];
 
 /// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
 pub const MAX_SLOTS: u32 = 1 << 22;
 /// The most entries of [`PREFIXES`]; an entry takes memory only when it exists.
 pub const MAX_PREFIXES: u32 = 1 << 17;
+
+/// The unit of [`HEARD`]: nanoseconds of CLOCK_MONOTONIC, as a power of two so that the program need not divide
+/// (1.07 s).
+pub const HEARD_UNIT_SHIFT: u32 = 30;
+
+/// A time of CLOCK_MONOTONIC, in nanoseconds, as [`HEARD`] has it. Wraps after 146 years.
+#[inline(always)]
+pub const fn heard_time(monotonic: u64) -> u32 {
+    (monotonic >> HEARD_UNIT_SHIFT) as u32
+}
 
 /// Constants of the programs.
 #[repr(C)]

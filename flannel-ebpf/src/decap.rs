@@ -9,7 +9,7 @@ use network_types::{
 };
 
 use crate::{
-    leases::Leases,
+    leases::{Leases, note_heard},
     maps::CONFIG,
     packet::{Note, Packet},
 };
@@ -33,7 +33,7 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
         return Event::NotTunnel;
     }
     // Whatever it says was not written here.
-    packet.write_note(Note::None);
+    packet.forget_notes(config.vni);
     if u32::from_be_bytes(ip.dst_addr) != config.vtep_address {
         return Event::NotTunnel;
     }
@@ -74,9 +74,12 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
         return Event::TunnelTruncated;
     };
     let outer_source = u32::from_be_bytes(ip.src_addr);
-    let event = admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner);
-    if event == Event::Admitted {
-        packet.write_note(Note::Admitted);
+    match admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner) {
+        Ok(sender) => {
+            note_heard(sender);
+            packet.write_note(Note::Admitted, config.vni);
+            Event::Admitted
+        }
+        Err(reason) => reason,
     }
-    event
 }

@@ -24,20 +24,21 @@ use crate::{
 pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
     let event = try_encapsulate(packet);
     if event.outcome() == Outcome::Pass {
-        packet.write_note(Note::HandedOn);
+        packet.write_note(Note::HandedOn, CONFIG.load().vni);
     }
     event
 }
 
 #[inline(always)]
 pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
-    if packet.has_note(Note::Admitted) {
+    let vni = CONFIG.load().vni;
+    if packet.has_note(Note::Admitted, vni) {
         return Event::Received;
     }
-    if !packet.has_note(Note::HandedOn) {
+    if !packet.has_note(Note::HandedOn, vni) {
         return Event::NotAdmitted;
     }
-    packet.write_note(Note::None);
+    packet.forget_notes(vni);
     let event = try_encapsulate(packet);
     match event.outcome() {
         // The host's stack would send it to the overlay again and again.

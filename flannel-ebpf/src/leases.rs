@@ -1,12 +1,13 @@
 //! The maps, asked as the lease table.
 
-use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::{helpers::generated::bpf_ktime_get_coarse_ns, maps::lpm_trie::Key};
 use flannel_common::{
     admission,
-    maps::{Config, Vtep},
+    admission::Owner,
+    maps::{Config, Vtep, heard_time},
 };
 
-use crate::maps::{PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS};
+use crate::maps::{HEARD, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS};
 
 pub(crate) struct Leases<'a> {
     pub(crate) config: &'a Config,
@@ -16,21 +17,41 @@ impl Leases<'_> {
     /// The peer that leases the subnet of `address` (host order).
     #[inline(always)]
     pub(crate) fn peer_of(&self, address: u32) -> Option<&'static Vtep> {
-        let id = self
-            .config
+        VTEPS.get(self.id_of(address)?)
+    }
+
+    #[inline(always)]
+    fn id_of(&self, address: u32) -> Option<u32> {
+        self.config
             .slot(address)
             .and_then(|slot| SUBNETS.get(slot))
             .copied()
             .filter(|id| *id != 0)
-            .or_else(|| PREFIXES.get(Key::new(32, address.to_be_bytes())).copied())?;
-        VTEPS.get(id)
+            .or_else(|| PREFIXES.get(Key::new(32, address.to_be_bytes())).copied())
+    }
+}
+
+/// Notes that a VTEP is alive. One store in a second: between these, all CPUs share a clean cache line.
+#[inline(always)]
+pub(crate) fn note_heard(id: u32) {
+    // SAFETY: takes nothing and returns a number.
+    let now = heard_time(unsafe { bpf_ktime_get_coarse_ns() });
+    if let Some(heard) = HEARD.get_ptr_mut(id) {
+        // SAFETY: a map value lives as long as the program. Other CPUs may store at the same time; each stores a whole,
+        // aligned word.
+        unsafe {
+            if heard.read_volatile() != now {
+                heard.write_volatile(now);
+            }
+        }
     }
 }
 
 impl admission::Leases for Leases<'_> {
     #[inline(always)]
-    fn vtep_of(&self, address: u32) -> Option<u32> {
-        self.peer_of(address).map(|vtep| vtep.address)
+    fn owner_of(&self, address: u32) -> Option<Owner> {
+        let id = self.id_of(address)?;
+        Some(Owner { id, address: VTEPS.get(id)?.address })
     }
 
     #[inline(always)]

@@ -24,6 +24,9 @@ pub(crate) static VTEPS: Array<Vtep> = Array::with_max_entries(1, 0);
 pub(crate) static VTEP_ADDRESSES: HashMap<[u8; 4], u32> = HashMap::with_max_entries(1, 0);
 
 #[map]
+pub(crate) static HEARD: Array<u32> = Array::with_max_entries(1, 0);
+
+#[map]
 pub(crate) static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(Event::COUNT, 0);
 
 /// Patched at load; constant to the verifier.

@@ -28,13 +28,11 @@ const AF_INET: u32 = 2;
 const PACKET_OTHERHOST: u32 = 3;
 /// The VLAN id within a tag's control information (IEEE 802.1Q).
 const VLAN_ID_MASK: u32 = 0x0fff;
-/// What one program tells another that sees the packet later on this host, in `tc_index`. The field stays with a packet
-/// through reassembly, segmentation and the kernel's vxlan device, and through a veth to other hosts or pods on the same
-/// kernel; so each program writes it before another believes it.
+/// What one program tells another of the same overlay that sees the packet later on this host, in `tc_index`. The field
+/// stays with a packet through reassembly, segmentation and the kernel's vxlan device, and through a veth to other hosts
+/// or pods on the same kernel; so each program writes it before another believes it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Note {
-    /// Nothing.
-    None,
     /// `to_overlay` left it to the kernel.
     HandedOn,
     /// `from_underlay` let it through.
@@ -42,13 +40,14 @@ pub(crate) enum Note {
 }
 
 impl Note {
-    /// 16 bits that no classifier of others is likely to choose.
-    const fn index(self) -> u32 {
-        match self {
-            Self::None => 0,
-            Self::HandedOn => 0xf1a2,
-            Self::Admitted => 0xf1a3,
-        }
+    /// 16 bits that no classifier of others is likely to choose. Several overlays may share an external interface, each
+    /// with its own programs in a row, so a note says whose it is, as far as the bits go.
+    const fn index(self, vni: u32) -> u32 {
+        let kind = match self {
+            Self::HandedOn => 0xa000,
+            Self::Admitted => 0xc000,
+        };
+        kind | vni & 0x1fff
     }
 }
 
@@ -240,18 +239,27 @@ impl<'a> Packet<'a> {
         unsafe { bpf_skb_set_tunnel_key(self.skb(), &raw mut key, KEY_LEN, 0) };
     }
 
-    /// Leaves a note for a later program, or takes one away.
+    /// Leaves a note for a later program of this overlay.
     #[inline(always)]
-    pub(crate) fn write_note(&self, note: Note) {
+    pub(crate) fn write_note(&self, note: Note, vni: u32) {
         // SAFETY: the context is valid; TC programs may write this field.
-        unsafe { (*self.skb()).tc_index = note.index() };
+        unsafe { (*self.skb()).tc_index = note.index(vni) };
     }
 
-    /// Whether an earlier program left this note.
+    /// Whether an earlier program of this overlay left this note.
     #[inline(always)]
-    pub(crate) fn has_note(&self, note: Note) -> bool {
+    pub(crate) fn has_note(&self, note: Note, vni: u32) -> bool {
         // SAFETY: the context is valid.
-        unsafe { (*self.skb()).tc_index == note.index() }
+        unsafe { (*self.skb()).tc_index == note.index(vni) }
+    }
+
+    /// Takes away what seems to be a note of this overlay, and leaves another's.
+    #[inline(always)]
+    pub(crate) fn forget_notes(&self, vni: u32) {
+        if self.has_note(Note::Admitted, vni) || self.has_note(Note::HandedOn, vni) {
+            // SAFETY: the context is valid; TC programs may write this field.
+            unsafe { (*self.skb()).tc_index = 0 };
+        }
     }
 
     /// A forwarded packet remembers the queue it was received on, and a multi-queue device would send it on the queue

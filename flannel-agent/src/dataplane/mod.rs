@@ -22,8 +22,7 @@ use flannel_common::{
     event::Event,
     maps::{CONFIG, COUNTERS, Config, Counter, MAX_SLOTS},
 };
-pub use peers::DesiredPeers;
-use peers::PeerMaps;
+pub use peers::{DesiredPeers, PeerMaps};
 pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
 
 use crate::config::NetworkConfig;
@@ -80,11 +79,14 @@ pub enum DataplaneError {
     /// The object lacks a map or program.
     #[error("the eBPF object has no {0}")]
     Missing(&'static str),
+    /// The clock that `HEARD` is in can't be read.
+    #[error("read CLOCK_MONOTONIC: {0}")]
+    Clock(nix::errno::Errno),
     /// More VTEPs than the map has entries.
-    #[error("the map VTEPS is full: {wanted} VTEPs do not fit its {capacity} entries")]
+    #[error("the map VTEPS is full: {used} of its {capacity} entries are used, and the rest were until a moment ago")]
     Full {
-        /// How many distinct VTEPs there are.
-        wanted: usize,
+        /// How many are used.
+        used: usize,
         /// How many fit.
         capacity: u32,
     },

@@ -16,8 +16,11 @@ use aya::{
         lpm_trie::{Key, LpmTrie},
     },
 };
-use flannel_common::maps::{Config, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep};
+use flannel_common::maps::{
+    Config, HEARD, HEARD_UNIT_SHIFT, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep, heard_time,
+};
 use ipnet::Ipv4Net;
+use nix::time::{ClockId, clock_gettime};
 
 use super::{DataplaneError, take_map};
 
@@ -34,11 +37,23 @@ pub struct PeerMaps {
     prefixes: LpmTrie<MapData, [u8; 4], u32>,
     vteps: Array<MapData, Vtep>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
+    heard: Array<MapData, u32>,
     /// The id that each subnet has in `SUBNETS` or `PREFIXES`.
     published: BTreeMap<Ipv4Net, u32>,
-    /// The value of each id in use.
-    values: HashMap<u32, Vtep>,
+    /// The VTEPs in use.
+    entries: HashMap<u32, Entry>,
+    /// Their ids.
+    id_of: HashMap<Vtep, u32>,
+    /// How many subnets each address in `VTEP_ADDRESSES` has.
+    address_users: HashMap<u32, usize>,
     ids: FreeIds,
+}
+
+/// A VTEP in use.
+struct Entry {
+    vtep: Vtep,
+    /// How many subnets refer to it.
+    users: usize,
 }
 
 impl PeerMaps {
@@ -51,6 +66,7 @@ impl PeerMaps {
         let vteps: Array<_, Vtep> = take_map(ebpf, VTEPS)?.try_into().map_err(DataplaneError::map("open", VTEPS))?;
         let addresses =
             take_map(ebpf, VTEP_ADDRESSES)?.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
+        let heard = take_map(ebpf, HEARD)?.try_into().map_err(DataplaneError::map("open", HEARD))?;
 
         let mut published = BTreeMap::new();
         for slot in 0..config.slots {
@@ -65,12 +81,39 @@ impl PeerMaps {
                 published.insert(subnet, id);
             }
         }
-        let mut values = HashMap::new();
+        let mut entries: HashMap<u32, Entry> = HashMap::new();
+        let mut address_users = HashMap::new();
         for id in published.values() {
-            values.insert(*id, vteps.get(id, 0).map_err(DataplaneError::map("read", VTEPS))?);
+            let vtep = match entries.get_mut(id) {
+                Some(entry) => {
+                    entry.users += 1;
+                    entry.vtep
+                }
+                None => {
+                    let vtep = vteps.get(id, 0).map_err(DataplaneError::map("read", VTEPS))?;
+                    entries.insert(*id, Entry { vtep, users: 1 });
+                    vtep
+                }
+            };
+            *address_users.entry(vtep.address).or_insert(0) += 1;
         }
-        let ids = FreeIds::new(vteps.len(), &values);
-        Ok(Self { config: *config, subnets, prefixes, vteps, addresses, published, values, ids })
+        let id_of = entries.iter().map(|(id, entry)| (entry.vtep, *id)).collect();
+        let ids = FreeIds::new(vteps.len(), |id| entries.contains_key(&id));
+        let mut maps = Self {
+            config: *config,
+            subnets,
+            prefixes,
+            vteps,
+            addresses,
+            heard,
+            published,
+            entries,
+            id_of,
+            address_users,
+            ids,
+        };
+        maps.correct_addresses()?;
+        Ok(maps)
     }
 
     /// How many subnets have a peer.
@@ -89,42 +132,45 @@ impl PeerMaps {
     /// # Errors
     /// [`DataplaneError::Map`] or [`DataplaneError::Full`].
     pub fn sync(&mut self, desired: &DesiredPeers) -> Result<(), DataplaneError> {
-        let mut id_of: HashMap<Vtep, u32> = self.values.iter().map(|(id, vtep)| (*vtep, *id)).collect();
         for (subnet, vtep) in desired {
-            let id = match id_of.get(vtep) {
-                Some(id) => *id,
-                None => {
-                    let full = DataplaneError::Full { wanted: desired.len(), capacity: self.vteps.len() };
-                    let id = self.ids.take(Instant::now()).ok_or(full)?;
-                    self.vteps.set(id, vtep, 0).map_err(DataplaneError::map("write", VTEPS))?;
-                    self.values.insert(id, *vtep);
-                    id_of.insert(*vtep, id);
-                    id
-                }
-            };
-            if self.published.get(subnet) != Some(&id) {
-                self.publish(*subnet, id)?;
-            }
+            self.set(*subnet, vtep)?;
         }
         let gone: Vec<_> = self.published.keys().filter(|subnet| !desired.contains_key(subnet)).copied().collect();
-        for subnet in gone {
-            self.withdraw(subnet)?;
-        }
-        self.sync_addresses()?;
-        self.release_unused();
-        Ok(())
+        gone.into_iter().try_for_each(|subnet| self.withdraw(subnet))
     }
 
-    fn publish(&mut self, subnet: Ipv4Net, id: u32) -> Result<(), DataplaneError> {
+    /// A subnet is leased by this VTEP from now on.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`] or [`DataplaneError::Full`]; the subnet is then as it was.
+    pub fn set(&mut self, subnet: Ipv4Net, vtep: &Vtep) -> Result<(), DataplaneError> {
+        let before = self.published.get(&subnet).copied();
+        let id = self.id_for(vtep, before)?;
+        if before == Some(id) {
+            return Ok(());
+        }
+        if !self.address_users.contains_key(&vtep.address) {
+            let address = vtep.address.to_be_bytes();
+            self.addresses.insert(address, id, 0).map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
+        }
         match grid_slot(&self.config, subnet) {
             Some(slot) => self.subnets.set(slot, id, 0).map_err(DataplaneError::map("write", SUBNETS))?,
             None => self.prefixes.insert(&key(subnet), id, 0).map_err(DataplaneError::map("write", PREFIXES))?,
         }
         self.published.insert(subnet, id);
-        Ok(())
+        *self.address_users.entry(vtep.address).or_insert(0) += 1;
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.users += 1;
+        }
+        before.map_or(Ok(()), |before| self.give_up(before))
     }
 
-    fn withdraw(&mut self, subnet: Ipv4Net) -> Result<(), DataplaneError> {
+    /// A subnet is leased by nobody from now on.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn withdraw(&mut self, subnet: Ipv4Net) -> Result<(), DataplaneError> {
+        let Some(id) = self.published.get(&subnet).copied() else { return Ok(()) };
         match grid_slot(&self.config, subnet) {
             Some(slot) => self.subnets.set(slot, 0, 0).map_err(DataplaneError::map("write", SUBNETS))?,
             None => {
@@ -132,40 +178,85 @@ impl PeerMaps {
             }
         }
         self.published.remove(&subnet);
+        self.give_up(id)
+    }
+
+    /// How long ago a packet from the VTEP of a subnet was admitted; [`None`] where never, or where nobody leases it.
+    /// As exact as the unit of the map, about a second.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`] and [`DataplaneError::Clock`].
+    pub fn silence_of(&self, subnet: Ipv4Net) -> Result<Option<Duration>, DataplaneError> {
+        let Some(id) = self.published.get(&subnet) else { return Ok(None) };
+        let heard = self.heard.get(id, 0).map_err(DataplaneError::map("read", HEARD))?;
+        if heard == 0 {
+            return Ok(None);
+        }
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?;
+        let units = heard_time(Duration::from(now).as_nanos() as u64).saturating_sub(heard);
+        Ok(Some(Duration::from_nanos(u64::from(units) << HEARD_UNIT_SHIFT)))
+    }
+
+    /// The id of a VTEP, a new one where it has none. That inherits when the host of `before` was last heard, where it
+    /// is the same host.
+    fn id_for(&mut self, vtep: &Vtep, before: Option<u32>) -> Result<u32, DataplaneError> {
+        if let Some(id) = self.id_of.get(vtep) {
+            return Ok(*id);
+        }
+        let full = DataplaneError::Full { used: self.entries.len(), capacity: self.vteps.len() };
+        let id = self.ids.take(Instant::now()).ok_or(full)?;
+        let same_host = before.filter(|id| self.entries.get(id).is_some_and(|old| old.vtep.address == vtep.address));
+        let heard = same_host.map_or(Ok(0), |before| self.heard.get(&before, 0));
+        let written = heard
+            .and_then(|heard| self.heard.set(id, heard, 0))
+            .map_err(DataplaneError::map("write", HEARD))
+            .and_then(|()| self.vteps.set(id, vtep, 0).map_err(DataplaneError::map("write", VTEPS)));
+        if let Err(error) = written {
+            self.ids.release(id, Instant::now());
+            return Err(error);
+        }
+        self.entries.insert(id, Entry { vtep: *vtep, users: 0 });
+        self.id_of.insert(*vtep, id);
+        Ok(id)
+    }
+
+    /// One subnet less refers to an id.
+    fn give_up(&mut self, id: u32) -> Result<(), DataplaneError> {
+        let Some(entry) = self.entries.get_mut(&id) else { return Ok(()) };
+        entry.users = entry.users.saturating_sub(1);
+        let (vtep, users) = (entry.vtep, entry.users);
+        if users == 0 {
+            self.entries.remove(&id);
+            self.id_of.remove(&vtep);
+            self.ids.release(id, Instant::now());
+        }
+        match self.address_users.get_mut(&vtep.address) {
+            Some(users) if *users > 1 => *users -= 1,
+            _ => {
+                self.address_users.remove(&vtep.address);
+                absent_is_fine(self.addresses.remove(&vtep.address.to_be_bytes()))
+                    .map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
+            }
+        }
         Ok(())
     }
 
-    /// The addresses of all published VTEPS, and no others.
-    fn sync_addresses(&mut self) -> Result<(), DataplaneError> {
-        let mut wanted: HashMap<[u8; 4], u32> = self
-            .published
-            .values()
-            .filter_map(|id| self.values.get(id).map(|vtep| (vtep.address.to_be_bytes(), *id)))
-            .collect();
-        let present: Vec<_> =
+    /// Brings `VTEP_ADDRESSES` to the published VTEPs, where an earlier agent ended between the two.
+    fn correct_addresses(&mut self) -> Result<(), DataplaneError> {
+        let present: BTreeSet<[u8; 4]> =
             self.addresses.keys().collect::<Result<_, _>>().map_err(DataplaneError::map("read", VTEP_ADDRESSES))?;
+        for entry in self.entries.iter().filter(|(_, entry)| !present.contains(&entry.vtep.address.to_be_bytes())) {
+            let (id, Entry { vtep, .. }) = entry;
+            let added = self.addresses.insert(vtep.address.to_be_bytes(), id, 0);
+            added.map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
+        }
         for address in present {
-            if wanted.remove(&address).is_none() {
+            if !self.address_users.contains_key(&u32::from_be_bytes(address)) {
                 absent_is_fine(self.addresses.remove(&address))
                     .map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
             }
         }
-        for (address, id) in wanted {
-            self.addresses.insert(address, id, 0).map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
-        }
         Ok(())
-    }
-
-    fn release_unused(&mut self) {
-        let used: BTreeSet<u32> = self.published.values().copied().collect();
-        let Self { values, ids, .. } = self;
-        values.retain(|id, _| {
-            let is_used = used.contains(id);
-            if !is_used {
-                ids.release(*id, Instant::now());
-            }
-            is_used
-        });
     }
 }
 
@@ -200,8 +291,8 @@ struct FreeIds {
 
 impl FreeIds {
     /// All ids below `capacity` that have no value; 0 means nobody and is never handed out.
-    fn new(capacity: u32, values: &HashMap<u32, Vtep>) -> Self {
-        Self { free: (1..capacity).filter(|id| !values.contains_key(id)).map(|id| (id, None)).collect() }
+    fn new(capacity: u32, is_used: impl Fn(u32) -> bool) -> Self {
+        Self { free: (1..capacity).filter(|id| !is_used(*id)).map(|id| (id, None)).collect() }
     }
 
     fn take(&mut self, now: Instant) -> Option<u32> {
@@ -224,7 +315,7 @@ mod tests {
     #[test]
     fn an_id_is_not_reused_within_the_quarantine() {
         let start = Instant::now();
-        let mut ids = FreeIds::new(3, &HashMap::new());
+        let mut ids = FreeIds::new(3, |_| false);
         assert_eq!((ids.take(start), ids.take(start), ids.take(start)), (Some(1), Some(2), None));
         ids.release(2, start);
         assert_eq!(ids.take(start + QUARANTINE / 2), None);

@@ -8,7 +8,7 @@ use std::{
 use aya::maps::{MapInfo, MapType};
 use flannel_common::{
     event::Event,
-    maps::{ABI_VERSION, COUNTERS, Counter, MAX_PREFIXES, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep},
+    maps::{ABI_VERSION, COUNTERS, Counter, HEARD, MAX_PREFIXES, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep},
     vxlan::Vni,
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
@@ -37,7 +37,7 @@ pub(super) struct Layout {
 }
 
 /// The layout of every pinned map.
-pub(super) fn layout(capacity: Capacity) -> [Layout; 5] {
+pub(super) fn layout(capacity: Capacity) -> [Layout; 6] {
     let Capacity { slots, vteps } = capacity;
     let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
         name,
@@ -52,6 +52,7 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 5] {
         map(PREFIXES, MapType::LpmTrie, 8, 4, MAX_PREFIXES),
         map(VTEPS, MapType::Array, 4, size_of::<Vtep>(), vteps),
         map(VTEP_ADDRESSES, MapType::Hash, 4, 4, vteps),
+        map(HEARD, MapType::Array, 4, 4, vteps),
         map(COUNTERS, MapType::PerCpuArray, 4, size_of::<Counter>(), Event::COUNT),
     ]
 }

@@ -4,8 +4,9 @@ pub mod etcd;
 
 use std::{net::Ipv4Addr, time::Duration};
 
-use flannel_common::packet::is_unicast;
+use flannel_common::{packet::is_unicast, vxlan::Vni};
 use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
 
 use crate::lease::{InvalidLease, LeaseAttributes, LeaseKey, MacAddress, Peer};
 
@@ -28,9 +29,12 @@ impl Entry {
     /// The lease as a host to encapsulate to.
     ///
     /// # Errors
-    /// [`InvalidLease`] for a host without a VTEP.
-    pub fn peer(&self) -> Result<Peer, InvalidLease> {
+    /// [`InvalidLease`] for a host without a VTEP in this overlay.
+    pub fn peer(&self, vni: Vni) -> Result<Peer, InvalidLease> {
         let data = self.attributes.vxlan_data()?;
+        if data.vni != vni.get() {
+            return Err(InvalidLease::Vni { theirs: data.vni, ours: vni });
+        }
         if !is_unicast(self.attributes.public_ip.to_bits()) {
             return Err(InvalidLease::PublicIp(self.attributes.public_ip));
         }
@@ -38,15 +42,109 @@ impl Entry {
     }
 }
 
+/// A key of the store that is no lease, or whose value is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassedOver {
+    /// The key below `subnets/`, as text.
+    pub name: String,
+    /// The subnet, where at least the key says one: nobody else can have it.
+    pub key: Option<LeaseKey>,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// The whole table at one revision of the store.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The network configuration, as it is there.
+    pub config: Option<Vec<u8>>,
+    /// The leases.
+    pub entries: Vec<Entry>,
+    /// What is there beside them.
+    pub passed_over: Vec<PassedOver>,
+    /// The store's revision.
+    pub revision: i64,
+    /// Which store it is.
+    pub cluster_id: u64,
+}
+
+/// Why the whole table was read. Label of the counter, and row of the README.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ResyncCause {
+    /// The agent started.
+    Start,
+    /// The connection ended: etcd restarted, or the network in between was cut.
+    Connection,
+    /// The changes since the last one seen are compacted away.
+    Compacted,
+    /// The member that was asked has no leader.
+    NoLeader,
+    /// etcd does not take the token or the user any more.
+    Unauthenticated,
+    /// etcd cancelled the watch for another reason.
+    Cancelled,
+    /// The store went back to an earlier revision: its data is gone, or a backup was restored.
+    RolledBack,
+    /// Another store answers under the same address.
+    OtherCluster,
+}
+
+impl ResyncCause {
+    /// Each of them.
+    pub const ALL: [Self; 8] = [
+        Self::Start,
+        Self::Connection,
+        Self::Compacted,
+        Self::NoLeader,
+        Self::Unauthenticated,
+        Self::Cancelled,
+        Self::RolledBack,
+        Self::OtherCluster,
+    ];
+
+    /// The cause behind an error message of etcd's, where it says one (etcd: api/v3rpc/rpctypes/error.go).
+    fn of_message(message: &str) -> Option<Self> {
+        if message.contains("no leader") {
+            Some(Self::NoLeader)
+        } else if message.contains("invalid auth token") || message.contains("permission denied") {
+            Some(Self::Unauthenticated)
+        } else {
+            None
+        }
+    }
+
+    /// Its name in status and metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Connection => "connection",
+            Self::Compacted => "compacted",
+            Self::NoLeader => "no_leader",
+            Self::Unauthenticated => "unauthenticated",
+            Self::Cancelled => "cancelled",
+            Self::RolledBack => "rolled_back",
+            Self::OtherCluster => "other_cluster",
+        }
+    }
+}
+
 /// What the watch reports.
 #[derive(Debug)]
 pub enum Update {
     /// The whole table. Comes first, and after every gap in the changes.
-    Snapshot(Vec<Entry>),
+    Snapshot(Snapshot, ResyncCause),
     /// A lease was taken or changed.
     Set(Box<Entry>),
     /// A lease ended.
     Removed(LeaseKey),
+    /// A key was written that is no lease, or is none any more.
+    PassedOver(PassedOver),
+    /// A key that was no lease is gone.
+    PassedOverRemoved(String),
+    /// The network configuration was written, or deleted.
+    Config(Option<Vec<u8>>),
+    /// The watch ended; another one begins after a while.
+    Away(String),
 }
 
 /// What a host asks for.
@@ -58,12 +156,15 @@ pub struct LeaseRequest {
     pub vtep_mac: Option<MacAddress>,
     /// The subnet it had before.
     pub previous: Option<Ipv4Net>,
+    /// The overlay that it is in.
+    pub vni: Vni,
     /// For how long the store keeps the lease of a host that is silent.
     pub ttl: Duration,
 }
 
 /// The lease that this host holds.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct OwnLease {
     /// The subnet.
     pub key: LeaseKey,
@@ -71,4 +172,17 @@ pub struct OwnLease {
     pub vtep_mac: MacAddress,
     /// The etcd lease behind it; 0 for a reservation, which needs no renewal.
     pub etcd_lease: i64,
+}
+
+/// How it stands with this host's lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is this host's, and renewed.
+    Held,
+    /// It ended: this host was silent for too long, or the store has lost it.
+    Expired,
+    /// It ended, and another host has the subnet.
+    Taken(Ipv4Addr),
+    /// Somebody deleted it, and nothing else.
+    Revoked,
 }

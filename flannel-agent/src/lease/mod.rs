@@ -1,23 +1,30 @@
-//! Leases: the key and value formats in the store, allocation, and the set of peers. Plain functions without I/O
+//! Leases: the key and value formats in the store (here), which subnet a host gets (`allocation`), and the peers that
+//! follow from what the store says (`table`). Plain functions without I/O
 //! (flannel: pkg/lease, pkg/subnet/subnet.go, pkg/subnet/etcd/local_manager.go).
 
+mod allocation;
+mod table;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map},
     fmt,
     net::{Ipv4Addr, Ipv6Addr},
     str::FromStr,
 };
 
-use flannel_common::packet::Mac;
+use flannel_common::{packet::Mac, vxlan::Vni};
 use ipnet::{Ipv4Net, Ipv6Net};
 use rand::{Rng, RngExt as _};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::NetworkConfig;
+pub use self::{
+    allocation::{allocate, is_allocatable},
+    table::{Credibility, Hold, HoldReason, LeaseTable, PeerChange},
+};
 
 /// The last part of a lease's key: `10.5.34.0-24`, in a dual-stack cluster `10.5.34.0-24&fd00:1::-64`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct LeaseKey {
     /// The IPv4 subnet, host bits cleared.
     pub subnet: Ipv4Net,
@@ -44,6 +51,20 @@ impl fmt::Display for LeaseKey {
             Some(subnet) => write!(f, "&{}-{}", subnet.network(), subnet.prefix_len()),
             None => Ok(()),
         }
+    }
+}
+
+impl From<LeaseKey> for String {
+    fn from(key: LeaseKey) -> Self {
+        key.to_string()
+    }
+}
+
+impl TryFrom<String> for LeaseKey {
+    type Error = InvalidKey;
+
+    fn try_from(key: String) -> Result<Self, InvalidKey> {
+        key.parse()
     }
 }
 
@@ -172,6 +193,14 @@ pub enum InvalidLease {
     /// An address that no host can have.
     #[error("its PublicIP {0} is no host's")]
     PublicIp(Ipv4Addr),
+    /// A host in another overlay.
+    #[error("its VNI is {theirs}, not {ours}")]
+    Vni {
+        /// What it says.
+        theirs: u32,
+        /// What this overlay's is.
+        ours: Vni,
+    },
     /// A host with another backend.
     #[error("its backend is {0:?}, not vxlan")]
     Backend(String),
@@ -216,7 +245,8 @@ impl LeaseAttributes {
 }
 
 /// A host to encapsulate to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Peer {
     /// Its VTEP address.
     pub public_ip: Ipv4Addr,
@@ -224,100 +254,8 @@ pub struct Peer {
     pub vtep_mac: MacAddress,
 }
 
-/// The peers by the subnet that they lease; our own lease is not among them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Peers(BTreeMap<Ipv4Net, Peer>);
-
-/// One change to the peers. It is a change of attributes, so that a host with a new address or MAC is a change also
-/// when its subnet stayed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PeerChange {
-    /// A subnet is leased by this host now.
-    Set(Ipv4Net, Peer),
-    /// A subnet is leased by nobody.
-    Remove(Ipv4Net),
-}
-
-impl Peers {
-    /// The changes from this set to `snapshot`, which it becomes.
-    pub fn replace(&mut self, snapshot: BTreeMap<Ipv4Net, Peer>) -> Vec<PeerChange> {
-        let Self(current) = self;
-        let removed = current.keys().filter(|subnet| !snapshot.contains_key(subnet)).copied().map(PeerChange::Remove);
-        let set = snapshot
-            .iter()
-            .filter(|(subnet, peer)| current.get(subnet) != Some(peer))
-            .map(|(subnet, peer)| PeerChange::Set(*subnet, *peer));
-        let changes = removed.chain(set).collect();
-        *current = snapshot;
-        changes
-    }
-
-    /// Takes in one change. [`None`] where it changes nothing.
-    pub fn apply(&mut self, change: PeerChange) -> Option<PeerChange> {
-        let Self(current) = self;
-        let effective = match &change {
-            PeerChange::Set(subnet, peer) => current.insert(*subnet, *peer) != Some(*peer),
-            PeerChange::Remove(subnet) => current.remove(subnet).is_some(),
-        };
-        effective.then_some(change)
-    }
-
-    /// All peers, ordered by subnet.
-    pub fn iter(&self) -> btree_map::Iter<'_, Ipv4Net, Peer> {
-        self.0.iter()
-    }
-
-    /// How many subnets are leased by others.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether nobody else holds a lease.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-/// Whether a subnet could have been allocated under this configuration.
-pub fn is_allocatable(config: &NetworkConfig, subnet: Ipv4Net) -> bool {
-    subnet.prefix_len() == config.subnet_len
-        && (config.subnet_min..=config.subnet_max).contains(&subnet.network())
-        && config.network.contains(&subnet)
-}
-
-/// How many free subnets a choice is made from, as in flannel: enough that hosts starting at once rarely collide.
-const CANDIDATES: usize = 100;
-
-/// Chooses a free subnet at random among the first hundred. [`None`] where all are taken.
-pub fn allocate(
-    config: &NetworkConfig,
-    taken: impl IntoIterator<Item = Ipv4Net>,
-    rng: &mut impl Rng,
-) -> Option<Ipv4Net> {
-    let size = 1u64 << (32 - config.subnet_len);
-    // Leases as long as ours or longer block one subnet each, shorter ones a range.
-    let (blocks, ranges): (Vec<_>, Vec<_>) =
-        taken.into_iter().partition(|lease| lease.prefix_len() >= config.subnet_len);
-    let blocked: BTreeSet<u64> = blocks.iter().map(|lease| u64::from(lease.network().to_bits()) / size).collect();
-    let is_free = |slot: u64| {
-        let address = Ipv4Addr::from_bits((slot * size) as u32);
-        !blocked.contains(&slot) && !ranges.iter().any(|lease| lease.contains(&address))
-    };
-    let first = u64::from(config.subnet_min.to_bits()) / size;
-    let last = u64::from(config.subnet_max.to_bits()) / size;
-    let candidates: Vec<_> = (first..=last).filter(|slot| is_free(*slot)).take(CANDIDATES).collect();
-    let slot = match candidates.len() {
-        0 => return None,
-        count => candidates[rng.random_range(0..count)],
-    };
-    Ipv4Net::new(Ipv4Addr::from_bits((slot * size) as u32), config.subnet_len).ok()
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::{collection::vec, prelude::*};
-    use rand::{SeedableRng as _, rngs::SmallRng};
-
     use super::*;
 
     fn net(text: &str) -> Ipv4Net {
@@ -389,65 +327,6 @@ mod tests {
         }
         for value in ["", "x", "{}", r#"{"PublicIP":"1.2.3"}"#, r#"{"PublicIP":7}"#, "\u{fffd}"] {
             assert!(LeaseAttributes::from_json(value.as_bytes()).is_err(), "{value}");
-        }
-    }
-
-    fn config(network: &str, len: u8) -> NetworkConfig {
-        NetworkConfig::parse(&format!(
-            r#"{{"Network": "{network}", "SubnetLen": {len}, "Backend": {{"Type": "vxlan"}}}}"#
-        ))
-        .expect("valid")
-    }
-
-    prop_compose! {
-        fn any_net()(bits: u32, len in 8u8..=30) -> Ipv4Net {
-            // Within 10.0.0.0/12, where the allocations are.
-            let address = 0x0a00_0000 | (bits & 0x000f_ffff);
-            Ipv4Net::new(address.into(), len).expect("length").trunc()
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn allocation_finds_a_free_subnet_if_there_is_any(
-            network_len in 16u8..=24, extra in 2u8..=6, taken in vec(any_net(), 0..40), seed: u64,
-        ) {
-            let config = config(&format!("10.0.0.0/{network_len}"), (network_len + extra).min(30));
-            let free = |subnet: &Ipv4Net| !taken.iter().any(|t| t.contains(subnet) || subnet.contains(t));
-            let any_free = config.network.subnets(config.subnet_len).expect("lengths")
-                .any(|subnet| is_allocatable(&config, subnet) && free(&subnet));
-            match allocate(&config, taken.clone(), &mut SmallRng::seed_from_u64(seed)) {
-                Some(subnet) => prop_assert!(is_allocatable(&config, subnet) && free(&subnet)),
-                None => prop_assert!(!any_free),
-            }
-        }
-
-        #[test]
-        fn events_end_where_the_snapshot_does(
-            events in vec((0u8..8, proptest::option::of(0u8..3)), 0..40), start in vec((0u8..8, 0u8..3), 0..8),
-        ) {
-            let subnet = |n: u8| net(&format!("10.5.{n}.0/24"));
-            let peer = |n: u8| Peer { public_ip: [192, 168, 0, n].into(), vtep_mac: MacAddress([2, 0, 0, 0, 0, n]) };
-            let start: BTreeMap<_, _> = start.into_iter().map(|(s, p)| (subnet(s), peer(p))).collect();
-            let mut by_event = Peers::default();
-            by_event.replace(start.clone());
-            let mut last = start.clone();
-            for (s, p) in events {
-                let change = match p {
-                    Some(p) => { last.insert(subnet(s), peer(p)); PeerChange::Set(subnet(s), peer(p)) }
-                    None => { last.remove(&subnet(s)); PeerChange::Remove(subnet(s)) }
-                };
-                by_event.apply(change);
-            }
-            // The changes that a resync reports, applied to the start, give the same set.
-            let mut by_snapshot = Peers::default();
-            by_snapshot.replace(start.clone());
-            let mut by_changes = by_snapshot.clone();
-            for change in by_snapshot.replace(last) {
-                prop_assert!(by_changes.apply(change).is_some());
-            }
-            prop_assert_eq!(&by_event, &by_snapshot);
-            prop_assert_eq!(&by_changes, &by_snapshot);
         }
     }
 }

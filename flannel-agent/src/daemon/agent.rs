@@ -1,0 +1,342 @@
+//! The running agent: makes the datapath, and keeps maps, kernel and lease table in step.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant as Clock},
+};
+
+use flannel_common::maps::Config;
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+use tracing::{info, warn};
+
+use super::{
+    DaemonError, Shutdown,
+    record::Record,
+    start::Prepared,
+    store::{Course, is_heard},
+    tenancy::{TenancyEvent, Tenant},
+};
+use crate::{
+    cleanup,
+    cli::Cli,
+    config::NetworkConfig,
+    control::{self, Pending, Reply, Request},
+    dataplane::{Capacity, Dataplane, Hook, PinDirectory},
+    device::{
+        self, Changed, DeviceEvent, Link, Netlink,
+        external::External,
+        vxlan::{Existing, VxlanDevice},
+    },
+    lease::{LeaseTable, PeerChange},
+    registry::{OwnLease, Update, etcd::Registry},
+    status::LeaseState,
+    subnet_env::SubnetEnv,
+    underlay::{Endpoint, Underlay},
+};
+
+/// How often everything is compared without an event.
+const COMPARE_PERIOD: Duration = Duration::from_secs(10);
+/// The least time between two looks at the kernel, so that a burst of events costs one.
+const SETTLE_TIME: Duration = Duration::from_millis(10);
+/// The least time between two writes of the agent's files.
+const RECORD_PERIOD: Duration = Duration::from_millis(500);
+
+/// Makes everything. Where that fails half-way, what was not there before is taken away again.
+pub(super) async fn set_up<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent<'a>, DaemonError> {
+    let vni = prepared.network.backend.vni;
+    let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
+    let had_device = netlink.link_by_name(&prepared.device.name).await?.is_some();
+    let result = make(cli, netlink.clone(), prepared).await;
+    if result.is_err() {
+        let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;
+        if let Err(error) = undone {
+            warn!("what was made before the failure could not be removed: {error}");
+        }
+    }
+    result
+}
+
+async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent<'a>, DaemonError> {
+    let Prepared { registry, network, config, external, device, request, lease, known, snapshot } = prepared;
+    let endpoint = Endpoint {
+        external: external.clone(),
+        port: device.port,
+        vni: device.vni,
+        vtep_mac: lease.vtep_mac,
+        overlay: 0,
+    };
+    let dataplane = load(cli, &network, &external, &device, &lease)?;
+    let (watch_sender, updates) = mpsc::channel(1024);
+    let (tenancy_sender, tenancy) = mpsc::channel(8);
+    let doubt = Arc::new(Notify::new());
+    let lease_state = if snapshot.is_some() { LeaseState::Held } else { LeaseState::LastKnown };
+    let mut agent = Agent {
+        cli,
+        netlink,
+        dataplane,
+        underlay: Underlay::new(endpoint),
+        table: LeaseTable::new(known, cli.guard_grace()),
+        record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
+        network,
+        external,
+        device,
+        own: lease.clone(),
+        moving_to: None,
+        registry: registry.clone(),
+        updates,
+        tenancy,
+        doubt: Arc::clone(&doubt),
+        requests: control::listen(&control::path(&cli.run_dir, request.vni))?,
+    };
+    // Peers before programs: none that is attached may meet empty maps.
+    if let Some(snapshot) = snapshot {
+        agent.take_peers(&snapshot);
+    }
+    agent.compare(Changed::Topology).await?;
+
+    device::enable_forwarding()?;
+    let link = agent.ensure_datapath(Existing::Replace).await?;
+    agent.dataplane.discard_other_versions()?;
+    agent.write_subnet_env()?;
+    // Last: until here a host of flannel's could go on as it was.
+    if let Err(error) = agent.netlink.sweep(&link, agent.network.network).await {
+        warn!("{error}");
+    }
+    agent.write_record();
+    info!("{} carries {} to {} peers", link.name, agent.own.key.subnet, agent.dataplane.peers.len());
+
+    tokio::spawn(registry.clone().watch(watch_sender));
+    let renew_interval = cli.renew_interval()?;
+    let network = agent.network.clone();
+    let tenant = Tenant { registry, request, network, renew_interval, doubt, events: tenancy_sender };
+    tokio::spawn(tenant.keep((lease_state == LeaseState::Held).then_some(lease)));
+    Ok(agent)
+}
+
+/// Loads the programs for a lease.
+fn load(
+    cli: &Cli,
+    network: &NetworkConfig,
+    external: &External,
+    device: &VxlanDevice,
+    lease: &OwnLease,
+) -> Result<Dataplane, DaemonError> {
+    let subnet = lease.key.subnet;
+    let capacity = Capacity::of(network);
+    let config = Config {
+        network: network.network.network().to_bits(),
+        slot_shift: 32 - u32::from(network.subnet_len),
+        slots: capacity.slots,
+        subnet: subnet.network().to_bits(),
+        subnet_mask: subnet.netmask().to_bits(),
+        vtep_address: external.address.to_bits(),
+        vni: device.vni.get(),
+        mtu: device.mtu,
+        underlay_header_len: if external.link.mac.is_some() { 14 } else { 0 },
+        port: device.port,
+        vtep_mac: lease.vtep_mac.0,
+        source_ports: device::local_ports(),
+    };
+    let pins = PinDirectory::new(&cli.bpf_pin_dir, device.vni);
+    Ok(Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?)
+}
+
+/// The running agent.
+pub(super) struct Agent<'a> {
+    pub(super) cli: &'a Cli,
+    pub(super) netlink: Netlink,
+    pub(super) dataplane: Dataplane,
+    pub(super) underlay: Underlay,
+    pub(super) table: LeaseTable,
+    pub(super) record: Record,
+    pub(super) network: NetworkConfig,
+    pub(super) external: External,
+    pub(super) device: VxlanDevice,
+    /// The lease that the datapath is made for.
+    pub(super) own: OwnLease,
+    /// The lease that it has still to be made for.
+    pub(super) moving_to: Option<OwnLease>,
+    pub(super) registry: Registry,
+    pub(super) updates: mpsc::Receiver<Update>,
+    pub(super) tenancy: mpsc::Receiver<TenancyEvent>,
+    /// Has the tenant look at how it stands with the lease.
+    pub(super) doubt: Arc<Notify>,
+    pub(super) requests: mpsc::Receiver<Pending>,
+}
+
+impl Agent<'_> {
+    /// Follows store and kernel until a signal, or until the lease is taken away, which ends the process as flannel's
+    /// does: started anew, it takes a lease again.
+    pub(super) async fn follow(
+        mut self,
+        mut device_events: mpsc::Receiver<DeviceEvent>,
+        mut shutdown: Shutdown,
+    ) -> Result<(), DaemonError> {
+        let mut compare = interval(COMPARE_PERIOD);
+        compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        compare.reset();
+        let mut record = interval(RECORD_PERIOD);
+        record.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pending = None;
+        let mut not_before = Instant::now();
+        loop {
+            tokio::select! {
+                () = shutdown.requested() => {
+                    info!("stopped as asked; the datapath goes on");
+                    break;
+                }
+                Some(event) = self.tenancy.recv() => {
+                    if self.take_tenancy(event).await == Course::End {
+                        break;
+                    }
+                }
+                Some(update) = self.updates.recv() => {
+                    let changes = self.take_updates(update);
+                    self.apply(changes).await;
+                }
+                Some((request, answer)) = self.requests.recv() => {
+                    // Whoever asked may be gone.
+                    let _gone = answer.send(self.serve(request).await);
+                }
+                Some(DeviceEvent { kind, ifindex }) = device_events.recv() => {
+                    let event = match ifindex {
+                        // Its neighbours are ours.
+                        Some(index) if self.underlay.is_overlay(index) => Some(Changed::Topology),
+                        Some(index) if !self.underlay.depends_on(index) => None,
+                        _ => Some(kind),
+                    };
+                    if pending != Some(Changed::Topology) {
+                        pending = event.or(pending);
+                    }
+                }
+                () = sleep_until(not_before), if pending.is_some() => {
+                    self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await?;
+                    not_before = Instant::now() + SETTLE_TIME;
+                }
+                _ = compare.tick() => {
+                    let changes = self.table.review(is_heard(&self.dataplane.peers), Clock::now());
+                    self.apply(changes).await;
+                    if let Some(lease) = self.moving_to.take() {
+                        self.move_to(lease).await;
+                    }
+                    self.compare_or_say(Changed::Topology).await?;
+                    self.record.refresh(&self.table);
+                }
+                _ = record.tick(), if self.record.is_due() => self.write_record(),
+            }
+        }
+        self.record.refresh(&self.table);
+        self.record.finish(&self.own, &self.table).await;
+        Ok(())
+    }
+
+    /// Goes on with a lease. Where it is of another subnet, programs, device and `subnet.env` are made for that.
+    pub(super) async fn move_to(&mut self, lease: OwnLease) {
+        self.record.lease(&lease, LeaseState::Held);
+        if lease.key == self.own.key && lease.vtep_mac == self.own.vtep_mac {
+            info!("the lease of {} is held again", lease.key.subnet);
+            self.own = lease;
+            let change = self.table.exclude(self.own.key.subnet);
+            self.apply(change).await;
+            return;
+        }
+        warn!(
+            "this host moves from {} to {}: subnet.env is rewritten, and its pods need new addresses",
+            self.own.key.subnet, lease.key.subnet
+        );
+        if let Err(error) = self.remake(lease.clone()).await {
+            warn!("{error}; trying again in {COMPARE_PERIOD:?}");
+            self.moving_to = Some(lease);
+        }
+    }
+
+    async fn remake(&mut self, lease: OwnLease) -> Result<(), DaemonError> {
+        // The maps with the peers are adopted, and the programs swapped in one step each.
+        self.dataplane = load(self.cli, &self.network, &self.external, &self.device, &lease)?;
+        self.own = lease;
+        self.table.exclude(self.own.key.subnet);
+        self.underlay.set_vtep_mac(self.own.vtep_mac);
+        self.compare(Changed::Topology).await?;
+        let link = self.ensure_datapath(Existing::Replace).await?;
+        self.write_subnet_env()?;
+        info!("{} carries {} to {} peers", link.name, self.own.key.subnet, self.dataplane.peers.len());
+        Ok(())
+    }
+
+    async fn serve(&mut self, request: Request) -> Reply {
+        match request {
+            Request::ReleaseGuard => {
+                let changes = self.table.release(Clock::now());
+                let peers = changes.len();
+                warn!("{peers} held peers are let go, as asked");
+                self.apply(changes).await;
+                self.record.peers_changed(&self.table);
+                self.write_record();
+                Reply::Released { peers }
+            }
+        }
+    }
+
+    /// Makes the device, what leads into it and what is attached to it, or what of that is not there.
+    async fn ensure_datapath(&mut self, existing: Existing) -> Result<Link, DaemonError> {
+        let Self { netlink, dataplane, underlay, external, device, own, network, .. } = self;
+        let link = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
+        underlay.set_overlay(link.index);
+        dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
+        dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
+        dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+        netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
+        netlink.ensure_route(&link, device, network.network, existing).await?;
+        Ok(link)
+    }
+
+    fn write_subnet_env(&self) -> Result<(), DaemonError> {
+        let (network, subnet, mtu) = (self.network.network, self.own.key.subnet, self.device.mtu);
+        Ok(SubnetEnv { network, subnet, mtu, ip_masq: false }.write(&self.cli.subnet_file())?)
+    }
+
+    fn write_record(&mut self) {
+        self.record.write(&self.own, &self.table);
+    }
+
+    /// Repairs and compares. What fails is said, and tried again at the next event or period; an external interface that
+    /// is gone is nothing to repair.
+    async fn compare_or_say(&mut self, event: Changed) -> Result<(), DaemonError> {
+        if event == Changed::Topology
+            && let Err(error) = self.ensure_datapath(Existing::Keep).await
+        {
+            warn!("{error}; trying again in {COMPARE_PERIOD:?}");
+        }
+        if let Err(error) = self.compare(event).await {
+            warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
+        }
+        let External { link, .. } = &self.external;
+        if self.underlay.has_link(link.index) { Ok(()) } else { Err(DaemonError::InterfaceGone(link.name.clone())) }
+    }
+
+    /// Brings the maps to what lease table and kernel say now.
+    async fn compare(&mut self, event: Changed) -> Result<(), DaemonError> {
+        self.underlay.refresh(&self.netlink, &self.table, event).await?;
+        self.dataplane.peers.sync(&self.underlay.desired(&self.table))?;
+        Ok(())
+    }
+
+    /// Brings the maps up by these changes only.
+    pub(super) async fn apply(&mut self, changes: impl IntoIterator<Item = PeerChange>) {
+        for change in changes {
+            let written = match change {
+                PeerChange::Set(subnet, peer) => {
+                    self.underlay.look_up(&self.netlink, peer.public_ip).await;
+                    self.dataplane.peers.set(subnet, &self.underlay.vtep(&peer))
+                }
+                PeerChange::Remove(subnet) => self.dataplane.peers.withdraw(subnet),
+            };
+            if let Err(error) = written {
+                warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The life of the daemon: wait for the store, set up, follow changes.
+//!
+//! * `start` — what is known before anything is touched: from the store, or where that is away, from the last run
+//! * `agent` — making the datapath, and keeping it in step with store and kernel
+//! * `store` — what the agent makes of what the store says
+//! * `record` — what it writes into its run directory
+//! * `tenancy` — keeping this host's own lease, and taking another where it is lost
+
+mod agent;
+mod record;
+mod start;
+mod store;
+mod tenancy;
+
+use std::io;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    atomic_file::WriteError,
+    cleanup::CleanupError,
+    cli::{Cli, InvalidMargin},
+    control::ControlError,
+    dataplane::{self, DataplaneError},
+    device::{DeviceError, Netlink, external::SelectError},
+    lock::{Lock, LockError},
+    operator::OperatorError,
+    preflight::{self, PreflightError},
+    registry::etcd::RegistryError,
+};
+
+/// Why the daemon ends.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The host lacks what no waiting brings.
+    #[error(transparent)]
+    Preflight(#[from] PreflightError),
+    /// No interface to the other hosts.
+    #[error(transparent)]
+    Interface(#[from] SelectError),
+    /// The interface to the other hosts was deleted; one of the same name is another.
+    #[error("the external interface {0} is gone; start the agent again when there is one")]
+    InterfaceGone(String),
+    /// The kernel's network.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Programs or maps.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// The store, in a way that waiting does not heal.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Another agent serves this overlay.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A file of ours.
+    #[error(transparent)]
+    File(#[from] WriteError),
+    /// Taking something away.
+    #[error(transparent)]
+    Cleanup(#[from] CleanupError),
+    /// No signal handler.
+    #[error("wait for signals: {0}")]
+    Signal(io::Error),
+    /// A flag that is out of range.
+    #[error(transparent)]
+    Margin(#[from] InvalidMargin),
+    /// The socket for requests.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A command of the operator's.
+    #[error(transparent)]
+    Operator(#[from] OperatorError),
+}
+
+impl DaemonError {
+    /// The process' exit code, as `--help` explains it.
+    pub const fn exit_code(&self) -> u8 {
+        const FAILED: u8 = 1;
+        const HOST_LACKS: u8 = 77;
+        const BAD_CONFIGURATION: u8 = 78;
+        match self {
+            Self::Preflight(_)
+            | Self::Interface(SelectError::NoMatch(_))
+            | Self::Dataplane(
+                DataplaneError::NotBpffs { .. } | DataplaneError::Load(_) | DataplaneError::Program { .. },
+            ) => HOST_LACKS,
+            Self::Registry(RegistryError::File { .. } | RegistryError::PlainEndpoints) | Self::Margin(_) => {
+                BAD_CONFIGURATION
+            }
+            _ => FAILED,
+        }
+    }
+}
+
+/// Runs until a signal or until the lease is taken away, then leaves the datapath as it is.
+///
+/// Until it knows of a lease it touches nothing on the host, so waiting can be interrupted at any time. Setting up takes
+/// milliseconds, is not interrupted, and is undone where it fails and nothing was there before.
+///
+/// # Errors
+/// [`DaemonError`], where going on or trying again can't help.
+pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
+    let mut shutdown = Shutdown::listen()?;
+    cli.renew_interval()?;
+    preflight::check()?;
+    dataplane::require_bpffs(&cli.bpf_pin_dir)?;
+    let (netlink, device_events, _connection) = Netlink::open()?;
+
+    let prepared = tokio::select! {
+        prepared = start::prepare(cli, &netlink) => prepared?,
+        () = shutdown.requested() => return Ok(()),
+    };
+    let _lock = Lock::take(&cli.run_dir, prepared.network.backend.vni)?;
+    let agent = agent::set_up(cli, netlink, prepared).await?;
+    agent.follow(device_events, shutdown).await
+}
+
+/// SIGINT and SIGTERM.
+struct Shutdown {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Shutdown {
+    fn listen() -> Result<Self, DaemonError> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).map_err(DaemonError::Signal)?,
+            terminate: signal(SignalKind::terminate()).map_err(DaemonError::Signal)?,
+        })
+    }
+
+    async fn requested(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}

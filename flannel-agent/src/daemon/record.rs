@@ -1,0 +1,216 @@
+//! What the agent writes into its run directory as it goes: its status, and what is last known of the lease table.
+
+use std::{path::PathBuf, time::Instant};
+
+use flannel_common::vxlan::Vni;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tracing::warn;
+
+use crate::{
+    cli::Cli,
+    config::NetworkConfig,
+    device::{external::External, vxlan::VxlanDevice},
+    last_known::LastKnown,
+    lease::LeaseTable,
+    registry::{OwnLease, PassedOver, ResyncCause, Snapshot},
+    status::{API_VERSION, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, now},
+};
+
+/// No more entries are named than this, whatever the store holds; all are counted.
+const MOST_NAMED: usize = 100;
+
+/// The state of both files.
+pub(super) struct Record {
+    run_dir: PathBuf,
+    vni: Vni,
+    prefix: String,
+    config: String,
+    status: Status,
+    status_is_due: bool,
+    leases_are_due: bool,
+    writing: Option<JoinHandle<()>>,
+}
+
+impl Record {
+    #[expect(clippy::too_many_arguments, reason = "each is one line of the status")]
+    pub(super) fn new(
+        cli: &Cli,
+        prefix: &str,
+        network: &NetworkConfig,
+        config: Vec<u8>,
+        external: &External,
+        device: &VxlanDevice,
+        lease: &OwnLease,
+        state: LeaseState,
+    ) -> Self {
+        let status = Status {
+            api_version: API_VERSION.to_owned(),
+            written: 0,
+            pid: std::process::id(),
+            vni: device.vni.get(),
+            network: network.network,
+            external_interface: external.link.name.clone(),
+            public_ip: external.public_ip,
+            mtu: device.mtu,
+            lease: LeaseStatus { subnet: lease.key.subnet, vtep_mac: lease.vtep_mac, state, renewals: 0, losses: 0 },
+            store: StoreStatus { since: now(), ..StoreStatus::default() },
+            config_differs: None,
+            peers: 0,
+            held: Vec::new(),
+            held_total: Default::default(),
+        };
+        Self {
+            run_dir: cli.run_dir.clone(),
+            vni: device.vni,
+            prefix: prefix.to_owned(),
+            config: String::from_utf8_lossy(&config).into_owned(),
+            status,
+            status_is_due: true,
+            leases_are_due: true,
+            writing: None,
+        }
+    }
+
+    pub(super) const fn lease_state(&self) -> LeaseState {
+        self.status.lease.state
+    }
+
+    /// A snapshot was read: what was said of single entries is said anew.
+    pub(super) fn snapshot(&mut self, snapshot: &Snapshot, cause: ResyncCause) {
+        let store = &mut self.status.store;
+        if !store.following {
+            (store.following, store.since) = (true, now());
+        }
+        store.problem = None;
+        store.revision = snapshot.revision;
+        store.cluster_id = format!("{:x}", snapshot.cluster_id);
+        *store.resyncs.entry(cause.label().to_owned()).or_insert(0) += 1;
+        store.passed_over.clear();
+        self.status_is_due = true;
+    }
+
+    pub(super) fn away(&mut self, reason: String) {
+        let store = &mut self.status.store;
+        if store.following || store.problem.is_none() {
+            (store.following, store.since) = (false, now());
+        }
+        store.problem = Some(reason);
+        self.status_is_due = true;
+    }
+
+    pub(super) fn event(&mut self) {
+        self.status.store.events += 1;
+        self.status_is_due = true;
+    }
+
+    pub(super) fn pass_over(&mut self, PassedOver { name, reason, .. }: PassedOver) {
+        let store = &mut self.status.store;
+        store.passed_over_total += 1;
+        self.status_is_due = true;
+        if store.passed_over.get(&name) == Some(&reason) {
+            return;
+        }
+        warn!("the entry {name:?} is passed over: {reason}");
+        if store.passed_over.len() < MOST_NAMED {
+            store.passed_over.insert(name, reason);
+        }
+    }
+
+    /// An entry is none that is passed over, or is gone.
+    pub(super) fn usable(&mut self, name: &str) {
+        self.status.store.passed_over.remove(name);
+    }
+
+    pub(super) fn config_differs(&mut self, difference: Option<String>) {
+        if let Some(difference) = &difference
+            && self.status.config_differs.as_ref() != Some(difference)
+        {
+            warn!("{difference}");
+        }
+        self.status_is_due |= self.status.config_differs != difference;
+        self.status.config_differs = difference;
+    }
+
+    pub(super) fn renewed(&mut self) {
+        self.status.lease.renewals += 1;
+        self.status_is_due = true;
+    }
+
+    pub(super) fn lease(&mut self, lease: &OwnLease, state: LeaseState) {
+        let status = &mut self.status.lease;
+        if state == LeaseState::Lost {
+            status.losses += 1;
+        }
+        (status.subnet, status.vtep_mac, status.state) = (lease.key.subnet, lease.vtep_mac, state);
+        (self.status_is_due, self.leases_are_due) = (true, true);
+    }
+
+    /// The peers may have changed.
+    pub(super) fn peers_changed(&mut self, table: &LeaseTable) {
+        self.leases_are_due = true;
+        self.refresh(table);
+    }
+
+    /// Takes in who is held.
+    pub(super) fn refresh(&mut self, table: &LeaseTable) {
+        let (wall, clock) = (now(), Instant::now());
+        let held: Vec<_> = table
+            .held()
+            .filter_map(|(subnet, hold)| {
+                let peer = table.get(subnet)?;
+                let since = wall.saturating_sub(clock.saturating_duration_since(hold.since).as_secs());
+                Some(HeldPeer { subnet: *subnet, public_ip: peer.public_ip, reason: hold.reason, since })
+            })
+            .collect();
+        let is_new = |peer: &HeldPeer| {
+            let before = self.status.held.iter().find(|before| before.subnet == peer.subnet);
+            before.is_none_or(|before| before.reason != peer.reason)
+        };
+        for peer in held.iter().filter(|peer| is_new(peer)) {
+            *self.status.held_total.entry(peer.reason.label().to_owned()).or_insert(0) += 1;
+        }
+        self.status.held = held;
+        self.status.peers = table.len();
+        self.status_is_due = true;
+    }
+
+    /// Whether something is to be written, and nothing is being written.
+    pub(super) fn is_due(&self) -> bool {
+        (self.status_is_due || self.leases_are_due) && self.writing.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Writes what is due, beside the agent's own work.
+    pub(super) fn write(&mut self, own: &OwnLease, table: &LeaseTable) {
+        let write = self.take_due(own, table);
+        self.writing = Some(spawn_blocking(write));
+    }
+
+    /// Writes what is due, at the end.
+    pub(super) async fn finish(&mut self, own: &OwnLease, table: &LeaseTable) {
+        if let Some(writing) = self.writing.take() {
+            // It says itself what failed.
+            let _ended = writing.await;
+        }
+        self.take_due(own, table)();
+    }
+
+    fn take_due(&mut self, own: &OwnLease, table: &LeaseTable) -> impl FnOnce() + use<> {
+        self.status.written = now();
+        let status = std::mem::take(&mut self.status_is_due).then(|| self.status.clone());
+        let known = std::mem::take(&mut self.leases_are_due).then(|| LastKnown {
+            prefix: self.prefix.clone(),
+            public_ip: self.status.public_ip,
+            config: self.config.clone(),
+            lease: own.clone(),
+            peers: table.iter().map(|(subnet, peer)| (*subnet, *peer)).collect(),
+        });
+        let (run_dir, vni) = (self.run_dir.clone(), self.vni);
+        move || {
+            let written = status.map_or(Ok(()), |status| status.write(&run_dir, vni));
+            let kept = known.map_or(Ok(()), |known| known.write(&run_dir, vni));
+            for error in [written, kept].into_iter().filter_map(Result::err) {
+                warn!("{error}");
+            }
+        }
+    }
+}

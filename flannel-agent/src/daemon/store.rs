@@ -1,0 +1,212 @@
+//! What the agent makes of what the store says: of the table, of the network config, and of its own lease.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use ipnet::Ipv4Net;
+use tracing::{debug, info, warn};
+
+use super::{agent::Agent, tenancy::TenancyEvent};
+use crate::{
+    dataplane::PeerMaps,
+    lease::{Credibility, Peer, PeerChange},
+    registry::{Entry, PassedOver, ResyncCause, Snapshot, Standing, Update},
+    status::LeaseState,
+};
+
+/// A host is alive that was heard within this time.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Whether the agent goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Course {
+    GoOn,
+    End,
+}
+
+impl Agent<'_> {
+    /// Takes in an update and all that wait behind it.
+    pub(super) fn take_updates(&mut self, first: Update) -> Vec<PeerChange> {
+        let mut changes = Vec::new();
+        let mut next = Some(first);
+        while let Some(update) = next {
+            match update {
+                Update::Snapshot(snapshot, cause) => changes.extend(self.take_snapshot(snapshot, cause)),
+                Update::Set(entry) => {
+                    self.record.event();
+                    self.record.usable(&entry.key.to_string());
+                    changes.extend(self.take_entry(&entry));
+                }
+                Update::Removed(key) => {
+                    self.record.event();
+                    self.record.usable(&key.to_string());
+                    changes.extend(self.remove(key.subnet));
+                    if key == self.own.key {
+                        self.doubt_lease();
+                    }
+                }
+                Update::PassedOver(passed_over) => {
+                    self.record.event();
+                    changes.extend(self.pass_over(passed_over));
+                }
+                Update::PassedOverRemoved(name) => {
+                    self.record.event();
+                    self.record.usable(&name);
+                }
+                Update::Config(config) => self.take_config(config.as_deref()),
+                Update::Away(reason) => self.record.away(reason),
+            }
+            next = self.updates.try_recv().ok();
+        }
+        self.record.peers_changed(&self.table);
+        changes
+    }
+
+    fn take_snapshot(&mut self, snapshot: Snapshot, cause: ResyncCause) -> Vec<PeerChange> {
+        info!("{} leases in etcd at revision {} ({})", snapshot.entries.len(), snapshot.revision, cause.label());
+        self.record.snapshot(&snapshot, cause);
+        let is_ours = |entry: &Entry| entry.key == self.own.key && entry.etcd_lease == self.own.etcd_lease;
+        if !snapshot.entries.iter().any(|entry| self.is_own(entry) && is_ours(entry)) {
+            self.doubt_lease();
+        }
+        self.take_config(snapshot.config.as_deref());
+        self.take_peers(&snapshot)
+    }
+
+    /// Believes a snapshot as far as it can be believed.
+    pub(super) fn take_peers(&mut self, snapshot: &Snapshot) -> Vec<PeerChange> {
+        let mut peers = BTreeMap::new();
+        for entry in &snapshot.entries {
+            match self.peer_of(entry) {
+                Ok(Some(peer)) => drop(peers.insert(entry.key.subnet, peer)),
+                Ok(None) => {}
+                Err(passed_over) => self.record.pass_over(passed_over),
+            }
+        }
+        for passed_over in &snapshot.passed_over {
+            self.record.pass_over(passed_over.clone());
+        }
+        let has_own = snapshot.entries.iter().any(|entry| self.is_own(entry));
+        let credibility = if has_own { Credibility::Whole } else { Credibility::Doubtful };
+        let held = self.table.held().len();
+        let changes = self.table.replace(peers, credibility, is_heard(&self.dataplane.peers), Instant::now());
+        let more = self.table.held().len().saturating_sub(held);
+        if more > 0 {
+            warn!(
+                "etcd no longer names {more} of {} peers; they are held for {:?}, and longer while they send. If etcd is \
+                 right: flannel-agent lease release-guard",
+                self.table.len(),
+                self.cli.guard_grace()
+            );
+        }
+        changes
+    }
+
+    fn take_entry(&mut self, entry: &Entry) -> Option<PeerChange> {
+        if entry.key == self.own.key && !(self.is_own(entry) && entry.etcd_lease == self.own.etcd_lease) {
+            self.doubt_lease();
+        }
+        let change = match self.peer_of(entry) {
+            Ok(Some(peer)) => self.table.set(entry.key.subnet, peer),
+            Ok(None) => self.table.exclude(entry.key.subnet),
+            // A lease that came to name no VTEP is one peer less.
+            Err(passed_over) => self.pass_over(passed_over),
+        };
+        if let Some(change) = &change {
+            debug!("{change:?}");
+        }
+        change
+    }
+
+    fn pass_over(&mut self, passed_over: PassedOver) -> Option<PeerChange> {
+        let key = passed_over.key;
+        self.record.pass_over(passed_over);
+        if key == Some(self.own.key) {
+            self.doubt_lease();
+        }
+        self.remove(key?.subnet)
+    }
+
+    fn remove(&mut self, subnet: Ipv4Net) -> Option<PeerChange> {
+        let held = self.table.held().len();
+        let change = self.table.remove(subnet, is_heard(&self.dataplane.peers), Instant::now());
+        if self.table.held().len() > held
+            && let Some((_, hold)) = self.table.held().find(|(of, _)| **of == subnet)
+        {
+            warn!("etcd no longer names the peer of {subnet}; it is held ({})", hold.reason.label());
+        }
+        change
+    }
+
+    /// The host to encapsulate to for an entry; [`None`] for this one.
+    fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, PassedOver> {
+        if entry.attributes.public_ip == self.external.public_ip {
+            return Ok(None);
+        }
+        let passed_over = |reason: String| PassedOver { name: entry.key.to_string(), key: Some(entry.key), reason };
+        entry.peer(self.device.vni).map(Some).map_err(|error| passed_over(error.to_string()))
+    }
+
+    fn is_own(&self, entry: &Entry) -> bool {
+        entry.key == self.own.key && entry.attributes.public_ip == self.external.public_ip
+    }
+
+    /// The table says something that does not go with holding the lease. Only where it is held: a tenant that is taking
+    /// one looks anyway.
+    fn doubt_lease(&self) {
+        if self.record.lease_state() == LeaseState::Held {
+            self.doubt.notify_one();
+        }
+    }
+
+    /// Compares the config in the store with the one that the datapath is made for.
+    fn take_config(&mut self, config: Option<&[u8]>) {
+        let difference = match config.map(|config| self.registry.parse_config(config)) {
+            None => Some("the network config is gone from etcd; going on with the one before".to_owned()),
+            Some(Err(error)) => Some(format!("{error}; going on with the one before")),
+            Some(Ok(now)) => match self.network.differences(&now) {
+                differences if differences.is_empty() => None,
+                differences => Some(format!(
+                    "the network config in etcd has changed ({}); start the agent again to take it in",
+                    differences.join(", ")
+                )),
+            },
+        };
+        self.record.config_differs(difference);
+    }
+
+    /// What became of the own lease.
+    pub(super) async fn take_tenancy(&mut self, event: TenancyEvent) -> Course {
+        match event {
+            TenancyEvent::Renewed => self.record.renewed(),
+            TenancyEvent::Lost(standing) => {
+                let subnet = self.own.key.subnet;
+                match standing {
+                    Standing::Taken(by) => warn!(
+                        "the lease of {subnet} ended while this host was silent, and {by} has it now; taking another. \
+                         Pods of this host need new addresses"
+                    ),
+                    _ => warn!("etcd no longer has the lease of {subnet}; taking it again if it is free"),
+                }
+                self.record.lease(&self.own, LeaseState::Lost);
+            }
+            TenancyEvent::Taken(lease) => self.move_to(lease).await,
+            TenancyEvent::Revoked => {
+                warn!("Lease has been revoked. Shutting down daemon.");
+                return Course::End;
+            }
+            TenancyEvent::OtherConfig => {
+                warn!("the lease is lost, and the network config is another one by now; start the agent again");
+                return Course::End;
+            }
+        }
+        Course::GoOn
+    }
+}
+
+/// Whether packets arrive from the host behind a subnet. Where that can't be told, they do: the peer is kept.
+pub(super) fn is_heard(maps: &PeerMaps) -> impl Fn(Ipv4Net) -> bool {
+    |subnet| maps.silence_of(subnet).map_or(true, |silence| silence.is_some_and(|silence| silence < SILENCE))
+}

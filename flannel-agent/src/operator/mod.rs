@@ -1,0 +1,77 @@
+//! The operator's commands. They read what the agent pinned and wrote, so that all but requests work without one.
+
+mod metrics;
+mod status;
+
+use flannel_common::vxlan::Vni;
+
+pub use self::{metrics::print as print_metrics, status::print as print_status};
+use crate::{
+    cli::Cli,
+    control::{self, ControlError, Reply, Request},
+    dataplane::{self, DataplaneError, PinDirectory},
+    lock::Lock,
+    status::{ReadError, Status},
+};
+
+/// A command could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum OperatorError {
+    /// There is nothing to read.
+    #[error(transparent)]
+    Status(#[from] ReadError),
+    /// The agent was not reached.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The agent would not.
+    #[error("the agent of flannel.{vni} refuses: {reason}")]
+    Refused {
+        /// Whose.
+        vni: Vni,
+        /// Why.
+        reason: String,
+    },
+    /// Pins.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// The counters were asked for where no agent ever ran.
+    #[error("no dataplane is pinned below {0}; name the directory with --bpf-pin-dir")]
+    NoDataplane(std::path::PathBuf),
+}
+
+/// Prints every counter of every pinned overlay.
+///
+/// # Errors
+/// [`OperatorError::NoDataplane`] or [`OperatorError::Dataplane`].
+pub fn print_counters(cli: &Cli) -> Result<(), OperatorError> {
+    let vnis = dataplane::pinned_vnis(&cli.bpf_pin_dir);
+    if vnis.is_empty() {
+        return Err(OperatorError::NoDataplane(cli.bpf_pin_dir.clone()));
+    }
+    for vni in vnis {
+        println!("{:<28}{:>12}{:>16}  flannel.{vni}", "event", "packets", "bytes");
+        for (event, counter) in dataplane::pinned_counters(&PinDirectory::new(&cli.bpf_pin_dir, vni))? {
+            println!("{:<28}{:>12}{:>16}  {}", event.label(), counter.packets, counter.bytes, event.description());
+        }
+    }
+    Ok(())
+}
+
+/// Has every agent of this run directory let go of the peers that it holds.
+///
+/// # Errors
+/// [`OperatorError`].
+pub fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
+    for (vni, _) in Status::read_all(&cli.run_dir)? {
+        match control::ask(&control::path(&cli.run_dir, vni), Request::ReleaseGuard)? {
+            Reply::Released { peers } => println!("flannel.{vni}: {peers} peers let go"),
+            Reply::Refused { reason } => return Err(OperatorError::Refused { vni, reason }),
+        }
+    }
+    Ok(())
+}
+
+/// Whether an agent serves that overlay now.
+fn is_running(cli: &Cli, vni: Vni) -> bool {
+    Lock::is_held(&cli.run_dir, vni)
+}

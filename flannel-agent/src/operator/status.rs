@@ -1,0 +1,85 @@
+//! `flannel-agent status`.
+
+use serde_json::json;
+use tabled::{
+    builder::Builder,
+    settings::{Padding, Style, object::Columns},
+};
+
+use super::{OperatorError, is_running};
+use crate::{
+    cli::{Cli, Output},
+    status::{API_VERSION, Status, time},
+};
+
+/// Prints the state of every overlay of this host. `false` where something is to be looked at.
+///
+/// # Errors
+/// [`OperatorError::Status`].
+pub fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
+    let all: Vec<_> = Status::read_all(&cli.run_dir)?
+        .into_iter()
+        .map(|(vni, status)| {
+            let is_running = is_running(cli, vni);
+            let mut troubles = status.troubles();
+            if !is_running {
+                // What it wrote last may be over.
+                troubles.insert(0, format!("no agent is running; this is from {} ago", time(status.written)));
+            }
+            (status, is_running, troubles)
+        })
+        .collect();
+    match output {
+        Output::Table => all.iter().for_each(|(status, _, troubles)| println!("{}", table(status, troubles))),
+        Output::Json => {
+            let overlays: Vec<_> = all
+                .iter()
+                .map(
+                    |(status, running, troubles)| json!({ "running": running, "troubles": troubles, "status": status }),
+                )
+                .collect();
+            println!("{:#}", json!({ "apiVersion": API_VERSION, "overlays": overlays }));
+        }
+    }
+    Ok(all.iter().all(|(_, _, troubles)| troubles.is_empty()))
+}
+
+fn table(status: &Status, troubles: &[String]) -> String {
+    let Status { lease, store, held, .. } = status;
+    let mut rows = Builder::default();
+    rows.push_record([
+        format!("flannel.{}", status.vni),
+        format!("{} by {} as {}, MTU {}", status.network, status.external_interface, status.public_ip, status.mtu),
+    ]);
+    rows.push_record([
+        "lease".to_owned(),
+        format!("{} {}, {} renewals, {} losses", lease.subnet, lease.state.label(), lease.renewals, lease.losses),
+    ]);
+    let following = if store.following { "followed" } else { "away" };
+    rows.push_record([
+        "etcd".to_owned(),
+        format!(
+            "{following} for {}, cluster {}, revision {}, {} events",
+            time(store.since),
+            store.cluster_id,
+            store.revision,
+            store.events
+        ),
+    ]);
+    let resyncs: Vec<_> = store.resyncs.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
+    rows.push_record(["snapshots".to_owned(), resyncs.join(", ")]);
+    rows.push_record(["peers".to_owned(), format!("{}, of which {} held", status.peers, held.len())]);
+    for peer in held {
+        let reason = format!("{} at {}, {} for {}", peer.subnet, peer.public_ip, peer.reason.label(), time(peer.since));
+        rows.push_record(["held".to_owned(), reason]);
+    }
+    if troubles.is_empty() {
+        rows.push_record(["state".to_owned(), "all is well".to_owned()]);
+    }
+    for trouble in troubles {
+        rows.push_record(["look at".to_owned(), trouble.clone()]);
+    }
+    let mut table = rows.build();
+    table.with(Style::empty()).modify(Columns::first(), Padding::new(0, 1, 0, 0));
+    table.to_string()
+}

@@ -1,0 +1,249 @@
+//! What the agent says of itself: one JSON document in the run directory, so that it can be read also when no agent
+//! runs. `flannel-agent status` and `flannel-agent metrics` read it.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use flannel_common::vxlan::Vni;
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    atomic_file::{self, WriteError},
+    lease::{HoldReason, MacAddress},
+};
+
+/// Of the document's form.
+pub const API_VERSION: &str = "flannel-agent/v1";
+
+/// Of single entries, no more are put into words than this.
+const MOST_NAMED: usize = 10;
+
+const PREFIX: &str = "flannel.";
+const SUFFIX: &str = ".status.json";
+
+/// One agent's state. Times are in seconds since 1970.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// [`API_VERSION`].
+    pub api_version: String,
+    /// When this was written.
+    pub written: u64,
+    /// The agent's process.
+    pub pid: u32,
+    /// The overlay's VXLAN network identifier.
+    pub vni: u32,
+    /// The overlay's Network.
+    pub network: Ipv4Net,
+    /// The interface to the other hosts.
+    pub external_interface: String,
+    /// The address that the others are told.
+    pub public_ip: Ipv4Addr,
+    /// MTU of the overlay, in bytes.
+    pub mtu: u32,
+    /// This host's lease.
+    pub lease: LeaseStatus,
+    /// etcd.
+    pub store: StoreStatus,
+    /// How the network config in the store differs from the one in use, and what to do.
+    pub config_differs: Option<String>,
+    /// How many subnets have a peer in the maps.
+    pub peers: usize,
+    /// Those of them that the store no longer names.
+    pub held: Vec<HeldPeer>,
+    /// How often the guard held peers back, in peers, by [`HoldReason::label`].
+    pub held_total: BTreeMap<String, u64>,
+}
+
+/// This host's lease.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LeaseStatus {
+    /// The subnet.
+    pub subnet: Ipv4Net,
+    /// The MAC that it announces.
+    pub vtep_mac: MacAddress,
+    /// How it stands with it.
+    pub state: LeaseState,
+    /// How often it was renewed.
+    pub renewals: u64,
+    /// How often another one had to be taken.
+    pub losses: u64,
+}
+
+/// How it stands with this host's lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeaseState {
+    /// The store has it.
+    Held,
+    /// It is what this host had when it last spoke to the store.
+    LastKnown,
+    /// It ended, and another is being taken.
+    Lost,
+}
+
+impl LeaseState {
+    /// Its name in status and metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Held => "held",
+            Self::LastKnown => "last_known",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+/// etcd, as this agent sees it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StoreStatus {
+    /// Whether the lease table is being followed.
+    pub following: bool,
+    /// Since when that is so.
+    pub since: u64,
+    /// What was wrong last, where it is not.
+    pub problem: Option<String>,
+    /// Its revision at the last snapshot.
+    pub revision: i64,
+    /// Which store it is, in hexadecimal digits.
+    pub cluster_id: String,
+    /// How many changes it reported.
+    pub events: u64,
+    /// How often the whole table was read, by [`ResyncCause::label`](crate::registry::ResyncCause::label).
+    pub resyncs: BTreeMap<String, u64>,
+    /// The keys that are there and no leases of this overlay, with the reason.
+    pub passed_over: BTreeMap<String, String>,
+    /// How often a key was passed over.
+    pub passed_over_total: u64,
+}
+
+/// A peer that the guard holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HeldPeer {
+    /// Its subnet.
+    pub subnet: Ipv4Net,
+    /// Its VTEP address.
+    pub public_ip: Ipv4Addr,
+    /// Why it is held.
+    pub reason: HoldReason,
+    /// Since when.
+    pub since: u64,
+}
+
+/// No document can be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// No agent wrote one.
+    #[error("no agent has run with the --run-dir {0}")]
+    None(PathBuf),
+    /// The file can't be read.
+    #[error("read {path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another version's, or damaged.
+    #[error("{path} is not understood: {source}")]
+    Content {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        source: serde_json::Error,
+    },
+}
+
+impl Status {
+    /// Where that of an overlay is kept.
+    pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
+        run_dir.join(format!("{PREFIX}{vni}{SUFFIX}"))
+    }
+
+    /// The document.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).unwrap_or_default() + "\n"
+    }
+
+    /// Writes it, mode 0644.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn write(&self, run_dir: &Path, vni: Vni) -> Result<(), WriteError> {
+        atomic_file::write(&Self::path(run_dir, vni), self.to_json().as_bytes(), 0o644)
+    }
+
+    /// All that agents wrote there, ordered by VNI.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_all(run_dir: &Path) -> Result<Vec<(Vni, Self)>, ReadError> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(run_dir).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let vni = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?.parse().ok());
+            let Some(vni) = vni.and_then(|number| Vni::new_checked(number).ok()) else { continue };
+            let path = entry.path();
+            let text = fs::read(&path).map_err(|source| ReadError::File { path: path.clone(), source })?;
+            let status = serde_json::from_slice(&text).map_err(|source| ReadError::Content { path, source })?;
+            all.push((vni, status));
+        }
+        if all.is_empty() {
+            return Err(ReadError::None(run_dir.to_owned()));
+        }
+        all.sort_by_key(|(vni, _)| vni.get());
+        Ok(all)
+    }
+
+    /// What an operator should look at, in words. Empty where all is well.
+    pub fn troubles(&self) -> Vec<String> {
+        let mut troubles = Vec::new();
+        let problem = || self.store.problem.as_deref().unwrap_or("not asked yet");
+        match self.lease.state {
+            LeaseState::Held => {}
+            LeaseState::LastKnown => {
+                troubles.push(format!("the lease {} is the last known, and not confirmed by etcd", self.lease.subnet));
+            }
+            LeaseState::Lost => troubles.push(format!("the lease {} is lost; taking another", self.lease.subnet)),
+        }
+        if !self.store.following {
+            troubles.push(format!("etcd is not being followed since {}: {}", time(self.store.since), problem()));
+        }
+        troubles.extend(self.config_differs.clone());
+        if !self.held.is_empty() {
+            let count = self.held.len();
+            troubles.push(format!(
+                "etcd no longer names {count} of the {} peers; they are held. If etcd is right: \
+                 flannel-agent lease release-guard",
+                self.peers
+            ));
+        }
+        for (key, reason) in self.store.passed_over.iter().take(MOST_NAMED) {
+            troubles.push(format!("the entry {key:?} in etcd is passed over: {reason}"));
+        }
+        troubles
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// How long ago a time was, in words.
+pub fn time(since: u64) -> String {
+    let ago = now().saturating_sub(since);
+    match ago {
+        0..120 => format!("{ago} s"),
+        120..7200 => format!("{} min", ago / 60),
+        _ => format!("{} h", ago / 3600),
+    }
+}
