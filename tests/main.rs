@@ -9,7 +9,10 @@
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`interoperation`] — with hosts of flannel's
-//! * [`leases`] — among many agents
+//! * [`leases`] — the protocol, with flannel's hosts in the same table
+//! * [`tenancy`] — keeping the own lease: renewal, sleeping past its end, losing it
+//! * [`guard`] — what a store that forgets can and can't do
+//! * [`store_faults`] — etcd restarted, wiped, rolled back, compacted, full, without a leader, and away at the start
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
 //! * [`bad_input`] — one line for each, and nothing half-made
 
@@ -17,10 +20,13 @@ mod admission;
 mod bad_input;
 mod encapsulation;
 mod frames;
+mod guard;
 mod interoperation;
 mod leases;
 mod lifecycle;
 mod loaded;
 mod short_frames;
+mod store_faults;
+mod tenancy;
 mod two_hosts;
 mod world;

@@ -16,7 +16,7 @@ use xtask::{
 
 use crate::{
     loaded::enter,
-    world::{SOON, World, is_answered},
+    world::{SOON, World, is_answered, lease_value},
 };
 
 #[test]
@@ -190,12 +190,6 @@ fn peers_come_change_and_go() {
     .unwrap();
     // Once each way, and no further.
     assert_eq!(world.counter(0, "encap_no_peer"), world.counter(0, "encap_impossible"));
-}
-
-fn lease_value(address: &str, mac: &str) -> String {
-    format!(
-        r#"{{"PublicIP":"{address}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
-    )
 }
 
 #[test]

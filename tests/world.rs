@@ -6,9 +6,11 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use xtask::{
     lab::{Host, Lab, Netns, PREFIX, Store},
+    process::Process,
     progress::wait_for,
 };
 
@@ -109,6 +111,81 @@ impl World {
         assert!(!host.pin_dir().exists(), "{:?} exists", host.pin_dir());
         assert!(!host.run_dir().join("subnet.env").exists(), "subnet.env exists");
     }
+
+    /// What `status -o json` says of the agent's overlay on a host.
+    pub fn status(&self, host: usize) -> serde_json::Value {
+        let result = self.agent_on(host).args(["status", "-o", "json"]).output().unwrap();
+        serde_json::from_slice::<serde_json::Value>(&result.stdout).map_or_else(
+            |_| panic!("status: {}", String::from_utf8_lossy(&result.stderr)),
+            |mut status| status["overlays"][0].take(),
+        )
+    }
+
+    /// Waits until the status of a host fulfils a condition.
+    pub fn wait_status(&self, host: usize, what: &str, condition: impl Fn(&serde_json::Value) -> bool) {
+        let waited = wait_for(what, SOON, || condition(&self.status(host)["status"]));
+        let log = || self.hosts[host].agent.as_ref().map(|agent| agent.log()).unwrap_or_default();
+        assert!(waited.is_ok(), "{what}: {:#}\n{}", self.status(host), log());
+    }
+
+    /// Waits until what an agent knows is kept for its next start.
+    pub fn wait_last_known(&self, host: usize) {
+        let peers = self.status(host)["status"]["peers"].clone();
+        let path = self.hosts[host].run_dir().join("flannel.1.leases");
+        wait_for("the last known leases", SOON, || {
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            let known = text.get(9..).and_then(|json| serde_json::from_str::<serde_json::Value>(json).ok());
+            known.is_some_and(|known| known["peers"].as_object().unwrap().len() as u64 == peers)
+        })
+        .unwrap();
+    }
+
+    /// Waits until a host has read the whole table again for this reason.
+    pub fn wait_resync(&self, host: usize, cause: &str) {
+        self.wait_status(host, &format!("a snapshot for {cause}"), |status| {
+            status["store"]["following"] == true && !status["store"]["resyncs"][cause].is_null()
+        });
+    }
+
+    /// Starts traffic between the first pods of two hosts.
+    pub fn traffic(&self, from: usize, to: usize) -> Traffic {
+        let [from, to] = [from, to].map(|host| &self.hosts[host].pods[0]);
+        let mut command = from.netns.command("ping");
+        command.args(["-i", "0.02", "-W", "2", &to.address.to_string()]);
+        let log = self.lab.directory().join(format!("traffic-{}-{}.log", from.netns.name(), to.netns.name()));
+        let process = Process::start(&mut command, &log).unwrap();
+        wait_for("the first answer", SOON, || process.log().contains("icmp_seq=1 ")).unwrap();
+        Traffic { process }
+    }
+}
+
+/// Numbered packets that each want an answer, fifty in a second.
+pub struct Traffic {
+    process: Process,
+}
+
+impl Traffic {
+    /// Ends it. Every packet but one that was just on its way must have been answered.
+    pub fn assert_nothing_was_lost(mut self) {
+        self.process.signal(Signal::SIGINT).unwrap();
+        self.process.wait(SOON).unwrap();
+        let log = self.process.log();
+        let answered: Vec<u32> = log
+            .lines()
+            .filter(|line| line.contains(" bytes from "))
+            .filter_map(|line| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok())
+            .collect();
+        let sent: u32 = log.lines().find_map(|line| line.split_once(" packets transmitted")?.0.parse().ok()).unwrap();
+        let missing: Vec<_> = (1..sent).filter(|number| !answered.contains(number)).collect();
+        assert!(missing.is_empty(), "of {sent} packets these were lost: {missing:?}");
+    }
+}
+
+/// A lease as a host of flannel's writes it.
+pub fn lease_value(address: &str, mac: &str) -> String {
+    format!(
+        r#"{{"PublicIP":"{address}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+    )
 }
 
 /// Whether one ping is answered.

@@ -18,7 +18,15 @@ use nix::{
 /// # Errors
 /// Where it can't be started, or fails, with its own words.
 pub fn output(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {command:?}"))?;
+    output_with_input(command, Stdio::null())
+}
+
+/// The same with something on its standard input.
+///
+/// # Errors
+/// As [`output`].
+pub fn output_with_input(command: &mut Command, input: Stdio) -> Result<String> {
+    let output = command.stdin(input).output().with_context(|| format!("start {command:?}"))?;
     if !output.status.success() {
         let words = [output.stderr, output.stdout].concat();
         bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&words).trim());

@@ -30,7 +30,7 @@ pub fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
         })
         .collect();
     match output {
-        Output::Table => all.iter().for_each(|(status, _, troubles)| println!("{}", table(status, troubles))),
+        Output::Table => all.iter().for_each(|(status, _, troubles)| print!("{}", table(status, troubles))),
         Output::Json => {
             let overlays: Vec<_> = all
                 .iter()
@@ -81,5 +81,6 @@ fn table(status: &Status, troubles: &[String]) -> String {
     }
     let mut table = rows.build();
     table.with(Style::empty()).modify(Columns::first(), Padding::new(0, 1, 0, 0));
-    table.to_string()
+    // Every line is as wide as the widest.
+    table.to_string().lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }

@@ -1,17 +1,20 @@
 //! A real etcd.
 
 use std::{
+    fs,
+    io::{Seek as _, Write as _},
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
 
 use super::Netns;
 use crate::{
-    process::{Process, output},
+    process::{Process, output, output_with_input},
     progress::wait_for,
 };
 
@@ -57,7 +60,7 @@ impl Store {
         let mut command = self.command("etcd");
         command
             .arg("--data-dir")
-            .arg(self.directory.join("etcd"))
+            .arg(self.data_dir())
             .args(["--listen-client-urls", url, "--advertise-client-urls", url])
             // One member: its peer port is never used, but has to be bound.
             .args(["--listen-peer-urls", "http://127.0.0.1:0", "--log-level", "warn"])
@@ -78,6 +81,51 @@ impl Store {
         self.process = None;
     }
 
+    /// Ends it as a power failure would, and keeps what it has written.
+    ///
+    /// # Errors
+    /// Where it is gone already.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.process = None;
+        Ok(())
+    }
+
+    /// Stops it from answering, with its connections left open.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Has it answer again.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn unpause(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Begins anew without any data.
+    ///
+    /// # Errors
+    /// Where it does not come up.
+    pub fn wipe(&mut self) -> Result<()> {
+        self.stop();
+        fs::remove_dir_all(self.data_dir()).with_context(|| format!("remove {:?}", self.data_dir()))?;
+        self.resume()
+    }
+
+    /// Where its data is.
+    pub fn data_dir(&self) -> PathBuf {
+        self.directory.join("etcd")
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.as_ref().context("etcd is not running")?.signal(signal)
+    }
+
     /// Its URL.
     pub fn endpoint(&self) -> &str {
         &self.endpoint
@@ -91,6 +139,67 @@ impl Store {
         let mut command = self.command("etcdctl");
         command.env("ETCDCTL_API", "3").args(["--endpoints", &self.endpoint]).args(arguments);
         output(&mut command)
+    }
+
+    /// The same with something to read on its standard input.
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn etcdctl_with_input(&self, arguments: &[&str], input: &str) -> Result<String> {
+        let mut file = tempfile::tempfile()?;
+        file.write_all(input.as_bytes())?;
+        file.rewind()?;
+        let mut command = self.command("etcdctl");
+        command.env("ETCDCTL_API", "3").args(["--endpoints", &self.endpoint]).args(arguments);
+        output_with_input(&mut command, file.into())
+    }
+
+    /// The store's revision.
+    ///
+    /// # Errors
+    /// Where etcd does not answer.
+    pub fn revision(&self) -> Result<i64> {
+        let status = self.status()?;
+        status[0]["Status"]["header"]["revision"].as_i64().context("etcdctl says no revision")
+    }
+
+    /// Whether this member leads its cluster.
+    ///
+    /// # Errors
+    /// Where etcd does not answer.
+    pub fn is_leader(&self) -> Result<bool> {
+        let status = &self.status()?[0]["Status"];
+        Ok(status["leader"] == status["header"]["member_id"])
+    }
+
+    fn status(&self) -> Result<serde_json::Value> {
+        Ok(serde_json::from_str(&self.etcdctl(&["endpoint", "status", "-w", "json"])?)?)
+    }
+
+    /// Goes back to a backup.
+    ///
+    /// # Errors
+    /// Where it can't be read, or etcd does not come up with it.
+    pub fn restore(&mut self, backup: &Path) -> Result<()> {
+        self.stop();
+        fs::remove_dir_all(self.data_dir()).with_context(|| format!("remove {:?}", self.data_dir()))?;
+        let mut command = self.command("etcdctl");
+        command
+            .env("ETCDCTL_API", "3")
+            .args(["snapshot", "restore"])
+            .arg(backup)
+            .arg("--data-dir")
+            .arg(self.data_dir());
+        output(&mut command)?;
+        self.resume()
+    }
+
+    /// Writes a key with a value that is too long for a command line.
+    ///
+    /// # Errors
+    /// Where etcd refuses.
+    pub fn put_file(&self, key: &str, value: &str) -> Result<()> {
+        self.etcdctl_with_input(&["put", "--", key], value).map(drop)
     }
 
     /// Writes a key.
