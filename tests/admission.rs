@@ -100,6 +100,7 @@ fn forged_packets_are_dropped_with_the_reason() {
         ("ourselves", with_tunnel(|tunnel| tunnel.source = NODE_ONE), Event::UnknownVtep),
         ("inner source of another VTEP", spoofed(POD_THREE), Event::SpoofedInnerSource),
         ("inner source of our own pod", spoofed([10, 5, 1, 9]), Event::SpoofedInnerSource),
+        ("inner source of our own pod, as its lease claims", spoofed([10, 5, 1, 200]), Event::SpoofedInnerSource),
         ("inner source that nobody leases", spoofed([10, 5, 9, 9]), Event::SpoofedInnerSource),
         ("inner source outside the Network", spoofed([8, 8, 8, 8]), Event::SpoofedInnerSource),
         ("inner source beside its longer lease", spoofed([10, 5, 4, 1]), Event::SpoofedInnerSource),

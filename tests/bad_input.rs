@@ -198,6 +198,19 @@ fn missing_capabilities_are_named() {
 }
 
 #[test]
+fn a_renewal_margin_that_flannel_refuses_is_refused() {
+    let world = World::new(1);
+    for margin in ["0", "1440"] {
+        let mut command = world.agent_on(0);
+        let result = command.arg(format!("--subnet-lease-renew-margin={margin}")).output().unwrap();
+        assert_eq!(result.status.code(), Some(78));
+        let text = String::from_utf8_lossy(&result.stderr);
+        assert!(text.contains("Invalid subnet-lease-renew-margin option, out of acceptable range"), "{text}");
+    }
+    world.assert_untouched(0);
+}
+
+#[test]
 fn bad_flags_are_refused_before_anything_is_done() {
     for arguments in [&["--no-such-flag"][..], &["--public-ip=nonsense"], &["--iface-regex=("], &["no-such-command"]] {
         let result = Command::new(agent()).args(arguments).output().unwrap();

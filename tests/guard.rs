@@ -57,7 +57,7 @@ fn a_few_deletions_are_believed_and_many_are_held_until_released() {
     assert!(metrics.contains(r#"flannel_peers_held{vni="1",reason="mass_removal"} 9"#), "{metrics}");
     let troubles = world.status(0)["troubles"].to_string();
     assert!(troubles.contains("etcd no longer names 9 of the 10 peers; they are held"), "{troubles}");
-    assert_eq!(world.agent_on(0).arg("status").status().unwrap().code(), Some(3));
+    assert_eq!(world.agent_on(0).arg("status").output().unwrap().status.code(), Some(3));
 
     let released = xtask::process::output(world.agent_on(0).args(["lease", "release-guard"])).unwrap();
     assert_eq!(released, "flannel.1: 9 peers let go\n");
@@ -106,12 +106,12 @@ fn an_empty_answer_removes_nobody_and_everybody_comes_back() {
         assert!(differs.contains("the network config is gone from etcd; going on with the one before"), "{differs}");
     }
     world.store.put(&format!("{PREFIX}/config"), crate::world::CONFIG).unwrap();
-    for host in 0..2 {
+    for (host, subnet) in subnets.into_iter().enumerate() {
         world.wait_log(host, "is held again");
         world.wait_status(host, "the other agent's lease", |status| {
             status["lease"]["state"] == "held" && status["held"].as_array().unwrap().len() == 12
         });
-        assert_eq!(world.hosts[host].subnet().unwrap(), subnets[host], "each has its subnet again");
+        assert_eq!(world.hosts[host].subnet().unwrap(), subnet, "each has its subnet again");
     }
     traffic.assert_nothing_was_lost();
 }

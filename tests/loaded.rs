@@ -100,6 +100,8 @@ fn peers() -> DesiredPeers {
         lease("10.5.2.0/24", two),
         lease("10.5.3.0/24", three),
         lease("10.5.4.128/25", two),
+        // A claim to part of our own subnet, which the agent would pass over.
+        lease("10.5.1.128/25", two),
         lease("172.30.0.0/16", two),
     ])
 }

@@ -51,7 +51,8 @@ pub fn admit(
     if is_group_mac || !is_unicast(source) || !is_unicast(destination) || config.is_local_broadcast(destination) {
         return Err(Event::InnerNotUnicast);
     }
-    let sender = match leases.owner_of(source) {
+    // Whatever a lease claims: nobody else sends from our subnet.
+    let sender = match leases.owner_of(source).filter(|_| !config.is_local(source)) {
         Some(owner) if owner.address == outer_source => owner.id,
         _ if leases.is_vtep(outer_source) => return Err(Event::SpoofedInnerSource),
         _ => return Err(Event::UnknownVtep),

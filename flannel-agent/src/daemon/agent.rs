@@ -31,7 +31,7 @@ use crate::{
         vxlan::{Existing, VxlanDevice},
     },
     lease::{LeaseTable, PeerChange},
-    registry::{OwnLease, Update, etcd::Registry},
+    registry::{OwnLease, ResyncCause, Update, etcd::Registry},
     status::LeaseState,
     subnet_env::SubnetEnv,
     underlay::{Endpoint, Underlay},
@@ -69,7 +69,6 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
         overlay: 0,
     };
     let dataplane = load(cli, &network, &external, &device, &lease)?;
-    let (watch_sender, updates) = mpsc::channel(1024);
     let (tenancy_sender, tenancy) = mpsc::channel(8);
     let doubt = Arc::new(Notify::new());
     let lease_state = if snapshot.is_some() { LeaseState::Held } else { LeaseState::LastKnown };
@@ -86,7 +85,7 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
         own: lease.clone(),
         moving_to: None,
         registry: registry.clone(),
-        updates,
+        updates: mpsc::channel(1).1,
         tenancy,
         doubt: Arc::clone(&doubt),
         requests: control::listen(&control::path(&cli.run_dir, request.vni))?,
@@ -108,7 +107,7 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
     agent.write_record();
     info!("{} carries {} to {} peers", link.name, agent.own.key.subnet, agent.dataplane.peers.len());
 
-    tokio::spawn(registry.clone().watch(watch_sender));
+    agent.watch(ResyncCause::Start);
     let renew_interval = cli.renew_interval()?;
     let network = agent.network.clone();
     let tenant = Tenant { registry, request, network, renew_interval, doubt, events: tenancy_sender };
@@ -239,8 +238,6 @@ impl Agent<'_> {
         if lease.key == self.own.key && lease.vtep_mac == self.own.vtep_mac {
             info!("the lease of {} is held again", lease.key.subnet);
             self.own = lease;
-            let change = self.table.exclude(self.own.key.subnet);
-            self.apply(change).await;
             return;
         }
         warn!(
@@ -263,7 +260,17 @@ impl Agent<'_> {
         let link = self.ensure_datapath(Existing::Replace).await?;
         self.write_subnet_env()?;
         info!("{} carries {} to {} peers", link.name, self.own.key.subnet, self.dataplane.peers.len());
+        // What overlapped the subnet that it had was passed over.
+        self.watch(ResyncCause::Moved);
         Ok(())
+    }
+
+    /// Follows the table from a fresh snapshot on.
+    fn watch(&mut self, cause: ResyncCause) {
+        let (sender, updates) = mpsc::channel(1024);
+        // The watch before ends when nobody receives from it.
+        self.updates = updates;
+        tokio::spawn(self.registry.clone().watch(cause, sender));
     }
 
     async fn serve(&mut self, request: Request) -> Reply {

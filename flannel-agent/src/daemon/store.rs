@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 use super::{agent::Agent, tenancy::TenancyEvent};
 use crate::{
     dataplane::PeerMaps,
-    lease::{Credibility, Peer, PeerChange},
+    lease::{Credibility, LeaseKey, Peer, PeerChange},
     registry::{Entry, PassedOver, ResyncCause, Snapshot, Standing, Update},
     status::LeaseState,
 };
@@ -42,7 +42,7 @@ impl Agent<'_> {
                 Update::Removed(key) => {
                     self.record.event();
                     self.record.usable(&key.to_string());
-                    changes.extend(self.remove(key.subnet));
+                    changes.extend(self.remove(key));
                     if key == self.own.key {
                         self.doubt_lease();
                     }
@@ -80,7 +80,7 @@ impl Agent<'_> {
         let mut peers = BTreeMap::new();
         for entry in &snapshot.entries {
             match self.peer_of(entry) {
-                Ok(Some(peer)) => drop(peers.insert(entry.key.subnet, peer)),
+                Ok(Some(peer)) => drop(peers.insert(entry.key, peer)),
                 Ok(None) => {}
                 Err(passed_over) => self.record.pass_over(passed_over),
             }
@@ -109,8 +109,8 @@ impl Agent<'_> {
             self.doubt_lease();
         }
         let change = match self.peer_of(entry) {
-            Ok(Some(peer)) => self.table.set(entry.key.subnet, peer),
-            Ok(None) => self.table.exclude(entry.key.subnet),
+            Ok(Some(peer)) => self.table.set(entry.key, peer),
+            Ok(None) => self.remove(entry.key),
             // A lease that came to name no VTEP is one peer less.
             Err(passed_over) => self.pass_over(passed_over),
         };
@@ -126,12 +126,13 @@ impl Agent<'_> {
         if key == Some(self.own.key) {
             self.doubt_lease();
         }
-        self.remove(key?.subnet)
+        self.remove(key?)
     }
 
-    fn remove(&mut self, subnet: Ipv4Net) -> Option<PeerChange> {
+    fn remove(&mut self, key: LeaseKey) -> Option<PeerChange> {
+        let subnet = key.subnet;
         let held = self.table.held().len();
-        let change = self.table.remove(subnet, is_heard(&self.dataplane.peers), Instant::now());
+        let change = self.table.remove(key, is_heard(&self.dataplane.peers), Instant::now());
         if self.table.held().len() > held
             && let Some((_, hold)) = self.table.held().find(|(of, _)| **of == subnet)
         {
@@ -146,6 +147,10 @@ impl Agent<'_> {
             return Ok(None);
         }
         let passed_over = |reason: String| PassedOver { name: entry.key.to_string(), key: Some(entry.key), reason };
+        let (own, theirs) = (self.own.key.subnet, entry.key.subnet);
+        if own.contains(&theirs) || theirs.contains(&own) {
+            return Err(passed_over(format!("it overlaps this host's own lease {own}")));
+        }
         entry.peer(self.device.vni).map(Some).map_err(|error| passed_over(error.to_string()))
     }
 

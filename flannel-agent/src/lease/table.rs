@@ -12,7 +12,7 @@ use std::{
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use super::Peer;
+use super::{LeaseKey, Peer};
 
 /// Removals are counted over this time.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -75,6 +75,9 @@ pub enum Credibility {
 /// The peers by the subnet that they lease; our own lease is not among them.
 #[derive(Clone, Debug)]
 pub struct LeaseTable {
+    /// What the store says. A subnet can have two keys, a dual-stack cluster's beside a former one; the last counts.
+    named: BTreeMap<LeaseKey, Peer>,
+    /// What the dataplane is to know.
     peers: BTreeMap<Ipv4Net, Peer>,
     /// Those of them that the store does not name.
     held: BTreeMap<Ipv4Net, Hold>,
@@ -86,19 +89,22 @@ pub struct LeaseTable {
 impl LeaseTable {
     /// The peers as they were last known, of which a mass removal is held for `grace`.
     pub const fn new(peers: BTreeMap<Ipv4Net, Peer>, grace: Duration) -> Self {
-        Self { peers, held: BTreeMap::new(), removals: VecDeque::new(), grace }
+        Self { named: BTreeMap::new(), peers, held: BTreeMap::new(), removals: VecDeque::new(), grace }
     }
 
     /// Takes in the whole table. `is_heard` says whether packets arrive from the host behind a subnet.
     pub fn replace(
         &mut self,
-        snapshot: BTreeMap<Ipv4Net, Peer>,
+        snapshot: BTreeMap<LeaseKey, Peer>,
         credibility: Credibility,
         is_heard: impl Fn(Ipv4Net) -> bool,
         now: Instant,
     ) -> Vec<PeerChange> {
-        let missing: Vec<_> = self.peers.keys().filter(|subnet| !snapshot.contains_key(subnet)).copied().collect();
-        let mut changes: Vec<_> = snapshot.into_iter().filter_map(|(subnet, peer)| self.set(subnet, peer)).collect();
+        let by_subnet: BTreeMap<_, _> = snapshot.iter().map(|(key, peer)| (key.subnet, *peer)).collect();
+        let missing: Vec<_> = self.peers.keys().filter(|subnet| !by_subnet.contains_key(subnet)).copied().collect();
+        self.named = snapshot;
+        let mut changes: Vec<_> =
+            by_subnet.into_iter().filter_map(|(subnet, peer)| self.believe(subnet, peer)).collect();
         let named = self.named_hosts(&missing);
         let (moved, missing): (Vec<_>, Vec<_>) = missing.into_iter().partition(|subnet| self.is_moved(*subnet, &named));
         let missing: Vec<_> = missing.into_iter().filter(|subnet| !self.held.contains_key(subnet)).collect();
@@ -117,13 +123,30 @@ impl LeaseTable {
     }
 
     /// A lease was taken or changed. [`None`] where that changes nothing.
-    pub fn set(&mut self, subnet: Ipv4Net, peer: Peer) -> Option<PeerChange> {
+    pub fn set(&mut self, key: LeaseKey, peer: Peer) -> Option<PeerChange> {
+        self.named.insert(key, peer);
+        let (subnet, peer) = (key.subnet, self.named_for(key.subnet)?);
+        self.believe(subnet, peer)
+    }
+
+    /// Who leases a subnet, as the store says.
+    fn named_for(&self, subnet: Ipv4Net) -> Option<Peer> {
+        let keys = self.named.range(LeaseKey::from(subnet)..).take_while(|(key, _)| key.subnet == subnet);
+        keys.last().map(|(_, peer)| *peer)
+    }
+
+    fn believe(&mut self, subnet: Ipv4Net, peer: Peer) -> Option<PeerChange> {
         self.held.remove(&subnet);
         (self.peers.insert(subnet, peer) != Some(peer)).then_some(PeerChange::Set(subnet, peer))
     }
 
     /// A lease ended. [`None`] where the peer is held, or is none.
-    pub fn remove(&mut self, subnet: Ipv4Net, is_heard: impl Fn(Ipv4Net) -> bool, now: Instant) -> Option<PeerChange> {
+    pub fn remove(&mut self, key: LeaseKey, is_heard: impl Fn(Ipv4Net) -> bool, now: Instant) -> Option<PeerChange> {
+        let subnet = key.subnet;
+        self.named.remove(&key);
+        if let Some(peer) = self.named_for(subnet) {
+            return self.believe(subnet, peer);
+        }
         if !self.peers.contains_key(&subnet) || self.held.contains_key(&subnet) {
             return None;
         }
@@ -145,6 +168,7 @@ impl LeaseTable {
 
     /// A subnet is this host's own: nobody else's, whatever was known.
     pub fn exclude(&mut self, subnet: Ipv4Net) -> Option<PeerChange> {
+        self.named.retain(|key, _| key.subnet != subnet);
         self.held.remove(&subnet);
         self.peers.remove(&subnet).map(|_| PeerChange::Remove(subnet))
     }
@@ -245,6 +269,14 @@ mod tests {
         numbers.into_iter().map(|n| (subnet(n), peer(n))).collect()
     }
 
+    fn key(n: u8) -> LeaseKey {
+        subnet(n).into()
+    }
+
+    fn snapshot(numbers: impl IntoIterator<Item = u8>) -> BTreeMap<LeaseKey, Peer> {
+        numbers.into_iter().map(|n| (key(n), peer(n))).collect()
+    }
+
     fn table(numbers: impl IntoIterator<Item = u8>) -> LeaseTable {
         LeaseTable::new(peers(numbers), GRACE)
     }
@@ -264,31 +296,31 @@ mod tests {
     #[test]
     fn a_changed_host_is_a_change_though_its_subnet_stays() {
         let mut table = table(1..=3);
-        let mut snapshot = peers(1..=3);
-        snapshot.insert(subnet(2), peer(9));
+        let mut snapshot = snapshot(1..=3);
+        snapshot.insert(key(2), peer(9));
         let changes = table.replace(snapshot.clone(), Credibility::Whole, nobody, Instant::now());
         assert_eq!(changes, [PeerChange::Set(subnet(2), peer(9))]);
         assert_eq!(table.replace(snapshot, Credibility::Whole, nobody, Instant::now()), []);
-        assert_eq!(table.set(subnet(2), peer(9)), None);
+        assert_eq!(table.set(key(2), peer(9)), None);
     }
 
     #[test]
     fn a_few_removals_are_believed_and_many_are_not() {
         let now = Instant::now();
         let mut few = table(0..10);
-        assert_eq!(few.replace(peers(3..10), Credibility::Whole, nobody, now).len(), 3);
+        assert_eq!(few.replace(snapshot(3..10), Credibility::Whole, nobody, now).len(), 3);
         // The fourth within the window.
-        assert_eq!(few.remove(subnet(9), nobody, now), None);
+        assert_eq!(few.remove(key(9), nobody, now), None);
         assert_eq!(reasons(&few), [(subnet(9), HoldReason::MassRemoval)]);
         let later = now + WINDOW + Duration::from_secs(1);
-        assert_eq!(few.remove(subnet(8), nobody, later), Some(PeerChange::Remove(subnet(8))));
+        assert_eq!(few.remove(key(8), nobody, later), Some(PeerChange::Remove(subnet(8))));
 
         let mut many = table(0..10);
-        assert_eq!(many.replace(peers(4..10), Credibility::Whole, nobody, now), []);
+        assert_eq!(many.replace(snapshot(4..10), Credibility::Whole, nobody, now), []);
         assert_eq!((many.len(), many.held().len()), (10, 4));
         // One in twenty is believed in a large cluster.
         let mut large = table(0..200);
-        assert_eq!(large.replace(peers(10..200), Credibility::Whole, nobody, now).len(), 10);
+        assert_eq!(large.replace(snapshot(10..200), Credibility::Whole, nobody, now).len(), 10);
     }
 
     #[test]
@@ -302,7 +334,7 @@ mod tests {
     fn who_still_sends_stays_until_silent() {
         let now = Instant::now();
         let mut table = table(1..=2);
-        assert_eq!(table.remove(subnet(1), everybody, now), None);
+        assert_eq!(table.remove(key(1), everybody, now), None);
         assert_eq!(reasons(&table), [(subnet(1), HoldReason::StillSends)]);
         assert_eq!(table.review(everybody, now + 10 * GRACE), []);
         assert_eq!(table.review(nobody, now), [PeerChange::Remove(subnet(1))]);
@@ -312,7 +344,7 @@ mod tests {
     fn the_grace_ends_for_the_silent_only() {
         let now = Instant::now();
         let mut table = table(0..10);
-        table.replace(peers([]), Credibility::Whole, nobody, now);
+        table.replace(snapshot([]), Credibility::Whole, nobody, now);
         assert_eq!(table.review(nobody, now + GRACE / 2), []);
         let changes = table.review(|heard| heard == subnet(7), now + GRACE);
         assert_eq!(changes.len(), 9);
@@ -325,9 +357,9 @@ mod tests {
     fn what_comes_back_is_held_no_more() {
         let now = Instant::now();
         let mut table = table(0..10);
-        table.replace(peers([]), Credibility::Doubtful, nobody, now);
-        assert_eq!(table.set(subnet(1), peer(1)), None);
-        assert_eq!(table.replace(peers(0..10), Credibility::Whole, nobody, now), []);
+        table.replace(snapshot([]), Credibility::Doubtful, nobody, now);
+        assert_eq!(table.set(key(1), peer(1)), None);
+        assert_eq!(table.replace(snapshot(0..10), Credibility::Whole, nobody, now), []);
         assert_eq!(table.held().len(), 0);
     }
 
@@ -335,11 +367,31 @@ mod tests {
     fn a_host_that_took_another_subnet_leaves_its_old_one_at_once() {
         let now = Instant::now();
         let mut table = table(1..=2);
-        let moved = BTreeMap::from([(subnet(1), peer(1)), (subnet(3), peer(2))]);
+        let moved = BTreeMap::from([(key(1), peer(1)), (key(3), peer(2))]);
         let changes = table.replace(moved, Credibility::Whole, everybody, now);
         assert_eq!(changes, [PeerChange::Set(subnet(3), peer(2)), PeerChange::Remove(subnet(2))]);
-        table.set(subnet(4), peer(1));
-        assert_eq!(table.remove(subnet(1), everybody, now), Some(PeerChange::Remove(subnet(1))));
+        table.set(key(4), peer(1));
+        assert_eq!(table.remove(key(1), everybody, now), Some(PeerChange::Remove(subnet(1))));
+    }
+
+    #[test]
+    fn a_siblings_end_is_not_a_peers() {
+        let now = Instant::now();
+        let mut table = table([]);
+        let dual = LeaseKey { ipv6_subnet: "fd00::/64".parse().ok(), ..key(1) };
+        assert_eq!(table.set(key(1), peer(1)), Some(PeerChange::Set(subnet(1), peer(1))));
+        assert_eq!(table.set(dual, peer(2)), Some(PeerChange::Set(subnet(1), peer(2))));
+        assert_eq!(table.set(key(1), peer(3)), None);
+        assert_eq!(table.remove(dual, nobody, now), Some(PeerChange::Set(subnet(1), peer(3))));
+        table.set(dual, peer(2));
+        assert_eq!(table.remove(key(1), nobody, now), None);
+        assert_eq!(table.remove(dual, nobody, now), Some(PeerChange::Remove(subnet(1))));
+    }
+
+    prop_compose! {
+        fn any_key()(n in 0u8..12, is_dual: bool) -> LeaseKey {
+            LeaseKey { ipv6_subnet: is_dual.then(|| "fd00::/64".parse().expect("CIDR")), ..key(n) }
+        }
     }
 
     fn apply(peers: &mut BTreeMap<Ipv4Net, Peer>, change: PeerChange) {
@@ -354,35 +406,42 @@ mod tests {
         /// the way say exactly that.
         #[test]
         fn events_end_where_the_snapshot_does(
-            events in vec((0u8..12, proptest::option::of(0u8..4), any::<bool>()), 0..60),
-            start in vec((0u8..12, 0u8..4), 0..12),
+            events in vec((any_key(), proptest::option::of(0u8..4), any::<bool>()), 0..60),
+            start in vec((any_key(), 0u8..4), 0..12),
         ) {
             let now = Instant::now();
-            let start: BTreeMap<_, _> = start.into_iter().map(|(s, p)| (subnet(s), peer(p))).collect();
-            let mut last = start.clone();
-            let mut by_event = LeaseTable::new(start.clone(), GRACE);
-            let mut reported = start.clone();
-            for (s, p, is_heard) in events {
-                let change = match p {
-                    Some(p) => { last.insert(subnet(s), peer(p)); by_event.set(subnet(s), peer(p)) }
-                    None => { last.remove(&subnet(s)); by_event.remove(subnet(s), |_| is_heard, now) }
-                };
-                change.into_iter().for_each(|change| apply(&mut reported, change));
-                // Nothing that the store names is ever missing, and nothing is there that it never named.
-                prop_assert!(last.iter().all(|(subnet, peer)| by_event.peers.get(subnet) == Some(peer)));
-            }
-            by_event.release(now).into_iter().for_each(|change| apply(&mut reported, change));
-            prop_assert_eq!(&by_event.peers, &last);
-            prop_assert_eq!(&reported, &last);
-
-            let mut by_snapshot = LeaseTable::new(start.clone(), GRACE);
-            let mut reported = start;
-            for change in by_snapshot.replace(last.clone(), Credibility::Whole, everybody, now) {
+            let first: BTreeMap<_, _> = start.into_iter().map(|(key, p)| (key, peer(p))).collect();
+            let mut last = first.clone();
+            let mut by_event = table([]);
+            let mut reported = BTreeMap::new();
+            for change in by_event.replace(first.clone(), Credibility::Whole, nobody, now) {
                 apply(&mut reported, change);
             }
+            for (key, p, is_heard) in events {
+                let change = match p {
+                    Some(p) => { last.insert(key, peer(p)); by_event.set(key, peer(p)) }
+                    None => { last.remove(&key); by_event.remove(key, |_| is_heard, now) }
+                };
+                change.into_iter().for_each(|change| apply(&mut reported, change));
+                // Nothing that the store names is ever missing.
+                prop_assert!(last.keys().all(|key| by_event.peers.contains_key(&key.subnet)));
+                prop_assert_eq!(&reported, &by_event.peers);
+            }
+            by_event.release(now).into_iter().for_each(|change| apply(&mut reported, change));
+            let wanted: BTreeMap<_, _> = last.iter().map(|(key, peer)| (key.subnet, *peer)).collect();
+            prop_assert_eq!(&by_event.peers, &wanted);
+            prop_assert_eq!(&reported, &wanted);
+
+            let mut by_snapshot = table([]);
+            let mut reported = BTreeMap::new();
+            for snapshot in [first, last] {
+                for change in by_snapshot.replace(snapshot, Credibility::Whole, everybody, now) {
+                    apply(&mut reported, change);
+                }
+            }
             by_snapshot.release(now).into_iter().for_each(|change| apply(&mut reported, change));
-            prop_assert_eq!(&by_snapshot.peers, &last);
-            prop_assert_eq!(&reported, &last);
+            prop_assert_eq!(&by_snapshot.peers, &wanted);
+            prop_assert_eq!(&reported, &wanted);
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::{
     cli::Cli,
     dataplane::{self, PinDirectory},
     lease::HoldReason,
+    registry::ResyncCause,
     status::{LeaseState, Status},
 };
 
@@ -71,8 +72,9 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
         store_up.get_or_create(&of()).set(status.store.following.into());
         revision.get_or_create(&of()).set(status.store.revision);
         events.get_or_create(&of()).inc_by(status.store.events);
-        for (cause, count) in &status.store.resyncs {
-            resyncs.get_or_create(&with("cause", cause)).inc_by(*count);
+        for cause in ResyncCause::ALL.map(ResyncCause::label) {
+            let count = status.store.resyncs.get(cause).copied().unwrap_or(0);
+            resyncs.get_or_create(&with("cause", cause)).inc_by(count);
         }
         passed_over.get_or_create(&of()).set(count(status.store.passed_over.len()));
         passed_over_total.get_or_create(&of()).inc_by(status.store.passed_over_total);

@@ -73,6 +73,8 @@ pub struct Snapshot {
 pub enum ResyncCause {
     /// The agent started.
     Start,
+    /// This host moved to another lease.
+    Moved,
     /// The connection ended: etcd restarted, or the network in between was cut.
     Connection,
     /// The changes since the last one seen are compacted away.
@@ -91,8 +93,9 @@ pub enum ResyncCause {
 
 impl ResyncCause {
     /// Each of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Start,
+        Self::Moved,
         Self::Connection,
         Self::Compacted,
         Self::NoLeader,
@@ -117,6 +120,7 @@ impl ResyncCause {
     pub const fn label(self) -> &'static str {
         match self {
             Self::Start => "start",
+            Self::Moved => "moved",
             Self::Connection => "connection",
             Self::Compacted => "compacted",
             Self::NoLeader => "no_leader",

@@ -28,12 +28,12 @@ struct Position {
 impl Registry {
     /// Reports the whole table and then every change to it, for ever. Each gap in the changes, whatever its cause, ends
     /// in a fresh snapshot. Returns when nobody receives any more.
-    pub async fn watch(mut self, updates: mpsc::Sender<Update>) {
+    pub async fn watch(mut self, cause: ResyncCause, updates: mpsc::Sender<Update>) {
         let mut back_off = retry::BackOff::default();
         let mut position = None;
         // Why the next snapshot is read. The first failure after one explains the gap; those that follow only say that
         // nothing has come back yet.
-        let mut cause = Some(ResyncCause::Start);
+        let mut cause = Some(cause);
         loop {
             let gap = match self.watch_once(&updates, &mut cause, &mut position, &mut back_off).await {
                 Ok(()) => return,
