@@ -1,3 +1,5 @@
+//! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`.
+//!
 //! `cargo xtask bench`: bulk TCP between pods, our dataplane against the kernel's vxlan device set up as flannel does,
 //! in one lab, in turns.
 
@@ -17,13 +19,26 @@ const NAME: &str = "flannel-bench";
 
 /// Options of `cargo xtask bench`.
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Options {
+    #[command(subcommand)]
+    what: Option<What>,
     /// How often each is measured
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Length of a measurement
     #[arg(long, default_value_t = 4)]
     seconds: u32,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// The agent with 10, 1,000 and 5,000 leases, beside flannel's scheme for the same
+    Control {
+        /// Further options; `-- --help` lists them
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
 }
 
 /// Measures and prints medians and ratios.
@@ -33,6 +48,9 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     setup::ensure()?;
     step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
+    if let Some(What::Control { arguments }) = &options.what {
+        return inherit(cargo().args(["bench", "--package", "tests", "--bench", "control", "--"]).args(arguments));
+    }
     let directory = std::env::temp_dir().join(NAME);
     remove_leftovers(NAME, &directory)?;
     let result = measure(options, &directory);

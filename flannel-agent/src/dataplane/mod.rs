@@ -22,7 +22,7 @@ use flannel_common::{
     event::Event,
     maps::{CONFIG, COUNTERS, Config, Counter, MAX_SLOTS},
 };
-pub use peers::{DesiredPeers, PeerMaps};
+pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
 
 use crate::config::NetworkConfig;

@@ -12,7 +12,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap as BpfHashMap, MapData, MapError,
+        Array, HashMap as BpfHashMap, Map, MapData, MapError,
         lpm_trie::{Key, LpmTrie},
     },
 };
@@ -22,7 +22,7 @@ use flannel_common::maps::{
 use ipnet::Ipv4Net;
 use nix::time::{ClockId, clock_gettime};
 
-use super::{DataplaneError, take_map};
+use super::{DataplaneError, PinDirectory, take_map};
 
 /// What the maps should say: who leases each subnet.
 pub type DesiredPeers = BTreeMap<Ipv4Net, Vtep>;
@@ -257,6 +257,36 @@ impl PeerMaps {
             }
         }
         Ok(())
+    }
+}
+
+/// The grid of a dataplane whose agent may be gone.
+pub struct PinnedSubnets(Array<MapData, u32>);
+
+impl PinnedSubnets {
+    /// Opens the pinned map.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`] where there is none.
+    pub fn open(pins: &PinDirectory) -> Result<Self, DataplaneError> {
+        let map = MapData::from_pin(pins.map(SUBNETS)).map_err(DataplaneError::map("open", SUBNETS))?;
+        Ok(Self(Map::Array(map).try_into().map_err(DataplaneError::map("open", SUBNETS))?))
+    }
+
+    /// Whether a slot has a peer.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn has(&self, slot: u32) -> Result<bool, DataplaneError> {
+        self.0.get(&slot, 0).map(|id| id != 0).map_err(DataplaneError::map("read", SUBNETS))
+    }
+
+    /// How many slots have one.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn count(&self) -> Result<usize, DataplaneError> {
+        (0..self.0.len()).try_fold(0, |count, slot| Ok(count + usize::from(self.has(slot)?)))
     }
 }
 
