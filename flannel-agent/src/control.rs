@@ -46,12 +46,25 @@ pub enum Reply {
     },
 }
 
-/// The agent was not reached, or did not answer.
+/// The socket does not serve.
 #[derive(Debug, thiserror::Error)]
-#[error("ask the agent at {path}: {source}; it may not be running (see flannel-agent status)")]
-pub struct ControlError {
-    path: PathBuf,
-    source: io::Error,
+pub enum ControlError {
+    /// It can't be made.
+    #[error("listen at {path}: {source}")]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The agent was not reached, or did not answer.
+    #[error("ask the agent at {path}: {source}; it may not be running (see flannel-agent status)")]
+    Ask {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
 }
 
 /// A request, and where its answer goes.
@@ -68,7 +81,7 @@ pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
 /// # Errors
 /// [`ControlError`] where the socket can't be made.
 pub fn listen(path: &Path) -> Result<mpsc::Receiver<Pending>, ControlError> {
-    let failed = |source| ControlError { path: path.to_owned(), source };
+    let failed = |source| ControlError::Listen { path: path.to_owned(), source };
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
@@ -128,7 +141,7 @@ pub fn ask(path: &Path, request: Request) -> Result<Reply, ControlError> {
         BufReader::new(stream).read_line(&mut line)?;
         Ok(serde_json::from_str(&line)?)
     };
-    exchange().map_err(|source| ControlError { path: path.to_owned(), source })
+    exchange().map_err(|source| ControlError::Ask { path: path.to_owned(), source })
 }
 
 #[cfg(test)]

@@ -71,6 +71,11 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
     let dataplane = load(cli, &network, &external, &device, &lease)?;
     let (tenancy_sender, tenancy) = mpsc::channel(8);
     let doubt = Arc::new(Notify::new());
+    // Pods do not hang on what an operator may ask.
+    let requests = control::listen(&control::path(&cli.run_dir, request.vni)).unwrap_or_else(|error| {
+        warn!("no requests can be taken: {error}");
+        mpsc::channel(1).1
+    });
     let lease_state = if snapshot.is_some() { LeaseState::Held } else { LeaseState::LastKnown };
     let mut agent = Agent {
         cli,
@@ -88,7 +93,7 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
         updates: mpsc::channel(1).1,
         tenancy,
         doubt: Arc::clone(&doubt),
-        requests: control::listen(&control::path(&cli.run_dir, request.vni))?,
+        requests,
     };
     // Peers before programs: none that is attached may meet empty maps.
     if let Some(snapshot) = snapshot {

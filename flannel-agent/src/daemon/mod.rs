@@ -20,7 +20,6 @@ use crate::{
     atomic_file::WriteError,
     cleanup::CleanupError,
     cli::{Cli, InvalidMargin},
-    control::ControlError,
     dataplane::{self, DataplaneError},
     device::{DeviceError, Netlink, external::SelectError},
     lock::{Lock, LockError},
@@ -65,9 +64,6 @@ pub enum DaemonError {
     /// A flag that is out of range.
     #[error(transparent)]
     Margin(#[from] InvalidMargin),
-    /// The socket for requests.
-    #[error(transparent)]
-    Control(#[from] ControlError),
     /// A command of the operator's.
     #[error(transparent)]
     Operator(#[from] OperatorError),

@@ -47,9 +47,22 @@ impl HoldReason {
 
     /// Its name in status and metrics.
     pub const fn label(self) -> &'static str {
+        self.row().0
+    }
+
+    /// What it means, and when it ends.
+    pub const fn description(self) -> &'static str {
+        self.row().1
+    }
+
+    const fn row(self) -> (&'static str, &'static str) {
         match self {
-            Self::MassRemoval => "mass_removal",
-            Self::StillSends => "still_sends",
+            Self::MassRemoval => (
+                "mass_removal",
+                "More went within a minute than 3 and 5 % of the peers, or the answer lacked even this host's own lease. \
+                 Held for `--lease-guard-grace`.",
+            ),
+            Self::StillSends => ("still_sends", "Packets arrive from it. Held until it has been silent for 30 s."),
         }
     }
 }
@@ -291,6 +304,15 @@ mod tests {
 
     fn reasons(table: &LeaseTable) -> Vec<(Ipv4Net, HoldReason)> {
         table.held().map(|(subnet, hold)| (*subnet, hold.reason)).collect()
+    }
+
+    #[test]
+    fn the_readme_has_a_row_for_each_reason() {
+        let readme = include_str!("../../../README.md");
+        for reason in HoldReason::ALL {
+            let row = format!("| `{}` | {} |", reason.label(), reason.description());
+            assert!(readme.contains(&row), "README.md lacks: {row}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The lease table in the store.
 
 pub mod etcd;
+mod resync;
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -8,6 +9,7 @@ use flannel_common::{packet::is_unicast, vxlan::Vni};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+pub use self::resync::ResyncCause;
 use crate::lease::{InvalidLease, LeaseAttributes, LeaseKey, MacAddress, Peer};
 
 /// One lease as the store has it.
@@ -66,70 +68,6 @@ pub struct Snapshot {
     pub revision: i64,
     /// Which store it is.
     pub cluster_id: u64,
-}
-
-/// Why the whole table was read. Label of the counter, and row of the README.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ResyncCause {
-    /// The agent started.
-    Start,
-    /// This host moved to another lease.
-    Moved,
-    /// The connection ended: etcd restarted, or the network in between was cut.
-    Connection,
-    /// The changes since the last one seen are compacted away.
-    Compacted,
-    /// The member that was asked has no leader.
-    NoLeader,
-    /// etcd does not take the token or the user any more.
-    Unauthenticated,
-    /// etcd cancelled the watch for another reason.
-    Cancelled,
-    /// The store went back to an earlier revision: its data is gone, or a backup was restored.
-    RolledBack,
-    /// Another store answers under the same address.
-    OtherCluster,
-}
-
-impl ResyncCause {
-    /// Each of them.
-    pub const ALL: [Self; 9] = [
-        Self::Start,
-        Self::Moved,
-        Self::Connection,
-        Self::Compacted,
-        Self::NoLeader,
-        Self::Unauthenticated,
-        Self::Cancelled,
-        Self::RolledBack,
-        Self::OtherCluster,
-    ];
-
-    /// The cause behind an error message of etcd's, where it says one (etcd: api/v3rpc/rpctypes/error.go).
-    fn of_message(message: &str) -> Option<Self> {
-        if message.contains("no leader") {
-            Some(Self::NoLeader)
-        } else if message.contains("invalid auth token") || message.contains("permission denied") {
-            Some(Self::Unauthenticated)
-        } else {
-            None
-        }
-    }
-
-    /// Its name in status and metrics.
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Start => "start",
-            Self::Moved => "moved",
-            Self::Connection => "connection",
-            Self::Compacted => "compacted",
-            Self::NoLeader => "no_leader",
-            Self::Unauthenticated => "unauthenticated",
-            Self::Cancelled => "cancelled",
-            Self::RolledBack => "rolled_back",
-            Self::OtherCluster => "other_cluster",
-        }
-    }
 }
 
 /// What the watch reports.
