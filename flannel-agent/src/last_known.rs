@@ -41,11 +41,14 @@ pub struct LastKnown {
 
 /// Why a file says nothing.
 #[derive(Debug, thiserror::Error)]
-enum Unusable {
+pub enum Unusable {
+    /// It can't be read.
     #[error("read: {0}")]
     Read(#[from] io::Error),
+    /// It is damaged.
     #[error("its checksum does not fit its content")]
     Checksum,
+    /// Another version wrote it.
     #[error("its content is not understood: {0}")]
     Content(#[from] serde_json::Error),
 }
@@ -83,7 +86,11 @@ impl LastKnown {
         format!("{:08x}\n{content}", crc32fast::hash(content.as_bytes()))
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, Unusable> {
+    /// Reads a file's content.
+    ///
+    /// # Errors
+    /// [`Unusable::Checksum`] or [`Unusable::Content`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, Unusable> {
         let (header, content) = bytes.split_at_checked(HEADER_LEN).ok_or(Unusable::Checksum)?;
         if header != format!("{:08x}\n", crc32fast::hash(content)).as_bytes() {
             return Err(Unusable::Checksum);

@@ -43,7 +43,11 @@ impl SubnetEnv {
 /// The subnet that an earlier `subnet.env` names, host bits cleared. [`None`] where there is no file, or none that
 /// says one; it is a wish, so nothing hangs on it.
 pub fn previous_subnet(path: &Path) -> Option<Ipv4Net> {
-    let content = fs::read_to_string(path).ok()?;
+    subnet_in(&fs::read_to_string(path).ok()?)
+}
+
+/// The same of a file's content.
+pub fn subnet_in(content: &str) -> Option<Ipv4Net> {
     let value = content.lines().find_map(|line| line.trim().strip_prefix("FLANNEL_SUBNET="))?;
     // flannel takes the value only where it is one subnet.
     value.trim().parse::<Ipv4Net>().ok().map(|subnet| subnet.trunc())

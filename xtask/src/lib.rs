@@ -9,6 +9,7 @@
 
 pub mod bench;
 pub mod check;
+pub mod fuzz;
 pub mod lab;
 pub mod process;
 pub mod progress;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::{bench, check, run, setup, test};
+use xtask::{bench, check, fuzz, run, setup, test};
 
 /// The project's commands.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ enum Command {
     Test(test::Options),
     /// Format, lints and documentation, for the eBPF programs too
     Check,
+    /// Feed the agent's parsers with what a fuzzer comes up with
+    Fuzz(fuzz::Options),
     /// Measure against the kernel's own vxlan path
     Bench(bench::Options),
 }
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Command::Lab(options) => run::lab(&options),
         Command::Test(options) => test::run(&options),
         Command::Check => check::run(),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Bench(options) => bench::run(&options),
     };
     match result {

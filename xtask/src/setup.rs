@@ -37,7 +37,9 @@ const PROGRAMS: [(&str, &str); 18] = [
     ("tshark", "tshark"),
     ("ethtool", "ethtool"),
     ("openssl", "openssl"),
+    ("iptables", "iptables"),
     ("cc", "gcc"),
+    ("c++", "g++"),
 ];
 
 /// The well-known types that etcd's interface files import.
