@@ -2,6 +2,7 @@
 
 use std::{fs, io::Write as _, path::Path, process::Command};
 
+use nix::sys::signal::Signal;
 use xtask::{
     lab::{PREFIX, Store, address},
     process::output,
@@ -81,17 +82,32 @@ fn the_network_to_etcd_is_cut() {
 
 #[test]
 fn a_watcher_that_reads_too_slowly_meets_a_compaction() {
-    use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
     with_traffic(|world| {
         let signal = |signal| world.hosts[0].agent.as_ref().unwrap().signal(signal).unwrap();
-        signal(SIGSTOP);
+        signal(Signal::SIGSTOP);
         fill(world);
         put_peer(world, 200);
         world.store.etcdctl(&["compact", &world.store.revision().unwrap().to_string()]).unwrap();
-        signal(SIGCONT);
+        signal(Signal::SIGCONT);
         world.wait_resync(0, "compacted");
         wait_peers(world, 0, 2);
     });
+}
+
+#[test]
+fn a_lease_that_is_deleted_behind_a_compaction_is_revoked() {
+    let mut world = World::with_agents(1);
+    let (name, _) = world.lease_of(0);
+    let agent = world.hosts[0].agent.as_ref().unwrap();
+    agent.signal(Signal::SIGSTOP).unwrap();
+    fill(&world);
+    world.store.etcdctl(&["del", &format!("{PREFIX}/subnets/{name}")]).unwrap();
+    world.store.etcdctl(&["compact", &world.store.revision().unwrap().to_string()]).unwrap();
+    agent.signal(Signal::SIGCONT).unwrap();
+    let agent = world.hosts[0].agent.as_mut().unwrap();
+    assert!(agent.wait(SOON).unwrap().success());
+    assert!(agent.log().contains("are compacted away"), "{}", agent.log());
+    assert!(agent.log().contains("Lease has been revoked. Shutting down daemon."), "{}", agent.log());
 }
 
 /// Makes more changes than etcd keeps in its hands for a watcher that does not read (1,024 beyond what the connection
@@ -313,7 +329,7 @@ fn a_store_that_is_away_at_the_start_costs_nothing() {
     }
     let traffic = world.traffic(1, 0);
     world.store.stop();
-    world.hosts[0].agent.as_ref().unwrap().signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    world.hosts[0].agent.as_ref().unwrap().signal(Signal::SIGKILL).unwrap();
     world.hosts[0].agent = None;
     world.start(0, &[]);
     world.wait_log(0, "going on with the lease");

@@ -112,13 +112,16 @@ impl World {
         assert!(!host.run_dir().join("subnet.env").exists(), "subnet.env exists");
     }
 
-    /// What `status -o json` says of the agent's overlay on a host.
+    /// What `status -o json` says of the agent's overlay on a host, once the agent has written it.
     pub fn status(&self, host: usize) -> serde_json::Value {
-        let result = self.agent_on(host).args(["status", "-o", "json"]).output().unwrap();
-        serde_json::from_slice::<serde_json::Value>(&result.stdout).map_or_else(
-            |_| panic!("status: {}", String::from_utf8_lossy(&result.stderr)),
-            |mut status| status["overlays"][0].take(),
-        )
+        let mut status = serde_json::Value::Null;
+        let read = wait_for("a status", SOON, || {
+            let result = self.agent_on(host).args(["status", "-o", "json"]).output().unwrap();
+            status = serde_json::from_slice(&result.stdout).unwrap_or_default();
+            !status.is_null()
+        });
+        read.unwrap();
+        status["overlays"][0].take()
     }
 
     /// Waits until the status of a host fulfils a condition.
