@@ -2,6 +2,7 @@
 
 use std::{fs, io::Write as _, path::Path, process::Command};
 
+use flannel_common::maps::{ABI_VERSION, VTEP_ADDRESSES};
 use nix::sys::signal::Signal;
 use xtask::{
     lab::{PREFIX, Store, address},
@@ -21,6 +22,13 @@ fn put_peer(world: &World, octet: u8) {
 
 fn wait_peers(world: &World, host: usize, count: usize) {
     world.wait_status(host, &format!("{count} peers"), |status| status["peers"] == count);
+}
+
+/// Whether a host's maps have the VTEP 192.168.64.x, x in hexadecimal digits.
+fn knows_vtep(world: &World, host: usize, last: &str) -> bool {
+    let map = world.hosts[host].pin_dir().join(format!("1/v{ABI_VERSION}/{VTEP_ADDRESSES}"));
+    let dump = output(Command::new("bpftool").args(["map", "dump", "pinned"]).arg(map)).unwrap();
+    dump.contains(&format!("c0 a8 40 {last}"))
 }
 
 /// Two hosts that talk, and `fault`, after which both see what the store says.
@@ -68,15 +76,22 @@ fn etcd_stops_answering_with_its_connections_open() {
 #[test]
 fn the_network_to_etcd_is_cut() {
     with_traffic(|world| {
+        put_peer(world, 210);
+        wait_peers(world, 0, 2);
         let host = &world.hosts[0].netns;
         // One way only: requests leave, answers are dropped.
         host.exec("iptables -A INPUT -p tcp --sport 2379 -j DROP").unwrap();
         world.wait_log(0, "the watch on the leases ended");
         put_peer(world, 200);
-        wait_peers(world, 1, 2);
+        // The same subnet, another host.
+        let key = format!("{PREFIX}/subnets/10.5.210.0-24");
+        world.store.put(&key, &lease_value("192.168.64.211", "0a:00:00:00:00:d3")).unwrap();
+        wait_peers(world, 1, 3);
+        assert!(knows_vtep(world, 0, "d2") && !knows_vtep(world, 0, "d3"));
         world.hosts[0].netns.exec("iptables -F INPUT").unwrap();
         world.wait_resync(0, "connection");
-        wait_peers(world, 0, 2);
+        wait_peers(world, 0, 3);
+        assert!(!knows_vtep(world, 0, "d2") && knows_vtep(world, 0, "d3"));
     });
 }
 

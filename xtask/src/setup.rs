@@ -19,7 +19,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 20] = [
+const PROGRAMS: [(&str, &str); 21] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -37,6 +37,7 @@ const PROGRAMS: [(&str, &str); 20] = [
     ("tshark", "tshark"),
     ("ethtool", "ethtool"),
     ("openssl", "openssl"),
+    ("bpftool", "bpftool"),
     ("iptables", "iptables"),
     ("cc", "gcc"),
     ("c++", "g++"),
