@@ -8,7 +8,7 @@ use tracing::info;
 
 use crate::{
     cli::Cli,
-    control,
+    conntrack, control,
     dataplane::{self, DataplaneError},
     device::{DeviceError, Netlink, vxlan::VxlanDevice},
     last_known::LastKnown,
@@ -60,6 +60,7 @@ pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
             remove_file(&path)?;
         }
     }
+    conntrack::restore(&cli.run_dir).map_err(|source| CleanupError::File { path: cli.run_dir.clone(), source })?;
     remove_file(&cli.subnet_file())?;
     // Only where it is empty: others may keep files there.
     let _kept = fs::remove_dir(&cli.run_dir);

@@ -67,6 +67,12 @@ pub struct Cli {
     /// For how many seconds peers are kept that vanish from etcd all at once, unless `lease release-guard` says otherwise
     #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     lease_guard_grace: u32,
+    /// Whether packets of established flows between pods pass the host's stack by
+    #[arg(long, value_enum, default_value_t)]
+    pub bypass: Switch,
+    /// For how many milliseconds they may, before one takes the stack again
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    bypass_revalidate: u32,
     /// Where the subnet is written for container runtimes (default: subnet.env in --run-dir)
     #[arg(long, value_name = "FILE", global = true)]
     subnet_file: Option<PathBuf>,
@@ -106,6 +112,16 @@ pub enum Command {
 pub enum LeaseCommand {
     /// Have the running agent remove the peers that etcd no longer names and that it holds back
     ReleaseGuard,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// It is done.
+    #[default]
+    On,
+    /// It is not.
+    Off,
 }
 
 /// Form of a command's output.
@@ -204,6 +220,14 @@ impl Cli {
     /// For how long a mass removal is held back.
     pub fn guard_grace(&self) -> Duration {
         Duration::from_secs(self.lease_guard_grace.into())
+    }
+
+    /// For how long a flow may pass the stack by after the stack let a packet of it out; zero for never.
+    pub fn bypass_time(&self) -> Duration {
+        match self.bypass {
+            Switch::On => Duration::from_millis(self.bypass_revalidate.into()),
+            Switch::Off => Duration::ZERO,
+        }
     }
 
     /// How the external interface is chosen.

@@ -10,6 +10,7 @@
 //! * [`lease`] — keys, values, allocation, the table of peers with its guard; pure
 //! * [`registry`] — the lease table in the store; the only room that speaks to etcd
 //! * [`device`] — links, routes, neighbours; the only room that speaks netlink
+//! * [`conntrack`] — its patience with flows that it sees little of
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
 //! * [`last_known`] — what was last known of the store, for when it is away
@@ -27,6 +28,7 @@ pub mod atomic_file;
 pub mod cleanup;
 pub mod cli;
 pub mod config;
+pub mod conntrack;
 pub mod control;
 pub mod daemon;
 pub mod dataplane;

@@ -16,6 +16,14 @@ pub fn complete(sum: u16) -> u16 {
     !sum
 }
 
+/// The IPv4 header checksum (wire order) after the TTL went down by one, which takes 0x0100 off the sum (RFC 1624, as
+/// `ip_decrease_ttl`, include/net/ip.h).
+#[inline(always)]
+pub fn decrement_ttl(check: [u8; 2]) -> [u8; 2] {
+    let check = u32::from(u16::from_be_bytes(check)) + 0x0100;
+    ((check + u32::from(check >= 0xffff)) as u16).to_be_bytes()
+}
+
 #[inline(always)]
 fn fold(total: u32) -> u16 {
     // Twice: the first addition can carry once more.
@@ -31,6 +39,16 @@ mod tests {
     fn rfc_1071_section_3_example() {
         assert_eq!(sum([0x0001, 0xf203, 0xf4f5, 0xf6f7]), 0xddf2);
         assert_eq!(complete(0xddf2), 0x220d);
+    }
+
+    #[test]
+    fn one_hop_less_fits_the_whole_sum() {
+        for ttl in 1..=255u16 {
+            for rest in [0u16, 1, 0x00ff, 0x1234, 0xf0f0, 0xfeff, 0xff00, 0xfffe] {
+                let check = |ttl: u16| complete(sum([0x4500, rest, ttl << 8 | 6])).to_be_bytes();
+                assert_eq!(decrement_ttl(check(ttl)), check(ttl - 1), "{ttl} {rest:#x}");
+            }
+        }
     }
 
     #[test]

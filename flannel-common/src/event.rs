@@ -69,6 +69,24 @@ events! {
     /// to_overlay: the outer header could not be written into the room made for it.
     EncapFailed = "encap_failed", Drop;
 
+    /// from_pod: a packet of a flow that the stack let out a moment ago; encapsulated past the stack.
+    PodEncapsulated = "pod_encapsulated", Forward;
+    /// from_pod: the same, to a peer whose next hop the kernel resolves.
+    PodEncapsulatedNeighbour = "pod_encapsulated_neighbour", Forward;
+    /// from_pod: a packet that may become one of a flow past the stack; left to the stack.
+    PodSlow = "pod_slow", Pass;
+    /// from_pod: a packet that always takes the stack: not TCP or UDP, a fragment, with options, not to the overlay, ...
+    PodOther = "pod_other", Pass;
+    /// from_pod: the outer header could not be written into the room made for it.
+    PodEncapFailed = "pod_encap_failed", Drop;
+    /// from_pod: a pod's own packet to the tunnel port of a VTEP; only hosts may send these.
+    PodTunnel = "pod_tunnel", Drop;
+
+    /// to_pod: a packet of a flow that came in by the overlay and went through the stack unchanged; noted.
+    PodReleased = "pod_released", Pass;
+    /// to_pod: any other packet.
+    PodUnnoted = "pod_unnoted", Pass;
+
     /// from_overlay: admitted by from_underlay; on to the host's stack.
     Received = "received", Pass;
     /// from_overlay: came out of the tunnel past from_underlay: by another interface, from a pod, to another address of this host.
@@ -84,6 +102,10 @@ events! {
     UnderlayFragment = "underlay_fragment", Pass;
     /// from_underlay: a tunnel packet from a known peer, with addresses that it may use; left to the kernel's vxlan device.
     Admitted = "admitted", Pass;
+    /// from_underlay: a packet of a flow that the stack let in a moment ago; decapsulated and put into the pod.
+    Delivered = "delivered", Forward;
+    /// from_underlay: the inner Ethernet header could not be written.
+    DecapFailed = "decap_failed", Drop;
     /// from_underlay: a tunnel packet shorter than its headers.
     TunnelTruncated = "tunnel_truncated", Drop;
     /// from_underlay: a tunnel packet with options in its outer IPv4 header; no VTEP sends these.

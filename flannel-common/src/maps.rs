@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -25,18 +25,23 @@ pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
 /// Array: VTEP id -> when a packet of it was last admitted, as [`heard_time`]; 0 for never. Tells a host whose lease
 /// the store has lost from one that is gone.
 pub const HEARD: &str = "HEARD";
+/// LRU hash: [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow), for flows that may pass the host's stack by.
+pub const FLOWS: &str = "FLOWS";
 /// Per-CPU array: [`Event`](crate::event::Event) -> [`Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// The read-only global that holds [`Config`].
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 6] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, COUNTERS];
+pub const PINNED: [&str; 7] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, COUNTERS];
 
 /// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
 pub const MAX_SLOTS: u32 = 1 << 22;
 /// The most entries of [`PREFIXES`]; an entry takes memory only when it exists.
 pub const MAX_PREFIXES: u32 = 1 << 17;
+
+/// The most flows that are remembered; the one not used for longest makes room.
+pub const MAX_FLOWS: u32 = 1 << 16;
 
 /// The unit of [`HEARD`]: nanoseconds of CLOCK_MONOTONIC, as a power of two so that the program need not divide
 /// (1.07 s).
@@ -52,6 +57,8 @@ pub const fn heard_time(monotonic: u64) -> u32 {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
+    /// For how long a flow may pass the stack by after the stack let a packet of it out, in nanoseconds; 0 for never.
+    pub bypass_time: u64,
     /// Network address of the overlay's Network, host order.
     pub network: u32,
     /// How far an offset into the Network is shifted right to give its slot: 32 - SubnetLen.
@@ -137,7 +144,7 @@ pub struct Counter {
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 48 && align_of::<Config>() == 4);
+    assert!(size_of::<Config>() == 56 && align_of::<Config>() == 8);
     assert!(size_of::<Vtep>() == 80 && align_of::<Vtep>() == 8);
     assert!(size_of::<Counter>() == 16);
 };
@@ -146,6 +153,7 @@ const _: () = {
 #[cfg(feature = "user")]
 mod user {
     use super::{Config, Counter, Vtep};
+    use crate::flow::{Flow, FlowKey};
 
     // SAFETY: #[repr(C)], integers and byte arrays only, no padding (the sizes are asserted above).
     unsafe impl aya::Pod for Config {}
@@ -153,6 +161,10 @@ mod user {
     unsafe impl aya::Pod for Vtep {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Counter {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for FlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Flow {}
 }
 
 #[cfg(test)]
@@ -160,6 +172,7 @@ mod tests {
     use super::*;
 
     const CONFIG: Config = Config {
+        bypass_time: 1_000_000_000,
         network: 0x0a05_0000,
         slot_shift: 8,
         slots: 256,

@@ -1,6 +1,7 @@
-//! `from_underlay`: which packets of the tunnel's port are let through to the kernel's vxlan device.
+//! `from_underlay`: which packets of the tunnel's port are let through, to the kernel's vxlan device or past the stack
+//! into the pod.
 
-use flannel_common::{admission, event::Event};
+use flannel_common::{admission, event::Event, flow::Flow};
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::{IpProto, Ipv4Hdr},
@@ -9,6 +10,8 @@ use network_types::{
 };
 
 use crate::{
+    encap::{HOP_LEN, next_hop_header},
+    flows::{self, Direction, place},
     leases::{Leases, note_heard},
     maps::CONFIG,
     packet::{Note, Packet},
@@ -16,6 +19,9 @@ use crate::{
 
 /// The fragment offset within `Ipv4Hdr::frags` (RFC 791).
 const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
+/// Explicit congestion notification within the TOS byte, and its mark (RFC 3168).
+const ECN_MASK: u8 = 0b11;
+const ECN_CE: u8 = 0b11;
 
 #[inline(always)]
 pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
@@ -32,8 +38,6 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     if ip.proto != IpProto::Udp as u8 {
         return Event::NotTunnel;
     }
-    // Whatever it says was not written here.
-    packet.forget_notes(config.vni);
     if u32::from_be_bytes(ip.dst_addr) != config.vtep_address {
         return Event::NotTunnel;
     }
@@ -74,12 +78,41 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
         return Event::TunnelTruncated;
     };
     let outer_source = u32::from_be_bytes(ip.src_addr);
-    match admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner) {
-        Ok(sender) => {
-            note_heard(sender);
-            packet.write_note(Note::Admitted, config.vni);
-            Event::Admitted
-        }
-        Err(reason) => reason,
+    let sender = match admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner) {
+        Ok(sender) => sender,
+        Err(reason) => return reason,
+    };
+    let now = flows::now();
+    note_heard(sender, now);
+    let place = place(packet, &inner, inner_offset + EthHdr::LEN, Direction::Ingress);
+    // A mark of congestion outside has to be carried inside (RFC 6040): the kernel does.
+    let is_marked = ip.tos & ECN_MASK == ECN_CE;
+    if let Some(flow) = place.fresh(&config, Direction::Ingress, now)
+        && !is_marked
+        && inner.ttl > 1
+        && ip_offset != 0
+    {
+        return deliver(packet, &inner, &flow);
     }
+    packet.write_note(Note::Admitted(place.key.tag(config.vni)));
+    Event::Admitted
+}
+
+/// Puts the inner packet into the pod, as the stack did with the last one of its flow.
+#[inline(always)]
+fn deliver(packet: &Packet<'_>, inner: &Ipv4Hdr, flow: &Flow) -> Event {
+    let Flow { veth, pod_mac, gateway_mac, .. } = *flow;
+    if packet.remove_tunnel().is_err() {
+        return Event::DecapFailed;
+    }
+    let mut header = [0; EthHdr::LEN + HOP_LEN];
+    header[..6].copy_from_slice(&pod_mac);
+    header[6..12].copy_from_slice(&gateway_mac);
+    header[12..EthHdr::LEN].copy_from_slice(&(EtherType::Ipv4 as u16).to_ne_bytes());
+    header[EthHdr::LEN..].copy_from_slice(&next_hop_header(inner));
+    if packet.write(&header).is_err() {
+        return Event::DecapFailed;
+    }
+    packet.redirect_to_peer(veth);
+    Event::Delivered
 }

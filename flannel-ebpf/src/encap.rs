@@ -1,20 +1,23 @@
-//! `to_overlay`: encapsulation of what the host's stack routed to `flannel.<VNI>`.
+//! Encapsulation: `to_overlay`, of what the host's stack routed to `flannel.<VNI>`, and `from_pod`, of what may pass the
+//! stack by.
 //!
-//! Fragments, IP options and any TTL are no matter here: the stack has dealt with them, and a tunnel carries them as
-//! they are.
+//! In `to_overlay` fragments, IP options and any TTL are no matter: the stack has dealt with them, and a tunnel carries
+//! them as they are.
 //!
 //! What it can't encapsulate it hands on to the kernel's vxlan device, which sends it back: the one forwarding entry of
 //! that device leads to this host itself (`encap_bypass_if_local`, drivers/net/vxlan/vxlan_core.c). On the way the kernel
 //! segments what has to be, and forgets that a pod put it into a tunnel already. `from_overlay` then tries again.
 
 use flannel_common::{
+    checksum,
     event::{Event, Outcome},
     maps::{Config, Vtep},
-    packet::Inner,
+    packet::{Inner, OuterHeader},
 };
 use network_types::{eth::EthHdr, ip::Ipv4Hdr};
 
 use crate::{
+    flows::{self, Direction, Kind, Place, place},
     leases::Leases,
     maps::CONFIG,
     packet::{NoRoom, Note, Packet, random_id},
@@ -22,28 +25,51 @@ use crate::{
 
 #[inline(always)]
 pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
+    let config = CONFIG.load();
+    let released = released_flow(packet, &config);
     let event = try_encapsulate(packet);
-    if event.outcome() == Outcome::Pass {
-        packet.write_note(Note::HandedOn, CONFIG.load().vni);
+    match event.outcome() {
+        Outcome::Forward => {
+            if let Some(place) = released {
+                flows::note_egress(&place);
+            }
+        }
+        Outcome::Pass => packet.write_note(Note::HandedOn(config.vni)),
+        Outcome::Drop => {}
     }
     event
+}
+
+/// The flow of a packet that `from_pod` left to the stack, where it is unchanged.
+#[inline(always)]
+fn released_flow(packet: &Packet<'_>, config: &Config) -> Option<Place> {
+    if !packet.is_ipv4() {
+        return None;
+    }
+    let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;
+    let place = place(packet, &ip, EthHdr::LEN, Direction::Egress);
+    (place.kind == Kind::Data && packet.has_note(Note::FromPod(place.key.tag(config.vni)))).then_some(place)
 }
 
 #[inline(always)]
 pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
     let vni = CONFIG.load().vni;
-    if packet.has_note(Note::Admitted, vni) {
-        return Event::Received;
+    if packet.has_note(Note::HandedOn(vni)) {
+        packet.forget_note();
+        let event = try_encapsulate(packet);
+        return match event.outcome() {
+            // The host's stack would send it to the overlay again and again.
+            Outcome::Pass => Event::EncapImpossible,
+            Outcome::Forward | Outcome::Drop => event,
+        };
     }
-    if !packet.has_note(Note::HandedOn, vni) {
+    let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN).filter(|_| packet.is_ipv4()) else {
         return Event::NotAdmitted;
-    }
-    packet.forget_notes(vni);
-    let event = try_encapsulate(packet);
-    match event.outcome() {
-        // The host's stack would send it to the overlay again and again.
-        Outcome::Pass => Event::EncapImpossible,
-        Outcome::Forward | Outcome::Drop => event,
+    };
+    let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
+    match packet.has_note(Note::Admitted(place.key.tag(vni))) {
+        true => Event::Received,
+        false => Event::NotAdmitted,
     }
 }
 
@@ -66,29 +92,124 @@ fn try_encapsulate(packet: &Packet<'_>) -> Event {
     if len > config.mtu && !packet.is_gso() {
         return Event::EncapTooBig;
     }
-    encapsulate(packet, &config, vtep, len, ip.tos)
-}
-
-/// Puts the outer header in front of a packet of `len` bytes of IPv4 and notes where it goes.
-#[inline(always)]
-fn encapsulate(packet: &Packet<'_>, config: &Config, vtep: &Vtep, len: u32, tos: u8) -> Event {
-    // The hash is that of the inner flow, so it is taken while the inner headers are the only ones.
-    let source_port = config.source_ports.of(packet.flow_hash());
-    match packet.make_room() {
-        Ok(()) => {}
+    let header = match outer_header(packet, &config, vtep, len, ip.tos) {
+        Ok(header) => header,
         Err(NoRoom::Nested) => return Event::EncapNested,
         Err(NoRoom::Refused) => return Event::EncapNoRoom,
-    }
-    let mut header = vtep.header;
-    header.complete(&Inner { len, tos, id: random_id(), source_port });
+    };
     if packet.write(&header).is_err() {
         return Event::EncapFailed;
     }
+    match send(packet, vtep) {
+        Sent::Resolved => Event::Encapsulated,
+        Sent::ToNeighbour => Event::EncapsulatedNeighbour,
+    }
+}
+
+/// Ingress of the host's side of a pod's veth.
+#[inline(always)]
+pub(crate) fn from_pod(packet: &Packet<'_>) -> Event {
+    let config = CONFIG.load();
+    // Whatever it says, the pod wrote it.
+    packet.forget_note();
+    if !packet.is_ipv4() {
+        return Event::PodOther;
+    }
+    let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
+        return Event::PodOther;
+    };
+    if flows::is_tunnel(packet, &config, &ip) {
+        return Event::PodTunnel;
+    }
+    let destination = u32::from_be_bytes(ip.dst_addr);
+    if !config.is_local(u32::from_be_bytes(ip.src_addr)) || config.is_local(destination) {
+        return Event::PodOther;
+    }
+    let place = place(packet, &ip, EthHdr::LEN, Direction::Egress);
+    if place.kind == Kind::Other {
+        return Event::PodOther;
+    }
+    match bypass(packet, &config, &ip, &place) {
+        Some(event) => event,
+        None => {
+            packet.write_note(Note::FromPod(place.key.tag(config.vni)));
+            Event::PodSlow
+        }
+    }
+}
+
+/// Sends a packet past the stack, where it may go. [`None`] where it may not, and is as it was.
+#[inline(always)]
+fn bypass(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place) -> Option<Event> {
+    place.fresh(config, Direction::Egress, flows::now())?;
+    let vtep = (Leases { config }).peer_of(u32::from_be_bytes(ip.dst_addr)).filter(|vtep| vtep.ifindex != 0)?;
+    // The stack tells the sender what is too big, or too old.
+    let len = packet.len() - EthHdr::LEN as u32;
+    let largest = match packet.segment_size() {
+        0 => len,
+        size => Ipv4Hdr::LEN as u32 + place.header_len + size,
+    };
+    if largest > config.mtu || ip.ttl <= 1 {
+        return None;
+    }
+    let header = outer_header(packet, config, vtep, len, ip.tos).ok()?;
+    if packet.write(&with_hop(&header, ip)).is_err() {
+        return Some(Event::PodEncapFailed);
+    }
+    Some(match send(packet, vtep) {
+        Sent::Resolved => Event::PodEncapsulated,
+        Sent::ToNeighbour => Event::PodEncapsulatedNeighbour,
+    })
+}
+
+/// Bytes of the IPv4 header up to its checksum.
+pub(crate) const HOP_LEN: usize = 12;
+
+/// The beginning of an IPv4 header after one more hop: the TTL is one less, and the checksum fits (RFC 1624).
+#[inline(always)]
+pub(crate) fn next_hop_header(ip: &Ipv4Hdr) -> [u8; HOP_LEN] {
+    let [l0, l1] = ip.tot_len;
+    let [i0, i1] = ip.id;
+    let [f0, f1] = ip.frags;
+    let [c0, c1] = checksum::decrement_ttl(ip.check);
+    [ip.vihl, ip.tos, l0, l1, i0, i1, f0, f1, ip.ttl - 1, ip.proto, c0, c1]
+}
+
+/// The outer header, and the beginning of the inner IPv4 header after one more hop.
+#[inline(always)]
+fn with_hop(header: &OuterHeader, ip: &Ipv4Hdr) -> [u8; OuterHeader::LEN + HOP_LEN] {
+    let mut bytes = [0; OuterHeader::LEN + HOP_LEN];
+    bytes[..OuterHeader::LEN].copy_from_slice(&header.0);
+    bytes[OuterHeader::LEN..].copy_from_slice(&next_hop_header(ip));
+    bytes
+}
+
+/// Makes room for the outer header of a packet with `len` bytes of IPv4, and says what goes there.
+#[inline(always)]
+fn outer_header(packet: &Packet<'_>, config: &Config, vtep: &Vtep, len: u32, tos: u8) -> Result<OuterHeader, NoRoom> {
+    // The hash is that of the inner flow, so it is taken while the inner headers are the only ones.
+    let source_port = config.source_ports.of(packet.flow_hash());
+    packet.make_room()?;
+    let mut header = vtep.header;
+    header.complete(&Inner { len, tos, id: random_id(), source_port });
+    Ok(header)
+}
+
+/// How an encapsulated packet is sent.
+enum Sent {
+    Resolved,
+    ToNeighbour,
+}
+
+#[inline(always)]
+fn send(packet: &Packet<'_>, vtep: &Vtep) -> Sent {
+    // It is for programs of this host only.
+    packet.forget_note();
     if vtep.flags & Vtep::RESOLVED != 0 {
         packet.redirect(vtep.ifindex);
-        Event::Encapsulated
+        Sent::Resolved
     } else {
         packet.redirect_to_neighbour(vtep.ifindex, vtep.next_hop);
-        Event::EncapsulatedNeighbour
+        Sent::ToNeighbour
     }
 }

@@ -1,6 +1,6 @@
 //! The maps, asked as the lease table.
 
-use aya_ebpf::{helpers::generated::bpf_ktime_get_coarse_ns, maps::lpm_trie::Key};
+use aya_ebpf::maps::lpm_trie::Key;
 use flannel_common::{
     admission,
     admission::Owner,
@@ -33,9 +33,8 @@ impl Leases<'_> {
 
 /// Notes that a VTEP is alive. One store in a second: between these, all CPUs share a clean cache line.
 #[inline(always)]
-pub(crate) fn note_heard(id: u32) {
-    // SAFETY: takes nothing and returns a number.
-    let now = heard_time(unsafe { bpf_ktime_get_coarse_ns() });
+pub(crate) fn note_heard(id: u32, now: u64) {
+    let now = heard_time(now);
     if let Some(heard) = HEARD.get_ptr_mut(id) {
         // SAFETY: a map value lives as long as the program. Other CPUs may store at the same time; each stores a whole,
         // aligned word.

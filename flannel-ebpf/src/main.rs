@@ -1,9 +1,10 @@
 //! The TC programs of the VXLAN dataplane.
 //!
 //! ```text
-//! pods, host ─▶ routes, netfilter ─▶ flannel.<VNI> ─ to_overlay ══ underlay ══▶ from_underlay ─▶ kernel vxlan ─▶ ...
-//!                                        ▲ from_overlay  │ handed on
-//!                                        └─ kernel vxlan ┘
+//!   ┌─────────────────────── fast ─────────────────────┐                 ┌─────────────────── fast ───────────────┐
+//! pod ─ from_pod ─▶ routes, netfilter ─▶ flannel.<VNI> ─ to_overlay ══▶ from_underlay ─▶ kernel vxlan ─▶ ... to_pod ─▶ pod
+//!                                            ▲ from_overlay  │ handed on
+//!                                            └─ kernel vxlan ┘
 //! ```
 //!
 //! A packet is forwarded, or handed on unmodified, or dropped because it must not pass; [`Event`] names each case.
@@ -12,8 +13,9 @@
 //!
 //! # Layout
 //!
-//! * [`encap`] — `to_overlay` and `from_overlay`, egress and ingress of `flannel.<VNI>`
+//! * [`encap`] — `to_overlay` and `from_overlay`, egress and ingress of `flannel.<VNI>`; `from_pod`
 //! * [`decap`] — `from_underlay`, ingress of the external interface
+//! * [`flows`] — what may pass the stack by; `to_pod`
 //! * [`leases`] — the maps, asked as the lease table
 //! * [`packet`] — the only place that touches packet memory and calls helpers on it
 //! * [`maps`], [`count`] — what the agent shares with the programs
@@ -23,6 +25,7 @@
 mod count;
 mod decap;
 mod encap;
+mod flows;
 mod leases;
 mod maps;
 mod packet;
@@ -59,6 +62,22 @@ pub(crate) fn from_underlay(ctx: TcContext) -> i32 {
     let packet = Packet::new(&ctx);
     let len = packet.len();
     conclude(&ctx, decap::from_underlay(&packet), len)
+}
+
+/// Ingress of the host's side of a pod's veth: encapsulates what may pass the stack by.
+#[classifier]
+pub(crate) fn from_pod(ctx: TcContext) -> i32 {
+    let packet = Packet::new(&ctx);
+    let len = packet.len();
+    conclude(&ctx, encap::from_pod(&packet), len)
+}
+
+/// Egress of the host's side of a pod's veth: notes what the stack let through.
+#[classifier]
+pub(crate) fn to_pod(ctx: TcContext) -> i32 {
+    let packet = Packet::new(&ctx);
+    let len = packet.len();
+    conclude(&ctx, flows::to_pod(&packet), len)
 }
 
 /// The only place where an outcome becomes a verdict. The redirect itself was noted by the helper that named the

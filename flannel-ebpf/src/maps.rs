@@ -3,12 +3,12 @@
 use aya_ebpf::{
     Global,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
 use flannel_common::{
     event::Event,
-    flow::SourcePorts,
-    maps::{Config, Counter, MAX_PREFIXES, Vtep},
+    flow::{Flow, FlowKey, SourcePorts},
+    maps::{Config, Counter, MAX_FLOWS, MAX_PREFIXES, Vtep},
 };
 
 #[map]
@@ -27,11 +27,15 @@ pub(crate) static VTEP_ADDRESSES: HashMap<[u8; 4], u32> = HashMap::with_max_entr
 pub(crate) static HEARD: Array<u32> = Array::with_max_entries(1, 0);
 
 #[map]
+pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+
+#[map]
 pub(crate) static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(Event::COUNT, 0);
 
 /// Patched at load; constant to the verifier.
 #[unsafe(no_mangle)]
 pub(crate) static CONFIG: Global<Config> = Global::new(Config {
+    bypass_time: 0,
     network: 0,
     slot_shift: 0,
     slots: 0,

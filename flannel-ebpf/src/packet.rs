@@ -4,20 +4,22 @@ use core::{mem::offset_of, ptr};
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_ADJ_ROOM_ENCAP_L2_SHIFT, BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
-        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, bpf_adj_room_mode,
-        bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key,
+        __sk_buff, BPF_ADJ_ROOM_ENCAP_L2_SHIFT, BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_ENCAP_L2_ETH,
+        BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
+        BPF_F_ADJ_ROOM_NO_CSUM_RESET, bpf_adj_room_mode, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
+        bpf_tunnel_key,
     },
     helpers::{
-        bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room,
-        bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
+        bpf_skb_adjust_room, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use flannel_common::{packet::OuterHeader, vxlan};
+use flannel_common::{flow::FlowKey, packet::OuterHeader, vxlan};
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
+    tcp::TcpHdr,
     udp::UdpHdr,
     vxlan::VxlanHdr,
 };
@@ -29,25 +31,27 @@ const PACKET_OTHERHOST: u32 = 3;
 /// The VLAN id within a tag's control information (IEEE 802.1Q).
 const VLAN_ID_MASK: u32 = 0x0fff;
 /// What one program tells another of the same overlay that sees the packet later on this host, in `tc_index`. The field
-/// stays with a packet through reassembly, segmentation and the kernel's vxlan device, and through a veth to other hosts
-/// or pods on the same kernel; so each program writes it before another believes it.
+/// stays with a packet through reassembly, segmentation, bridge, netfilter, routing and the kernel's vxlan device, and
+/// through a veth to other hosts or pods on the same kernel; so each program writes it before another believes it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Note {
-    /// `to_overlay` left it to the kernel.
-    HandedOn,
-    /// `from_underlay` let it through.
-    Admitted,
+    /// `from_pod` left a packet with this tag to the stack.
+    FromPod(u32),
+    /// `to_overlay` left it to the kernel. The tag is the VNI, as far as the bits go.
+    HandedOn(u32),
+    /// `from_underlay` let a packet with this tag through.
+    Admitted(u32),
 }
 
 impl Note {
-    /// 16 bits that no classifier of others is likely to choose. Several overlays may share an external interface, each
-    /// with its own programs in a row, so a note says whose it is, as far as the bits go.
-    const fn index(self, vni: u32) -> u32 {
-        let kind = match self {
-            Self::HandedOn => 0xa000,
-            Self::Admitted => 0xc000,
-        };
-        kind | vni & 0x1fff
+    /// 16 bits that no classifier of others is likely to choose: three for the kind, the rest for the tag.
+    #[inline(always)]
+    const fn index(self) -> u32 {
+        match self {
+            Self::FromPod(tag) => 0x8000 | tag & FlowKey::TAG_MASK,
+            Self::HandedOn(tag) => 0xa000 | tag & FlowKey::TAG_MASK,
+            Self::Admitted(tag) => 0xc000 | tag & FlowKey::TAG_MASK,
+        }
     }
 }
 
@@ -80,6 +84,12 @@ unsafe impl Header for Ipv4Hdr {}
 unsafe impl Header for UdpHdr {}
 // SAFETY: #[repr(C)] of bytes.
 unsafe impl Header for VxlanHdr {}
+// SAFETY: #[repr(C)] of bytes.
+unsafe impl Header for TcpHdr {}
+// SAFETY: #[repr(C)] of bytes.
+unsafe impl Header for OuterHeader {}
+// SAFETY: #[repr(C)] of bytes.
+unsafe impl<const N: usize> Header for [u8; N] {}
 
 impl<'a> Packet<'a> {
     #[inline(always)]
@@ -197,11 +207,55 @@ impl<'a> Packet<'a> {
 
     /// Overwrites the first bytes of the packet.
     #[inline(always)]
-    pub(crate) fn write(&self, header: &OuterHeader) -> Result<(), ()> {
-        // SAFETY: the context and the header are valid for the call.
+    pub(crate) fn write<T: Header>(&self, header: &T) -> Result<(), ()> {
+        // SAFETY: the context and the header are valid for the call, and all of the header's bytes are defined.
         let result =
-            unsafe { bpf_skb_store_bytes(self.skb(), 0, ptr::from_ref(header).cast(), OuterHeader::LEN as u32, 0) };
+            unsafe { bpf_skb_store_bytes(self.skb(), 0, ptr::from_ref(header).cast(), size_of::<T>() as u32, 0) };
         if result == 0 { Ok(()) } else { Err(()) }
+    }
+
+    /// Takes the outer headers away, from behind the outer Ethernet header to the inner IPv4 header. What the outer
+    /// checksum was good for is taken off the packet's checksum state with it.
+    #[inline(always)]
+    pub(crate) fn remove_tunnel(&self) -> Result<(), ()> {
+        // FIXED_GSO: the segments are the sender's, and as large as it made them.
+        let flags = (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) as u64;
+        // SAFETY: the context is valid.
+        let result = unsafe {
+            bpf_skb_adjust_room(
+                self.skb(),
+                -i32::from(vxlan::OVERHEAD as i16),
+                bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+                flags,
+            )
+        };
+        if result != 0 {
+            return Err(());
+        }
+        // SAFETY: the context is valid. Where there is no level to take off, nothing happens.
+        unsafe { bpf_csum_level(self.skb(), BPF_CSUM_LEVEL_DEC as u64) };
+        Ok(())
+    }
+
+    /// Notes the device whose peer, in the pod's namespace, takes the packet as received.
+    #[inline(always)]
+    pub(crate) fn redirect_to_peer(&self, ifindex: u32) {
+        // SAFETY: no memory involved.
+        unsafe { bpf_redirect_peer(ifindex, 0) };
+    }
+
+    /// The device that the packet is at.
+    #[inline(always)]
+    pub(crate) fn device(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).ifindex }
+    }
+
+    /// Bytes of payload in each segment; 0 where it is not to be segmented.
+    #[inline(always)]
+    pub(crate) fn segment_size(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).gso_size }
     }
 
     /// Notes the device that the packet is sent out on, with the link-layer header that it has.
@@ -239,27 +293,25 @@ impl<'a> Packet<'a> {
         unsafe { bpf_skb_set_tunnel_key(self.skb(), &raw mut key, KEY_LEN, 0) };
     }
 
-    /// Leaves a note for a later program of this overlay.
+    /// Leaves a note for a later program.
     #[inline(always)]
-    pub(crate) fn write_note(&self, note: Note, vni: u32) {
+    pub(crate) fn write_note(&self, note: Note) {
         // SAFETY: the context is valid; TC programs may write this field.
-        unsafe { (*self.skb()).tc_index = note.index(vni) };
+        unsafe { (*self.skb()).tc_index = note.index() };
     }
 
-    /// Whether an earlier program of this overlay left this note.
+    /// Whether an earlier program left this note.
     #[inline(always)]
-    pub(crate) fn has_note(&self, note: Note, vni: u32) -> bool {
+    pub(crate) fn has_note(&self, note: Note) -> bool {
         // SAFETY: the context is valid.
-        unsafe { (*self.skb()).tc_index == note.index(vni) }
+        unsafe { (*self.skb()).tc_index == note.index() }
     }
 
-    /// Takes away what seems to be a note of this overlay, and leaves another's.
+    /// Takes away whatever is noted.
     #[inline(always)]
-    pub(crate) fn forget_notes(&self, vni: u32) {
-        if self.has_note(Note::Admitted, vni) || self.has_note(Note::HandedOn, vni) {
-            // SAFETY: the context is valid; TC programs may write this field.
-            unsafe { (*self.skb()).tc_index = 0 };
-        }
+    pub(crate) fn forget_note(&self) {
+        // SAFETY: the context is valid; TC programs may write this field.
+        unsafe { (*self.skb()).tc_index = 0 };
     }
 
     /// A forwarded packet remembers the queue it was received on, and a multi-queue device would send it on the queue

@@ -21,8 +21,9 @@ use super::{
 };
 use crate::{
     cleanup,
-    cli::Cli,
+    cli::{Cli, Switch},
     config::NetworkConfig,
+    conntrack::Liberal,
     control::{self, Pending, Reply, Request},
     dataplane::{Capacity, Dataplane, Hook, PinDirectory},
     device::{
@@ -81,6 +82,7 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
         cli,
         netlink,
         dataplane,
+        conntrack: Liberal::new(&cli.run_dir),
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
@@ -131,6 +133,7 @@ fn load(
     let subnet = lease.key.subnet;
     let capacity = Capacity::of(network);
     let config = Config {
+        bypass_time: cli.bypass_time().as_nanos() as u64,
         network: network.network.network().to_bits(),
         slot_shift: 32 - u32::from(network.subnet_len),
         slots: capacity.slots,
@@ -153,6 +156,7 @@ pub(super) struct Agent<'a> {
     pub(super) cli: &'a Cli,
     pub(super) netlink: Netlink,
     pub(super) dataplane: Dataplane,
+    conntrack: Liberal,
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
     pub(super) record: Record,
@@ -185,6 +189,8 @@ impl Agent<'_> {
         let mut record = interval(RECORD_PERIOD);
         record.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pending = None;
+        // What was there when the programs were attached may not be all that is there now.
+        let mut pods_pending = true;
         let mut not_before = Instant::now();
         loop {
             tokio::select! {
@@ -209,7 +215,11 @@ impl Agent<'_> {
                     let event = match ifindex {
                         // Its neighbours are ours.
                         Some(index) if self.underlay.is_overlay(index) => Some(Changed::Topology),
-                        Some(index) if !self.underlay.depends_on(index) => None,
+                        Some(index) if !self.underlay.depends_on(index) => {
+                            // It may be a pod's, or the bridge of pods.
+                            pods_pending |= kind == Changed::Topology;
+                            None
+                        }
                         _ => Some(kind),
                     };
                     if pending != Some(Changed::Topology) {
@@ -218,6 +228,11 @@ impl Agent<'_> {
                 }
                 () = sleep_until(not_before), if pending.is_some() => {
                     self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await?;
+                    not_before = Instant::now() + SETTLE_TIME;
+                }
+                () = sleep_until(not_before), if pods_pending => {
+                    pods_pending = false;
+                    self.attach_pods_or_say().await;
                     not_before = Instant::now() + SETTLE_TIME;
                 }
                 _ = compare.tick() => {
@@ -294,15 +309,30 @@ impl Agent<'_> {
 
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there.
     async fn ensure_datapath(&mut self, existing: Existing) -> Result<Link, DaemonError> {
-        let Self { netlink, dataplane, underlay, external, device, own, network, .. } = self;
+        let Self { cli, netlink, dataplane, conntrack, underlay, external, device, own, network, .. } = self;
         let link = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
         underlay.set_overlay(link.index);
         dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
         dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
         dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+        if cli.bypass == Switch::On {
+            conntrack.ensure();
+        }
+        let pods = netlink.pods(own.key.subnet).await?;
+        dataplane.attach_pods(&pods)?;
         netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
         netlink.ensure_route(&link, device, network.network, existing).await?;
         Ok(link)
+    }
+
+    async fn attach_pods_or_say(&mut self) {
+        let attached = match self.netlink.pods(self.own.key.subnet).await {
+            Ok(pods) => self.dataplane.attach_pods(&pods).map_err(DaemonError::from),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = attached {
+            warn!("{error}; its pod goes through the stack; trying again in {COMPARE_PERIOD:?}");
+        }
     }
 
     fn write_subnet_env(&self) -> Result<(), DaemonError> {

@@ -1,6 +1,6 @@
 //! Attaching: TCX links where the kernel has them (6.6), else filters of the clsact qdisc.
 
-use std::{fs, io};
+use std::{fs, io, path::Path};
 
 use aya::{
     programs::{
@@ -31,15 +31,15 @@ fn filter_handle(vni: Vni) -> TcHandle {
 impl Hook {
     const fn attach_type(self) -> TcAttachType {
         match self {
-            Self::ToOverlay => TcAttachType::Egress,
-            Self::FromOverlay | Self::FromUnderlay => TcAttachType::Ingress,
+            Self::ToOverlay | Self::ToPod => TcAttachType::Egress,
+            Self::FromOverlay | Self::FromUnderlay | Self::FromPod => TcAttachType::Ingress,
         }
     }
 
-    /// Admission comes before others' programs, and encapsulation, which ends a packet's way here, after them.
+    /// Admission comes before others' programs, and what ends a packet's way here after them.
     const fn order(self) -> LinkOrder {
         match self {
-            Self::ToOverlay => LinkOrder::last(),
+            Self::ToOverlay | Self::FromPod | Self::ToPod => LinkOrder::last(),
             Self::FromOverlay | Self::FromUnderlay => LinkOrder::first(),
         }
     }
@@ -56,10 +56,11 @@ pub(super) fn attach(
     let refused = |call| move |source| DataplaneError::Program { call, program: hook.program(), source };
 
     if !swap_pinned(program, &pin) {
-        // What an agent pinned for another interface, or one that is gone.
-        for stale in pins.links(hook)? {
-            fs::remove_file(&stale).map_err(failed("unpin", &stale))?;
+        if !Hook::OF_PODS.contains(&hook) {
+            // What an agent pinned for another interface, or one that is gone.
+            unpin_all_but(hook, pins, &[])?;
         }
+        remove_if_there(&pin)?;
         let options = TcAttachOptions::TcxOrder(hook.order());
         match program.attach_with_options(interface, hook.attach_type(), options) {
             Ok(id) => {
@@ -77,8 +78,21 @@ pub(super) fn attach(
     Ok(())
 }
 
+/// Detaches a hook's program from all interfaces but these.
+pub(super) fn unpin_all_but(hook: Hook, pins: &PinDirectory, ifindexes: &[u32]) -> Result<(), DataplaneError> {
+    let wanted: Vec<_> = ifindexes.iter().map(|ifindex| pins.link(hook, *ifindex)).collect();
+    pins.links(hook)?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_if_there(pin))
+}
+
+fn remove_if_there(pin: &Path) -> Result<(), DataplaneError> {
+    match fs::remove_file(pin) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("unpin", pin)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Puts the program into the link that an earlier agent pinned. `false` where there is none, or its interface is gone.
-fn swap_pinned(program: &mut SchedClassifier, pin: &std::path::Path) -> bool {
+fn swap_pinned(program: &mut SchedClassifier, pin: &Path) -> bool {
     let Ok(pinned) = PinnedLink::from_pin(pin) else { return false };
     let Ok(link) = SchedClassifierLink::try_from(FdLink::from(pinned)) else { return false };
     match program.attach_to_link(link) {

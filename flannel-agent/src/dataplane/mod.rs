@@ -8,19 +8,20 @@ mod attach;
 mod peers;
 mod pins;
 
-use std::{io, path::PathBuf};
+use std::{collections::BTreeSet, io, path::PathBuf};
 
 pub use attach::detach_filters;
 /// Runs a program on a packet of one's own.
 pub use aya::programs::{TestRun, TestRunOptions};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, include_bytes_aligned,
-    maps::{Map, MapData, MapError, PerCpuArray},
+    maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray},
     programs::{ProgramError, SchedClassifier},
 };
 use flannel_common::{
     event::Event,
-    maps::{CONFIG, COUNTERS, Config, Counter, MAX_SLOTS},
+    flow::{Flow, FlowKey},
+    maps::{CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS},
 };
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
@@ -121,11 +122,17 @@ pub enum Hook {
     FromOverlay,
     /// `from_underlay`, ingress of the external interface.
     FromUnderlay,
+    /// `from_pod`, ingress of the host's side of each pod's veth.
+    FromPod,
+    /// `to_pod`, egress of the same.
+    ToPod,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::ToOverlay, Self::FromOverlay, Self::FromUnderlay];
+    pub const ALL: [Self; 5] = [Self::ToOverlay, Self::FromOverlay, Self::FromUnderlay, Self::FromPod, Self::ToPod];
+    /// Those of which there is one for each pod.
+    pub const OF_PODS: [Self; 2] = [Self::FromPod, Self::ToPod];
 
     /// The program's name in the object.
     pub const fn program(self) -> &'static str {
@@ -133,6 +140,8 @@ impl Hook {
             Self::ToOverlay => "to_overlay",
             Self::FromOverlay => "from_overlay",
             Self::FromUnderlay => "from_underlay",
+            Self::FromPod => "from_pod",
+            Self::ToPod => "to_pod",
         }
     }
 }
@@ -172,6 +181,9 @@ pub struct Dataplane {
     ebpf: Ebpf,
     pins: PinDirectory,
     counters: PerCpuArray<MapData, Counter>,
+    flows: BpfHashMap<MapData, FlowKey, Flow>,
+    /// The pods' links that this process attached its programs to.
+    pods: BTreeSet<u32>,
     /// The peers in the maps.
     pub peers: PeerMaps,
 }
@@ -214,7 +226,8 @@ impl Dataplane {
         let peers = PeerMaps::open(&mut ebpf, config)?;
         let counters = take_map(&mut ebpf, COUNTERS)?;
         let counters = counters.try_into().map_err(DataplaneError::map("open", COUNTERS))?;
-        Ok(Self { ebpf, pins, counters, peers })
+        let flows = take_map(&mut ebpf, FLOWS)?.try_into().map_err(DataplaneError::map("open", FLOWS))?;
+        Ok(Self { ebpf, pins, counters, flows, pods: BTreeSet::new(), peers })
     }
 
     /// Attaches a program to a link, or swaps the one that an earlier agent left there. The attachment stays when
@@ -224,6 +237,51 @@ impl Dataplane {
     /// [`DataplaneError`].
     pub fn attach(&mut self, hook: Hook, interface: &str, ifindex: u32) -> Result<(), DataplaneError> {
         attach::attach(program(&mut self.ebpf, hook)?, hook, &self.pins, interface, ifindex)
+    }
+
+    /// Attaches the pods' programs to these links (name and number), and detaches them from all others. What this process
+    /// attached already is left alone as long as it is pinned.
+    ///
+    /// # Errors
+    /// [`DataplaneError`] of the last link that failed; the others have their programs.
+    pub fn attach_pods(&mut self, links: &[(String, u32)]) -> Result<(), DataplaneError> {
+        let mut result = Ok(());
+        let indexes: Vec<u32> = links.iter().map(|(_, ifindex)| *ifindex).collect();
+        let gone: Vec<u32> = self.pods.iter().filter(|ifindex| !indexes.contains(ifindex)).copied().collect();
+        for (name, ifindex) in links {
+            if self.pods.contains(ifindex) && Hook::OF_PODS.iter().all(|hook| self.pins.link(*hook, *ifindex).exists())
+            {
+                continue;
+            }
+            match Hook::OF_PODS.iter().try_for_each(|hook| self.attach(*hook, name, *ifindex)) {
+                Ok(()) => drop(self.pods.insert(*ifindex)),
+                Err(error) => result = Err(error),
+            }
+        }
+        for hook in Hook::OF_PODS {
+            attach::unpin_all_but(hook, &self.pins, &indexes)?;
+        }
+        if !gone.is_empty() {
+            self.pods.retain(|ifindex| !gone.contains(ifindex));
+            self.forget_flows(&gone)?;
+        }
+        result
+    }
+
+    /// Forgets the flows into veths that are gone: their pods' addresses may be others' at once.
+    fn forget_flows(&mut self, veths: &[u32]) -> Result<(), DataplaneError> {
+        let mut stale = Vec::new();
+        for entry in self.flows.iter() {
+            let (key, flow) = entry.map_err(DataplaneError::map("read", FLOWS))?;
+            if veths.contains(&flow.veth) {
+                stale.push(key);
+            }
+        }
+        for key in stale {
+            // A program may have been faster.
+            let _gone = self.flows.remove(&key);
+        }
+        Ok(())
     }
 
     /// Removes what agents with another map layout left, once all programs are attached.

@@ -8,7 +8,11 @@ use std::{
 use aya::maps::{MapInfo, MapType};
 use flannel_common::{
     event::Event,
-    maps::{ABI_VERSION, COUNTERS, Counter, HEARD, MAX_PREFIXES, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep},
+    flow::{Flow, FlowKey},
+    maps::{
+        ABI_VERSION, COUNTERS, Counter, FLOWS, HEARD, MAX_FLOWS, MAX_PREFIXES, PREFIXES, SUBNETS, VTEP_ADDRESSES,
+        VTEPS, Vtep,
+    },
     vxlan::Vni,
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
@@ -37,7 +41,7 @@ pub(super) struct Layout {
 }
 
 /// The layout of every pinned map.
-pub(super) fn layout(capacity: Capacity) -> [Layout; 6] {
+pub(super) fn layout(capacity: Capacity) -> [Layout; 7] {
     let Capacity { slots, vteps } = capacity;
     let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
         name,
@@ -53,6 +57,7 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 6] {
         map(VTEPS, MapType::Array, 4, size_of::<Vtep>(), vteps),
         map(VTEP_ADDRESSES, MapType::Hash, 4, 4, vteps),
         map(HEARD, MapType::Array, 4, 4, vteps),
+        map(FLOWS, MapType::LruHash, size_of::<FlowKey>() as u32, size_of::<Flow>(), MAX_FLOWS),
         map(COUNTERS, MapType::PerCpuArray, 4, size_of::<Counter>(), Event::COUNT),
     ]
 }

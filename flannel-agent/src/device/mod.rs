@@ -5,6 +5,7 @@
 
 pub mod external;
 pub mod next_hop;
+mod pods;
 pub mod vxlan;
 
 use std::net::Ipv4Addr;

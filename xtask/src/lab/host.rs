@@ -31,6 +31,8 @@ pub struct Host {
     pub name: String,
     /// Its address on the underlay.
     pub address: Ipv4Addr,
+    /// The other end of its cable: a namespace, and a port there.
+    port: (String, String),
     directory: PathBuf,
     bpf: PathBuf,
 }
@@ -56,9 +58,16 @@ pub struct Subnet {
 }
 
 impl Host {
-    pub(super) fn new(netns: Netns, name: &str, address: Ipv4Addr, directory: &Path, bpf: PathBuf) -> Self {
+    pub(super) fn new(
+        netns: Netns,
+        name: &str,
+        address: Ipv4Addr,
+        port: (String, String),
+        directory: &Path,
+        bpf: PathBuf,
+    ) -> Self {
         let directory = directory.join(name);
-        Self { agent: None, pods: Vec::new(), netns, name: name.to_owned(), address, directory, bpf }
+        Self { agent: None, pods: Vec::new(), netns, name: name.to_owned(), address, port, directory, bpf }
     }
 
     /// The agent's `--run-dir`.
@@ -153,15 +162,19 @@ impl Host {
         self.pods.last().context("a pod was just added")
     }
 
-    /// Switches segmentation at the underlay on or off. Off: every frame is as large as the MTU, as on a wire.
+    /// Switches segmentation at the underlay on or off. Off: every frame is as large as the MTU, as on a wire, and the host
+    /// aggregates what it receives. (A veth does so only where the other end does not offload segmentation itself:
+    /// `veth_skb_is_eligible_for_gro`.)
     ///
     /// # Errors
     /// Where `ethtool` fails.
     pub fn set_underlay_gso(&self, on: bool) -> Result<()> {
         let state = if on { "on" } else { "off" };
-        self.netns
-            .exec(&format!("ethtool -K eth0 tso {state} gso {state} tx-udp_tnl-segmentation {state} gro on"))
-            .map(drop)
+        let options = format!("tso {state} gso {state} tx-udp_tnl-segmentation {state}");
+        let (underlay, port) = &self.port;
+        let at_port = format!("netns exec {underlay} ethtool -K {port} {options}");
+        output(Command::new("ip").args(at_port.split_whitespace()))?;
+        self.netns.exec(&format!("ethtool -K eth0 {options} gro on")).map(drop)
     }
 
     /// Makes this host one of flannel's, with plain commands: the kernel's vxlan device, and a lease in the store.

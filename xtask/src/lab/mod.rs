@@ -105,7 +105,8 @@ impl Lab {
         netns.ip(&format!("address add {}/24 dev eth0", address(number)))?;
         netns.ip("link set eth0 up")?;
         netns.ip(&format!("route add default via {}", address(GATEWAY)))?;
-        Ok(Host::new(netns, name, address(number), &self.directory, self.bpf(name)))
+        let port = (self.underlay.name().to_owned(), port);
+        Ok(Host::new(netns, name, address(number), port, &self.directory, self.bpf(name)))
     }
 }
 

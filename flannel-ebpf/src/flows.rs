@@ -1,0 +1,196 @@
+//! Flows that pass the host's stack by.
+//!
+//! A flow is bypassed only while it is certain what the stack would do with it: where the stack lets a packet out
+//! unchanged (`to_overlay`, `to_pod`), that is noted, and on the other side of the stack (`from_pod`, `from_underlay`) the
+//! next packets of the same flow may go past it, until the note is too old. Whether a packet was changed on its way is
+//! told by the tag that it carries through the stack. What netfilter translates has another tuple on the two sides, and
+//! what it refuses comes out nowhere.
+//!
+//! conntrack sees every packet that begins or ends a connection: SYN, FIN and RST never bypass, and take the flow's
+//! notes away.
+
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use flannel_common::{
+    event::Event,
+    flow::{Flow, FlowKey},
+    maps::Config,
+};
+use network_types::{
+    eth::EthHdr,
+    ip::{IpProto, Ipv4Hdr},
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
+
+use crate::{
+    maps::{CONFIG, FLOWS, VTEP_ADDRESSES},
+    packet::{Note, Packet},
+};
+
+/// More fragments, and the fragment offset, within `Ipv4Hdr::frags` (RFC 791).
+const FRAGMENT_MASK: u16 = 0x3fff;
+
+/// What a packet is to its flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// One of many.
+    Data,
+    /// It begins or ends a connection.
+    Turn,
+    /// It has no ports that can be read: a fragment, options, another protocol.
+    Other,
+}
+
+/// A packet's place in its flow, as the local pod sees it.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) key: FlowKey,
+    pub(crate) kind: Kind,
+    /// Bytes of TCP or UDP header.
+    pub(crate) header_len: u32,
+}
+
+/// Which end of a packet the local pod is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// It sends.
+    Egress,
+    /// It receives.
+    Ingress,
+}
+
+/// Reads the flow of the IPv4 packet at `offset`, a constant.
+#[inline(always)]
+pub(crate) fn place(packet: &Packet<'_>, ip: &Ipv4Hdr, offset: usize, direction: Direction) -> Place {
+    let is_plain = ip.vihl == 0x45 && u16::from_be_bytes(ip.frags) & FRAGMENT_MASK == 0;
+    let transport = offset + Ipv4Hdr::LEN;
+    let mut ports = ([0; 2], [0; 2]);
+    let mut kind = Kind::Other;
+    let mut header_len = 0;
+    if is_plain && ip.proto == IpProto::Tcp as u8 {
+        if let Some(tcp) = packet.header::<TcpHdr>(transport) {
+            let is_turn = tcp.syn() | tcp.fin() | tcp.rst() != 0;
+            kind = if is_turn { Kind::Turn } else { Kind::Data };
+            ports = (tcp.source, tcp.dest);
+            header_len = u32::from(tcp.doff()) * 4;
+        }
+    } else if is_plain
+        && ip.proto == IpProto::Udp as u8
+        && let Some(udp) = packet.header::<UdpHdr>(transport)
+    {
+        kind = Kind::Data;
+        ports = (udp.src, udp.dst);
+        header_len = UdpHdr::LEN as u32;
+    }
+    let (source, destination) = ports;
+    let protocol = u32::from(ip.proto);
+    let key = match direction {
+        Direction::Egress => {
+            FlowKey { local: ip.src_addr, remote: ip.dst_addr, local_port: source, remote_port: destination, protocol }
+        }
+        Direction::Ingress => {
+            FlowKey { local: ip.dst_addr, remote: ip.src_addr, local_port: destination, remote_port: source, protocol }
+        }
+    };
+    Place { key, kind, header_len }
+}
+
+impl Place {
+    /// The note of the flow, where the stack let a packet of it out lately in this direction. A packet that begins or
+    /// ends a connection takes the note away.
+    #[inline(always)]
+    pub(crate) fn fresh(&self, config: &Config, direction: Direction, now: u64) -> Option<Flow> {
+        match self.kind {
+            Kind::Data => {}
+            Kind::Turn => {
+                // There may be none.
+                let _absent = FLOWS.remove(self.key);
+                return None;
+            }
+            Kind::Other => return None,
+        }
+        let flow = known(&self.key)?;
+        let released = match direction {
+            Direction::Egress => flow.egress,
+            Direction::Ingress => flow.ingress,
+        };
+        (now.wrapping_sub(released) < config.bypass_time).then_some(flow)
+    }
+}
+
+/// What is known of a flow.
+#[inline(always)]
+fn known(key: &FlowKey) -> Option<Flow> {
+    let entry = FLOWS.get_ptr(key)?;
+    // SAFETY: a map value lives as long as the program. The kernel may give it to another flow meanwhile, and writes it from
+    // its beginning, where the key is: so the key is read last.
+    let (mut flow, owner) = unsafe { (entry.read_volatile(), (&raw const (*entry).key).read_volatile()) };
+    flow.key = owner;
+    (owner == *key).then_some(flow)
+}
+
+/// Now, as flows have it. As exact as the kernel's tick.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: takes nothing and returns a number.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// Egress of `flannel.<VNI>`: a packet that `from_pod` saw, with the tag that it had there, came out of the stack.
+#[inline(always)]
+pub(crate) fn note_egress(place: &Place) {
+    let flow = known(&place.key).unwrap_or(Flow::new(place.key));
+    // A whole entry in the place of the one before. Where there is no room, the flow goes on through the stack.
+    let _full = FLOWS.insert(place.key, Flow { egress: now(), ..flow }, 0);
+}
+
+/// Egress of the host's side of a pod's veth: a packet that came by the overlay, with the tag that it had there, came
+/// out of the stack.
+#[inline(always)]
+pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
+    let config = CONFIG.load();
+    if !packet.is_ipv4() {
+        return Event::PodUnnoted;
+    }
+    let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
+        return Event::PodUnnoted;
+    };
+    let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
+    let is_unchanged = packet.has_note(Note::Admitted(place.key.tag(config.vni)));
+    // The note has served: the pod may send the packet on.
+    packet.forget_note();
+    if place.kind != Kind::Data || !is_unchanged || !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
+        return Event::PodUnnoted;
+    }
+    let Some(ethernet) = packet.header::<EthHdr>(0) else {
+        return Event::PodUnnoted;
+    };
+    let flow = Flow {
+        ingress: now(),
+        veth: packet.device(),
+        pod_mac: ethernet.dst_addr,
+        gateway_mac: ethernet.src_addr,
+        ..known(&place.key).unwrap_or(Flow::new(place.key))
+    };
+    match FLOWS.insert(place.key, flow, 0) {
+        Ok(()) => Event::PodReleased,
+        Err(_) => Event::PodUnnoted,
+    }
+}
+
+/// Whether a pod's packet is for a VTEP's tunnel port: only hosts may send these, since a masqueraded one would look like
+/// its host's.
+#[inline(always)]
+pub(crate) fn is_tunnel(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr) -> bool {
+    if ip.proto != IpProto::Udp as u8 {
+        return false;
+    }
+    // With options the port is elsewhere.
+    let udp = packet.header_at::<UdpHdr>(EthHdr::LEN + usize::from(ip.ihl()));
+    if !udp.is_some_and(|udp| udp.dst == config.port.to_be_bytes()) {
+        return false;
+    }
+    // SAFETY: the value is only tested for presence.
+    let is_peer = unsafe { VTEP_ADDRESSES.get(ip.dst_addr) }.is_some();
+    is_peer || u32::from_be_bytes(ip.dst_addr) == config.vtep_address
+}
