@@ -8,6 +8,7 @@
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
+//! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
 //! * [`tenancy`] — keeping the own lease: renewal, sleeping past its end, losing it
@@ -18,6 +19,7 @@
 
 mod admission;
 mod bad_input;
+mod bypass;
 mod encapsulation;
 mod frames;
 mod guard;

@@ -111,7 +111,7 @@ fn a_large_udp_send_crosses_whole_and_arrives_as_datagrams() {
 }
 
 /// A socket of a namespace. A socket stays in the namespace that it was made in.
-fn socket_in(netns: &Netns, address: SocketAddrV4) -> UdpSocket {
+pub fn socket_in(netns: &Netns, address: SocketAddrV4) -> UdpSocket {
     let path = PathBuf::from(format!("/run/netns/{}", netns.name()));
     thread::spawn(move || {
         enter(&path);

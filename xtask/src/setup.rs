@@ -19,7 +19,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 21] = [
+const PROGRAMS: [(&str, &str); 22] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -39,6 +39,7 @@ const PROGRAMS: [(&str, &str); 21] = [
     ("openssl", "openssl"),
     ("bpftool", "bpftool"),
     ("iptables", "iptables"),
+    ("conntrack", "conntrack"),
     ("cc", "gcc"),
     ("c++", "g++"),
 ];

@@ -1,0 +1,347 @@
+//! Flows that pass the host's stack by, with netfilter's consent.
+
+use std::{
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use etherparse::{EtherType, IpFragOffset, IpNumber, Ipv4Options, PacketBuilder};
+use flannel_agent::dataplane::Hook;
+use flannel_common::event::Event;
+use xtask::{
+    lab::{Netns, Pod},
+    progress::wait_for,
+    run::tcp_transfer,
+};
+
+use crate::{
+    frames::*,
+    loaded::with_programs,
+    two_hosts::socket_in,
+    world::{SOON, World},
+};
+
+/// As kube-proxy has it: what conntrack holds for invalid never passes.
+const DROP_INVALID: &str = "iptables -I FORWARD -m conntrack --ctstate INVALID -j DROP";
+
+fn with_conntrack() -> World {
+    let world = World::with_agents(2);
+    for host in &world.hosts {
+        host.netns.exec(DROP_INVALID).unwrap();
+    }
+    world.wait_connected(0, 1);
+    world
+}
+
+fn moved(world: &World, host: usize, label: &str, since: u64) -> u64 {
+    world.counter(host, label) - since
+}
+
+/// Numbered datagrams from one pod to another, a thousand in a second.
+struct Stream {
+    stop: Arc<AtomicBool>,
+    sender: JoinHandle<u32>,
+    receiver: JoinHandle<()>,
+    received: Arc<Mutex<Vec<(u32, Instant)>>>,
+}
+
+impl Stream {
+    const PORT: u16 = 7777;
+
+    fn start(from: &Pod, to: &Pod) -> Self {
+        let (stop, received) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+        let listening = socket_in(&to.netns, SocketAddrV4::new(to.address, Self::PORT));
+        listening.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let sending = socket_in(&from.netns, SocketAddrV4::new(from.address, Self::PORT));
+        let destination = (to.address, Self::PORT);
+        let sender = thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || {
+                let mut number = 0u32;
+                while !stop.load(Ordering::Relaxed) {
+                    // Refused where the rules say so; that is a number less that arrives.
+                    let _refused = sending.send_to(&number.to_be_bytes(), destination);
+                    number += 1;
+                    thread::sleep(Duration::from_millis(1));
+                }
+                number
+            }
+        });
+        let receiver = thread::spawn({
+            let (stop, received) = (Arc::clone(&stop), Arc::clone(&received));
+            move || receive(&listening, &stop, &received)
+        });
+        Self { stop, sender, receiver, received }
+    }
+
+    /// When the last one arrived.
+    fn silence(&self) -> Duration {
+        self.received.lock().unwrap().last().map_or(Duration::MAX, |(_, arrived)| arrived.elapsed())
+    }
+
+    fn count(&self) -> usize {
+        self.received.lock().unwrap().len()
+    }
+
+    /// Ends it. How many were sent, and which arrived in which order.
+    fn end(self) -> (u32, Vec<u32>) {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().unwrap();
+        self.receiver.join().unwrap();
+        let received = self.received.lock().unwrap();
+        (sent, received.iter().map(|(number, _)| *number).collect())
+    }
+}
+
+fn receive(socket: &UdpSocket, stop: &AtomicBool, received: &Mutex<Vec<(u32, Instant)>>) {
+    let mut number = [0; 4];
+    loop {
+        match socket.recv(&mut number) {
+            Ok(_) => received.lock().unwrap().push((u32::from_be_bytes(number), Instant::now())),
+            // Nothing more for a while.
+            Err(_) if stop.load(Ordering::Relaxed) => return,
+            Err(_) => {}
+        }
+    }
+}
+
+#[test]
+fn bulk_tcp_passes_the_stack_by_on_both_hosts() {
+    let world = with_conntrack();
+    let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    let before = ["pod_encapsulated", "delivered", "encapsulated", "admitted"]
+        .map(|label| [world.counter(0, label), world.counter(1, label)]);
+    let transfer = tcp_transfer(&client.netns, &server.netns, server.address, 3, world.lab.directory()).unwrap();
+    assert!(transfer.gbits > 0.1, "{} Gb/s", transfer.gbits);
+    for host in 0..2 {
+        let [fast_out, fast_in, slow_out, slow_in] = [0, 1, 2, 3].map(|index| {
+            let label = ["pod_encapsulated", "delivered", "encapsulated", "admitted"][index];
+            moved(&world, host, label, before[index][host])
+        });
+        // Both directions, and some through the stack: handshakes, ends, and one a second for each flow.
+        assert!(fast_out > 1000 && fast_in > 1000, "host {host}: {fast_out} {fast_in}");
+        assert!(slow_out < fast_out / 10 && slow_in < fast_in / 10, "host {host}: {slow_out} {slow_in}");
+        assert!(slow_out > 4 && slow_in > 4, "host {host}: {slow_out} {slow_in}");
+    }
+}
+
+#[test]
+fn nothing_is_lost_or_reordered_between_the_two_ways() {
+    let mut world = World::new(2);
+    for host in 0..2 {
+        // Hundreds of moves from one to the other way and back.
+        world.start(host, &["--bypass-revalidate=20"]);
+    }
+    for host in &mut world.hosts {
+        host.wait_ready().unwrap();
+        host.add_pod().unwrap();
+        host.netns.exec(DROP_INVALID).unwrap();
+    }
+    world.wait_connected(0, 1);
+    let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    wait_for("thousands of datagrams", SOON, || stream.count() >= 5000).unwrap();
+    let (sent, mut received) = stream.end();
+    let late = received.windows(2).filter(|pair| pair[0] > pair[1]).count();
+    received.sort_unstable();
+    received.dedup();
+    assert_eq!(received, (0..sent).collect::<Vec<_>>());
+    assert!(late <= 5, "{late} of {sent} overtaken");
+    // On both ways: the stream took the stack about once in twenty milliseconds.
+    let (fast, slow) = (world.counter(0, "pod_encapsulated"), world.counter(0, "encapsulated"));
+    assert!(fast > 1000 && slow > 100, "{fast} fast, {slow} slow");
+    assert!(world.counter(1, "delivered") > 1000);
+}
+
+#[test]
+fn a_rule_takes_hold_on_a_live_flow_and_lets_go_of_it() {
+    let world = with_conntrack();
+    let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    for host in [0, 1] {
+        wait_for("the stream", SOON, || stream.silence() < Duration::from_millis(50)).unwrap();
+        let netns = &world.hosts[host].netns;
+        netns.exec(&format!("iptables -I FORWARD -p udp --dport {} -j DROP", Stream::PORT)).unwrap();
+        let ruled = Instant::now();
+        wait_for("silence", SOON, || stream.silence() > Duration::from_millis(500)).unwrap();
+        let stopped = ruled.elapsed() - Duration::from_millis(500);
+        assert!(stopped < Duration::from_secs(2), "{stopped:?} after the rule");
+        netns.exec(&format!("iptables -D FORWARD -p udp --dport {} -j DROP", Stream::PORT)).unwrap();
+    }
+    wait_for("the stream", SOON, || stream.silence() < Duration::from_millis(50)).unwrap();
+    stream.end();
+}
+
+#[test]
+fn what_netfilter_refuses_never_passes() {
+    let world = with_conntrack();
+    let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    let port = Stream::PORT;
+    world.hosts[1].netns.exec(&format!("iptables -I FORWARD -p udp --dport {port} -j REJECT")).unwrap();
+    let stream = Stream::start(client, server);
+    // Long enough for a note to be made and used, were there any.
+    wait_for("many to be sent", SOON, || world.counter(0, "pod_encapsulated") > 1000).unwrap();
+    let (sent, received) = stream.end();
+    assert!(sent > 1000 && received.is_empty(), "{} of {sent}", received.len());
+    assert_eq!(world.counter(1, "delivered"), 0);
+}
+
+#[test]
+fn a_translated_flow_takes_the_stack_where_it_is_translated() {
+    let world = with_conntrack();
+    let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    let service = Ipv4Addr::new(10, 96, 0, 10);
+    let rule = format!("iptables -t nat -A PREROUTING -d {service} -p tcp -j DNAT --to-destination {}", server.address);
+    world.hosts[0].netns.exec(&rule).unwrap();
+    let before = [world.counter(0, "delivered"), world.counter(0, "pod_encapsulated"), world.counter(1, "delivered")];
+    let transfer = transfer_through(service, client, server, &world);
+    assert!(transfer > 0.1, "{transfer} Gb/s");
+    // On the client's host, where conntrack translates each packet, both ways are the stack's; on the server's none is.
+    assert_eq!(moved(&world, 0, "delivered", before[0]), 0);
+    assert_eq!(moved(&world, 0, "pod_encapsulated", before[1]), 0);
+    assert!(moved(&world, 1, "delivered", before[2]) > 1000);
+}
+
+/// A transfer to an address that is translated to the server's.
+fn transfer_through(service: Ipv4Addr, client: &Pod, server: &Pod, world: &World) -> f64 {
+    let mut listen = server.netns.command("iperf3");
+    listen.args(["--server", "--one-off", "--bind", &server.address.to_string()]);
+    let _server =
+        xtask::process::Process::start(&mut listen, &world.lab.directory().join("iperf3-service.log")).unwrap();
+    let is_listening = || server.netns.exec("ss -Hltn sport = 5201").is_ok_and(|sockets| !sockets.is_empty());
+    wait_for("iperf3 to listen", SOON, is_listening).unwrap();
+    let report = client.netns.exec(&format!("iperf3 --json --time 3 --client {service}")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9
+}
+
+#[test]
+fn conntrack_keeps_a_bypassed_flow_past_its_timeout() {
+    let world = with_conntrack();
+    for host in &world.hosts {
+        host.netns.exec("sysctl -qw net.netfilter.nf_conntrack_udp_timeout=3").unwrap();
+        host.netns.exec("sysctl -qw net.netfilter.nf_conntrack_udp_timeout_stream=3").unwrap();
+    }
+    let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    wait_for("the stream to outlive the timeout", SOON, || stream.count() > 5000).unwrap();
+    for host in &world.hosts {
+        let listed = host.netns.exec(&format!("conntrack -L -p udp --dport {}", Stream::PORT)).unwrap();
+        assert!(listed.contains(&world.hosts[1].pods[0].address.to_string()), "{listed}");
+    }
+    let (sent, received) = stream.end();
+    assert_eq!(received.len(), sent as usize);
+}
+
+#[test]
+fn conntrack_is_liberal_while_there_is_a_bypass() {
+    let mut world = with_conntrack();
+    let liberal = |netns: &Netns| netns.exec("sysctl -n net.netfilter.nf_conntrack_tcp_be_liberal").unwrap();
+    wait_for("the setting", SOON, || liberal(&world.hosts[0].netns).trim() == "1").unwrap();
+    world.hosts[0].netns.exec("sysctl -qw net.netfilter.nf_conntrack_tcp_be_liberal=0").unwrap();
+    wait_for("the setting again", SOON, || liberal(&world.hosts[0].netns).trim() == "1").unwrap();
+    world.hosts[0].agent = None;
+    xtask::process::output(world.agent_on(0).arg("cleanup")).unwrap();
+    assert_eq!(liberal(&world.hosts[0].netns).trim(), "0");
+}
+
+#[test]
+fn without_the_bypass_everything_takes_the_stack() {
+    let mut world = World::new(2);
+    for host in 0..2 {
+        world.start(host, &["--bypass=off"]);
+    }
+    for host in &mut world.hosts {
+        host.wait_ready().unwrap();
+        host.add_pod().unwrap();
+    }
+    world.wait_connected(0, 1);
+    let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    tcp_transfer(&client.netns, &server.netns, server.address, 1, world.lab.directory()).unwrap();
+    for host in 0..2 {
+        assert_eq!((world.counter(host, "pod_encapsulated"), world.counter(host, "delivered")), (0, 0));
+        assert!(world.counter(host, "encapsulated") > 100);
+    }
+}
+
+#[test]
+fn a_pod_that_takes_anothers_address_gets_its_packets() {
+    let mut world = with_conntrack();
+    world.hosts[1].add_pod().unwrap();
+    let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[1]);
+    wait_for("the bypass", SOON, || world.counter(1, "delivered") > 500).unwrap();
+    let before = world.hosts[1].pods[1].address;
+    // The same address, another veth and namespace, another MAC.
+    world.hosts[1].netns.ip("link delete pod2").unwrap();
+    world.hosts[1].pods.pop();
+    world.hosts[1].add_pod().unwrap();
+    let successor = &world.hosts[1].pods[1];
+    assert_eq!(successor.address, before);
+    let heard = socket_in(&successor.netns, SocketAddrV4::new(before, Stream::PORT));
+    heard.set_read_timeout(Some(SOON)).unwrap();
+    let begun = Instant::now();
+    heard.recv(&mut [0; 4]).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    let delivered = world.counter(1, "delivered");
+    wait_for("the bypass again", SOON, || world.counter(1, "delivered") > delivered + 500).unwrap();
+    stream.end();
+}
+
+#[test]
+fn pods_do_not_emit_tunnel_packets() {
+    let world = with_conntrack();
+    let pod = &world.hosts[0].pods[0];
+    let socket = socket_in(&pod.netns, SocketAddrV4::new(pod.address, 0));
+    for host in &world.hosts {
+        socket.send_to(&[8, 0, 0, 0, 0, 0, 1, 0], (host.address, 8472)).unwrap();
+    }
+    wait_for("both to be counted", SOON, || world.counter(0, "pod_tunnel") == 2).unwrap();
+    // Neither came to where tunnel packets are looked at.
+    assert_eq!(world.counter(1, "unknown_vtep") + world.counter(1, "tunnel_truncated"), 0);
+}
+
+#[test]
+fn packets_of_pods_that_take_the_stack() {
+    let options: Ipv4Options = [7, 7, 4, 0, 0, 0, 0, 0].into();
+    let from_pod = |packet: Vec<u8>| [ethernet(NODE_TWO_MAC, NODE_ONE_MAC, EtherType::IPV4), packet].concat();
+    let to_port = |destination: [u8; 4], port: u16| {
+        let mut packet = Vec::new();
+        let builder = PacketBuilder::ipv4(POD_ONE, destination, 64).udp(40000, port);
+        builder.write(&mut packet, PAYLOAD).unwrap();
+        from_pod(packet)
+    };
+    let tunnel_with_options = {
+        let packet = ipv4_with(POD_ONE, NODE_TWO, IpNumber::UDP, &[0x9c, 0x40, 0x21, 0x18, 0, 16, 0, 0], |ip| {
+            ip.options = options.clone();
+        });
+        from_pod(packet)
+    };
+    let fragment = |offset: u16, more| {
+        from_pod(udp_with(POD_ONE, POD_TWO, |ip| {
+            ip.fragment_offset = IpFragOffset::try_new(offset).unwrap();
+            ip.more_fragments = more;
+        }))
+    };
+    with_programs(|programs| {
+        for (what, frame, event) in [
+            ("UDP to a peer's pod, the first", from_pod(udp(POD_ONE, POD_TWO)), Event::PodSlow),
+            ("TCP to a peer's pod, the first", from_pod(tcp(POD_ONE, POD_TWO)), Event::PodSlow),
+            ("ICMP", from_pod(icmp(POD_ONE, POD_TWO)), Event::PodOther),
+            ("to a pod of this host", from_pod(udp(POD_ONE, [10, 5, 1, 3])), Event::PodOther),
+            ("from an address that is none of this host's", from_pod(udp(POD_THREE, POD_TWO)), Event::PodOther),
+            ("a first fragment", fragment(0, true), Event::PodOther),
+            ("a later fragment", fragment(10, false), Event::PodOther),
+            ("options", from_pod(udp_with(POD_ONE, POD_TWO, |ip| ip.options = options.clone())), Event::PodOther),
+            ("ARP", [ethernet(NODE_TWO_MAC, [0xff; 6], EtherType::ARP), vec![0; 46]].concat(), Event::PodOther),
+            ("the tunnel port of a peer", to_port(NODE_TWO, 8472), Event::PodTunnel),
+            ("the tunnel port of this host", to_port(NODE_ONE, 8472), Event::PodTunnel),
+            ("the tunnel port behind options", tunnel_with_options, Event::PodTunnel),
+            ("another port of a peer", to_port(NODE_TWO, 8473), Event::PodSlow),
+            ("the tunnel port of no VTEP", to_port(STRANGER, 8472), Event::PodSlow),
+        ] {
+            programs.expect_unchanged(Hook::FromPod, what, &frame, event);
+        }
+    });
+}
