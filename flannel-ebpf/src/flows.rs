@@ -187,7 +187,7 @@ pub(crate) fn is_tunnel(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr) -> b
     }
     // With options the port is elsewhere.
     let udp = packet.header_at::<UdpHdr>(EthHdr::LEN + usize::from(ip.ihl()));
-    if !udp.is_some_and(|udp| udp.dst == config.port.to_be_bytes()) {
+    if udp.is_none_or(|udp| udp.dst != config.port.to_be_bytes()) {
         return false;
     }
     // SAFETY: the value is only tested for presence.

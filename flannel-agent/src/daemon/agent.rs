@@ -315,16 +315,16 @@ impl Agent<'_> {
         dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
         dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
         dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+        netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
+        netlink.ensure_route(&link, device, network.network, existing).await?;
         if cli.bypass == Switch::On {
             conntrack.ensure();
         }
-        let pods = netlink.pods(own.key.subnet).await?;
-        dataplane.attach_pods(&pods)?;
-        netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
-        netlink.ensure_route(&link, device, network.network, existing).await?;
+        self.attach_pods_or_say().await;
         Ok(link)
     }
 
+    /// A pod that gets no programs goes through the stack, as all packets once did.
     async fn attach_pods_or_say(&mut self) {
         let attached = match self.netlink.pods(self.own.key.subnet).await {
             Ok(pods) => self.dataplane.attach_pods(&pods).map_err(DaemonError::from),
