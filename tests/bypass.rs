@@ -123,8 +123,9 @@ fn bulk_tcp_passes_the_stack_by_on_both_hosts() {
         let after = counters(host);
         let [fast_out, fast_in, slow_out, slow_in] = [0, 1, 2, 3].map(|index| after[index] - before[index]);
         // Both directions, and some through the stack: handshakes, ends, and one a second for each flow.
-        assert!(fast_out > 1000 && fast_in > 1000, "host {host}: {fast_out} {fast_in}");
-        assert!(slow_out < fast_out / 10 && slow_in < fast_in / 10, "host {host}: {slow_out} {slow_in}");
+        // (How many pass by depends on how much the kernel aggregates, and on what else runs.)
+        assert!(fast_out > 100 && fast_in > 100, "host {host}: {fast_out} {fast_in}");
+        assert!(slow_out < fast_out / 4 && slow_in < fast_in / 4, "host {host}: {slow_out} {slow_in}");
         assert!(slow_out > 4 && slow_in > 4, "host {host}: {slow_out} {slow_in}");
     }
 }
@@ -201,7 +202,7 @@ fn a_translated_flow_takes_the_stack_where_it_is_translated() {
     // On the client's host, where conntrack translates each packet, both ways are the stack's; on the server's none is.
     assert_eq!(moved(&world, 0, "delivered", before[0]), 0);
     assert_eq!(moved(&world, 0, "pod_encapsulated", before[1]), 0);
-    assert!(moved(&world, 1, "delivered", before[2]) > 1000);
+    assert!(moved(&world, 1, "delivered", before[2]) > 100);
 }
 
 /// A transfer to an address that is translated to the server's.
@@ -303,7 +304,11 @@ fn without_the_bypass_everything_takes_the_stack() {
     tcp_transfer(&client.netns, &server.netns, server.address, 1, world.lab.directory()).unwrap();
     for host in 0..2 {
         assert_eq!((world.counter(host, "pod_encapsulated"), world.counter(host, "delivered")), (0, 0));
-        assert!(world.counter(host, "encapsulated") > 100);
+        // Every packet that from_pod left to the stack came out of it at to_overlay. How many these are depends on how much
+        // the kernel aggregates.
+        let encapsulated = world.counter(host, "encapsulated") + world.counter(host, "encapsulated_neighbour");
+        let slow = world.counter(host, "pod_slow");
+        assert!(slow > 10 && encapsulated >= slow, "host {host}: {slow} from pods, {encapsulated} encapsulated");
     }
 }
 
