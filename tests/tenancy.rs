@@ -119,6 +119,8 @@ fn a_sleeper_whose_subnet_is_taken_does_not_steal_it() {
 
     // Pods of the new subnet talk; what the others send to the old one goes to its new owner.
     world.hosts[0].netns.ip("link delete cni0").unwrap();
+    // Its namespace takes the veth along later than it goes itself.
+    world.hosts[0].netns.ip("link delete pod1").unwrap();
     world.hosts[0].pods.clear();
     world.hosts[0].add_pod().unwrap();
     world.wait_connected(0, 1);
