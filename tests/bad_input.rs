@@ -1,18 +1,15 @@
 //! Bad input of every kind: one line that says what and what to do, an exit code where it is final, patience where it
 //! may heal, and nothing half-made.
 
-use std::{fs, process::Command, time::Duration};
+use std::{process::Command, time::Duration};
 
 use nix::sys::signal::Signal;
-use xtask::{
-    lab::{PREFIX, Store},
-    process::{Process, output},
-};
+use xtask::{lab::PREFIX, process::Process};
 
 use crate::world::{CONFIG, SOON, World, agent, is_answered};
 
 /// Waits for the end of a host's agent; its exit code and the line that it ended with.
-fn end_of(world: &mut World, host: usize) -> (Option<i32>, String) {
+pub fn end_of(world: &mut World, host: usize) -> (Option<i32>, String) {
     let agent = world.hosts[host].agent.as_mut().unwrap();
     let status = agent.wait(SOON).unwrap();
     (status.code(), agent.log().lines().last().unwrap_or_default().to_owned())
@@ -108,43 +105,6 @@ fn a_wrong_password_is_named() {
     world.wait_log(0, "check --etcd-username and --etcd-password");
     world.assert_untouched(0);
     world.start(0, &["--etcd-username=root", "--etcd-password=right"]);
-    world.hosts[0].wait_ready().unwrap();
-}
-
-#[test]
-fn certificates_are_checked_and_named() {
-    let mut world = World::new(1);
-    let directory = world.lab.directory().join("tls");
-    fs::create_dir(&directory).unwrap();
-    let file = |name: &str| directory.join(name).display().to_string();
-    for name in ["right", "wrong"] {
-        // An authority, and a server certificate that it signed.
-        let script = format!(
-            "cd '{}' && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN={name}-ca \
-             -keyout {name}-ca.key -out {name}-ca.pem && \
-             openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=etcd -keyout {name}.key -out {name}.csr && \
-             printf 'subjectAltName=IP:192.168.64.254\\nbasicConstraints=CA:FALSE\\n' > ext && \
-             openssl x509 -req -days 1 -in {name}.csr -CA {name}-ca.pem -CAkey {name}-ca.key -CAcreateserial \
-             -extfile ext -out {name}.pem",
-            directory.display()
-        );
-        output(Command::new("sh").args(["-c", &script])).unwrap();
-    }
-    world.store.stop();
-    let (certificate, key) = (file("right.pem"), file("right.key"));
-    let arguments = ["--cert-file", &certificate, "--key-file", &key];
-    let tls = Store::start_with(&world.lab.underlay, "https://192.168.64.254:2379", world.lab.directory(), &arguments);
-    world.store = tls.unwrap();
-
-    world.start(0, &[&format!("--etcd-cafile={}", file("wrong-ca.pem"))]);
-    world.wait_log(0, "check that the endpoint speaks TLS, and --etcd-cafile");
-    world.assert_untouched(0);
-    world.start(0, &[&format!("--etcd-cafile={}", file("absent.pem"))]);
-    let (code, line) = end_of(&mut world, 0);
-    assert_eq!(code, Some(78), "{line}");
-    assert!(line.contains("absent.pem: No such file or directory"), "{line}");
-    // The authority alone is enough; flannel would go on without TLS.
-    world.start(0, &[&format!("--etcd-cafile={}", file("right-ca.pem"))]);
     world.hosts[0].wait_ready().unwrap();
 }
 

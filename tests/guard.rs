@@ -59,7 +59,9 @@ fn a_few_deletions_are_believed_and_many_are_held_until_released() {
     assert!(troubles.contains("etcd no longer names 9 of the 10 peers; they are held"), "{troubles}");
     assert_eq!(world.agent_on(0).arg("status").output().unwrap().status.code(), Some(3));
 
-    let released = xtask::process::output(world.agent_on(0).args(["lease", "release-guard"])).unwrap();
+    let released = xtask::process::output(world.agent_on(0).args(["lease", "release-guard"]));
+    let log = || world.hosts[0].agent.as_ref().unwrap().log();
+    let released = released.unwrap_or_else(|error| panic!("{error:#}\n{}", log()));
     assert_eq!(released, "flannel.1: 9 peers let go\n");
     assert!(!is_peer(&world, 0, 211));
     assert_eq!(held(&world, 0), 0);

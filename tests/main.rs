@@ -8,6 +8,7 @@
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
+//! * [`certificates`] — TLS to the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
@@ -20,6 +21,7 @@
 mod admission;
 mod bad_input;
 mod bypass;
+mod certificates;
 mod encapsulation;
 mod frames;
 mod guard;

@@ -1,6 +1,6 @@
 //! Keeping the own lease: renewal that nobody notices, sleeping past its end, and losing it.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use nix::sys::signal::Signal;
 use xtask::{lab::PREFIX, progress::wait_for};
@@ -143,6 +143,21 @@ fn a_lease_that_is_overwritten_by_another_host_is_not_fought_over() {
     world.wait_log(0, "192.168.64.99 has it now; taking another");
     wait_for("subnet.env to be rewritten", SOON, || world.hosts[0].subnet().unwrap() != before).unwrap();
     assert_eq!(world.store.get(&key).unwrap(), theirs);
+}
+
+#[test]
+fn a_move_that_fails_half_way_is_finished_later() {
+    let world = World::with_agents(1);
+    let key = key_of(&world, 0);
+    // A directory where the file has to go, with something in it.
+    let file = world.hosts[0].run_dir().join("subnet.env");
+    fs::remove_file(&file).unwrap();
+    fs::create_dir_all(file.join("in the way")).unwrap();
+    world.store.put(&key, &lease_value("192.168.64.99", "0a:00:00:00:00:99")).unwrap();
+    world.wait_log(0, "subnet.env: rename: ");
+    fs::remove_dir_all(&file).unwrap();
+    wait_for("subnet.env to be written", SOON, || file.is_file()).unwrap();
+    assert_eq!(world.lease_of(0).0, format!("10.5.{}.0-24", world.hosts[0].subnet().unwrap().gateway.octets()[2]));
 }
 
 #[test]

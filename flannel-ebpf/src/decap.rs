@@ -91,6 +91,7 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
         && !is_marked
         && inner.ttl > 1
         && ip_offset != 0
+        && packet.remove_tunnel().is_ok()
     {
         return deliver(packet, &inner, &flow);
     }
@@ -98,13 +99,10 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     Event::Admitted
 }
 
-/// Puts the inner packet into the pod, as the stack did with the last one of its flow.
+/// Puts what was in the tunnel into the pod, as the stack did with the last one of its flow.
 #[inline(always)]
 fn deliver(packet: &Packet<'_>, inner: &Ipv4Hdr, flow: &Flow) -> Event {
     let Flow { veth, pod_mac, gateway_mac, .. } = *flow;
-    if packet.remove_tunnel().is_err() {
-        return Event::DecapFailed;
-    }
     let mut header = [0; EthHdr::LEN + HOP_LEN];
     header[..6].copy_from_slice(&pod_mac);
     header[6..12].copy_from_slice(&gateway_mac);

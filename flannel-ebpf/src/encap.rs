@@ -43,7 +43,7 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
 /// The flow of a packet that `from_pod` left to the stack, where it is unchanged.
 #[inline(always)]
 fn released_flow(packet: &Packet<'_>, config: &Config) -> Option<Place> {
-    if !packet.is_ipv4() {
+    if config.bypass_time == 0 || !packet.is_ipv4() {
         return None;
     }
     let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;

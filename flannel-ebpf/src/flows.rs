@@ -100,6 +100,10 @@ impl Place {
     /// ends a connection takes the note away.
     #[inline(always)]
     pub(crate) fn fresh(&self, config: &Config, direction: Direction, now: u64) -> Option<Flow> {
+        // A constant to the verifier, which leaves out what follows.
+        if config.bypass_time == 0 {
+            return None;
+        }
         match self.kind {
             Kind::Data => {}
             Kind::Turn => {
@@ -149,7 +153,8 @@ pub(crate) fn note_egress(place: &Place) {
 #[inline(always)]
 pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
-    if !packet.is_ipv4() {
+    if config.bypass_time == 0 || !packet.is_ipv4() {
+        packet.forget_note();
         return Event::PodUnnoted;
     }
     let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {

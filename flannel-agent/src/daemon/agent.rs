@@ -238,9 +238,7 @@ impl Agent<'_> {
                 _ = compare.tick() => {
                     let changes = self.table.review(is_heard(&self.dataplane.peers), Clock::now());
                     self.apply(changes).await;
-                    if let Some(lease) = self.moving_to.take() {
-                        self.move_to(lease).await;
-                    }
+                    self.finish_move().await;
                     self.compare_or_say(Changed::Topology).await?;
                     self.record.refresh(&self.table);
                 }
@@ -255,7 +253,7 @@ impl Agent<'_> {
     /// Goes on with a lease. Where it is of another subnet, programs, device and `subnet.env` are made for that.
     pub(super) async fn move_to(&mut self, lease: OwnLease) {
         self.record.lease(&lease, LeaseState::Held);
-        if lease.key == self.own.key && lease.vtep_mac == self.own.vtep_mac {
+        if self.moving_to.is_none() && lease.key == self.own.key && lease.vtep_mac == self.own.vtep_mac {
             info!("the lease of {} is held again", lease.key.subnet);
             self.own = lease;
             return;
@@ -264,9 +262,17 @@ impl Agent<'_> {
             "this host moves from {} to {}: subnet.env is rewritten, and its pods need new addresses",
             self.own.key.subnet, lease.key.subnet
         );
-        if let Err(error) = self.remake(lease.clone()).await {
-            warn!("{error}; trying again in {COMPARE_PERIOD:?}");
-            self.moving_to = Some(lease);
+        self.moving_to = Some(lease);
+        self.finish_move().await;
+    }
+
+    /// Makes everything for the lease that it has still to be made for. Where that fails half-way, it begins anew at the
+    /// next comparison.
+    async fn finish_move(&mut self) {
+        let Some(lease) = self.moving_to.clone() else { return };
+        match self.remake(lease).await {
+            Ok(()) => self.moving_to = None,
+            Err(error) => warn!("{error}; trying again in {COMPARE_PERIOD:?}"),
         }
     }
 
@@ -300,7 +306,7 @@ impl Agent<'_> {
                 let peers = changes.len();
                 warn!("{peers} held peers are let go, as asked");
                 self.apply(changes).await;
-                self.record.peers_changed(&self.table);
+                self.record.refresh(&self.table);
                 self.write_record();
                 Reply::Released { peers }
             }
@@ -369,6 +375,7 @@ impl Agent<'_> {
     /// Brings the maps up by these changes only.
     pub(super) async fn apply(&mut self, changes: impl IntoIterator<Item = PeerChange>) {
         for change in changes {
+            self.record.peers_changed();
             let written = match change {
                 PeerChange::Set(subnet, peer) => {
                     self.underlay.look_up(&self.netlink, peer.public_ip).await;

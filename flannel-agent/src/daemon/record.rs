@@ -145,13 +145,12 @@ impl Record {
         (self.status_is_due, self.leases_are_due) = (true, true);
     }
 
-    /// The peers may have changed.
-    pub(super) fn peers_changed(&mut self, table: &LeaseTable) {
+    /// The peers have changed.
+    pub(super) const fn peers_changed(&mut self) {
         self.leases_are_due = true;
-        self.refresh(table);
     }
 
-    /// Takes in who is held.
+    /// Takes in how many peers there are, and who is held.
     pub(super) fn refresh(&mut self, table: &LeaseTable) {
         let (wall, clock) = (now(), Instant::now());
         let held: Vec<_> = table

@@ -60,15 +60,14 @@ impl Agent<'_> {
             }
             next = self.updates.try_recv().ok();
         }
-        self.record.peers_changed(&self.table);
+        self.record.refresh(&self.table);
         changes
     }
 
     fn take_snapshot(&mut self, snapshot: Snapshot, cause: ResyncCause) -> Vec<PeerChange> {
         info!("{} leases in etcd at revision {} ({})", snapshot.entries.len(), snapshot.revision, cause.label());
         self.record.snapshot(&snapshot, cause);
-        let is_ours = |entry: &Entry| entry.key == self.own.key && entry.etcd_lease == self.own.etcd_lease;
-        if !snapshot.entries.iter().any(|entry| self.is_own(entry) && is_ours(entry)) {
+        if !snapshot.entries.iter().any(|entry| self.is_held(entry)) {
             self.doubt_lease();
         }
         self.take_config(snapshot.config.as_deref());
@@ -105,7 +104,7 @@ impl Agent<'_> {
     }
 
     fn take_entry(&mut self, entry: &Entry) -> Option<PeerChange> {
-        if entry.key == self.own.key && !(self.is_own(entry) && entry.etcd_lease == self.own.etcd_lease) {
+        if entry.key == self.own.key && !self.is_held(entry) {
             self.doubt_lease();
         }
         let change = match self.peer_of(entry) {
@@ -156,6 +155,11 @@ impl Agent<'_> {
 
     fn is_own(&self, entry: &Entry) -> bool {
         entry.key == self.own.key && entry.attributes.public_ip == self.external.public_ip
+    }
+
+    /// Whether an entry is this host's lease as it was taken.
+    fn is_held(&self, entry: &Entry) -> bool {
+        self.is_own(entry) && entry.etcd_lease == self.own.etcd_lease
     }
 
     /// The table says something that does not go with holding the lease. Only where it is held: a tenant that is taking

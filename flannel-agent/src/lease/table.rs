@@ -118,8 +118,10 @@ impl LeaseTable {
         self.named = snapshot;
         let mut changes: Vec<_> =
             by_subnet.into_iter().filter_map(|(subnet, peer)| self.believe(subnet, peer)).collect();
-        let named = self.named_hosts(&missing);
-        let (moved, missing): (Vec<_>, Vec<_>) = missing.into_iter().partition(|subnet| self.is_moved(*subnet, &named));
+        let hosts: HashSet<Ipv4Addr> = self.named.values().map(|peer| peer.public_ip).collect();
+        // The host behind a subnet may have another one by now: then only its old lease ended.
+        let is_moved = |subnet: &Ipv4Net| self.peers.get(subnet).is_some_and(|peer| hosts.contains(&peer.public_ip));
+        let (moved, missing): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_moved);
         let missing: Vec<_> = missing.into_iter().filter(|subnet| !self.held.contains_key(subnet)).collect();
         let is_mass = credibility == Credibility::Doubtful || missing.len() > self.budget(now);
         for subnet in missing {
@@ -160,10 +162,12 @@ impl LeaseTable {
         if let Some(peer) = self.named_for(subnet) {
             return self.believe(subnet, peer);
         }
-        if !self.peers.contains_key(&subnet) || self.held.contains_key(&subnet) {
+        let host = self.peers.get(&subnet)?.public_ip;
+        if self.held.contains_key(&subnet) {
             return None;
         }
-        let reason = if self.is_moved(subnet, &self.named_hosts(&[subnet])) {
+        let reason = if self.named.values().any(|peer| peer.public_ip == host) {
+            // It has another subnet by now: only its old lease ended.
             None
         } else if is_heard(subnet) {
             Some(HoldReason::StillSends)
@@ -205,7 +209,10 @@ impl LeaseTable {
     /// Lets go of all that is held: the operator says that the store is right.
     pub fn release(&mut self, now: Instant) -> Vec<PeerChange> {
         let held: Vec<_> = self.held.keys().copied().collect();
-        held.into_iter().filter_map(|subnet| self.take_out(subnet, now)).collect()
+        let changes = held.into_iter().filter_map(|subnet| self.take_out(subnet, now)).collect();
+        // What was asked for takes nothing from what is believed unasked.
+        self.removals.clear();
+        changes
     }
 
     /// All peers, ordered by subnet.
@@ -247,17 +254,6 @@ impl LeaseTable {
         }
         let before = self.peers.len() - self.held.len() + self.removals.len();
         FEW.max(before / FRACTION).saturating_sub(self.removals.len())
-    }
-
-    /// The hosts that have a lease in the store, apart from these.
-    fn named_hosts(&self, apart: &[Ipv4Net]) -> HashSet<Ipv4Addr> {
-        let is_named = |subnet: &Ipv4Net| !self.held.contains_key(subnet) && !apart.contains(subnet);
-        self.peers.iter().filter(|(subnet, _)| is_named(subnet)).map(|(_, peer)| peer.public_ip).collect()
-    }
-
-    /// Whether the host behind a subnet has another one by now: then only its old lease ended.
-    fn is_moved(&self, subnet: Ipv4Net, named: &HashSet<Ipv4Addr>) -> bool {
-        self.peers.get(&subnet).is_some_and(|peer| named.contains(&peer.public_ip))
     }
 }
 
@@ -373,6 +369,8 @@ mod tests {
         assert_eq!(reasons(&table), [(subnet(7), HoldReason::StillSends)]);
         assert_eq!(table.release(now), [PeerChange::Remove(subnet(7))]);
         assert!(table.is_empty());
+        table.set(key(1), peer(1));
+        assert_eq!(table.remove(key(1), nobody, now), Some(PeerChange::Remove(subnet(1))));
     }
 
     #[test]
