@@ -3,10 +3,15 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use flannel_common::vxlan::Vni;
 use nix::fcntl::{Flock, FlockArg};
+
+/// How often the lock is tried, and the time in between.
+const LOOKS: u32 = 10;
+const LOOK_TIME: Duration = Duration::from_millis(10);
 
 /// One agent for each overlay of a host.
 pub struct Lock {
@@ -38,12 +43,17 @@ impl Lock {
         let path = Self::path(run_dir, vni);
         let failed = |source| LockError::File { path: path.clone(), source };
         fs::create_dir_all(run_dir).map_err(failed)?;
-        let file = fs::File::options().create(true).append(true).open(&path).map_err(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(Self { _file: file }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(LockError::Held(vni)),
-            Err((_, errno)) => Err(failed(errno.into())),
+        let mut file = fs::File::options().create(true).append(true).open(&path).map_err(failed)?;
+        // Who asks whether it is held (`is_held`) holds it for a moment, since flock can't be asked otherwise.
+        for _ in 0..LOOKS {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => return Ok(Self { _file: file }),
+                Err((held, nix::errno::Errno::EWOULDBLOCK)) => file = held,
+                Err((_, errno)) => return Err(failed(errno.into())),
+            }
+            std::thread::sleep(LOOK_TIME);
         }
+        Err(LockError::Held(vni))
     }
 
     /// Whether an agent has it.
