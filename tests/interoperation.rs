@@ -76,7 +76,7 @@ fn fragments_of_tunnel_packets_are_reassembled_and_delivered() {
 
 #[test]
 fn a_host_of_flannels_is_taken_over_with_its_device_subnet_and_mac() {
-    let mut world = World::new(2);
+    let mut world = World::with_any_subnet(2);
     for (host, third_octet) in [(0, 201), (1, 202)] {
         let kernel = world.hosts[host].become_kernel_vxlan(&world.store, third_octet).unwrap();
         world.hosts[host].add_pod_in(&kernel.subnet).unwrap();

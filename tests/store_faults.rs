@@ -395,8 +395,8 @@ fn another_config_is_reported_and_the_old_one_goes_on() {
             status["configDiffers"].as_str().is_some_and(|differs| differs.contains(text))
         };
         put(r#"{"Network": "10.6.0.0/16", "Backend": {"Type": "vxlan", "VNI": 7, "MTU": 1400}}"#);
-        let text = "has changed (Network 10.6.0.0/16, not 10.5.0.0/16, SubnetMin 10.6.1.0, not 10.5.1.0, SubnetMax \
-                    10.6.255.0, not 10.5.255.0, VNI 7, not 1, MTU 1400, not the interface's); start the agent again";
+        let text = "has changed (Network 10.6.0.0/16, not 10.5.0.0/16, SubnetMin 10.6.1.0, not 10.5.128.0, SubnetMax \
+                    10.6.255.0, not 10.5.191.0, VNI 7, not 1, MTU 1400, not the interface's); start the agent again";
         world.wait_status(0, "the change", |status| differs(status, text));
         put("garbage");
         world.wait_status(0, "the garbage", |status| differs(status, "not a JSON object"));

@@ -14,7 +14,11 @@ use xtask::{
     progress::wait_for,
 };
 
-pub const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#;
+/// The subnets that agents take by themselves are none that a test names: for these there is [`ANY_SUBNET`].
+pub const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "SubnetMin": "10.5.128.0", "SubnetMax": "10.5.191.0",
+    "Backend": {"Type": "vxlan"}}"#;
+/// With all subnets of the network.
+const ANY_SUBNET: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#;
 /// For what is to happen soon.
 pub const SOON: Duration = Duration::from_secs(20);
 
@@ -31,6 +35,13 @@ impl World {
     pub fn new(hosts: u8) -> Self {
         let world = Self::without_config(hosts);
         world.store.put(&format!("{PREFIX}/config"), CONFIG).unwrap();
+        world
+    }
+
+    /// As [`World::new`], with all subnets of the network to be had.
+    pub fn with_any_subnet(hosts: u8) -> Self {
+        let world = Self::without_config(hosts);
+        world.store.put(&format!("{PREFIX}/config"), ANY_SUBNET).unwrap();
         world
     }
 
