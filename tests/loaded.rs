@@ -14,7 +14,7 @@ use flannel_common::{
     vxlan::Vni,
 };
 use nix::sched::{CloneFlags, setns};
-use xtask::lab::Lab;
+use xtask::lab::{Lab, Netns};
 
 use crate::{
     frames::{
@@ -27,9 +27,13 @@ pub const SOURCE_PORTS: SourcePorts = SourcePorts { min: 32768, max: 60999 };
 pub const MTU: u32 = 1450;
 
 /// The loaded dataplane, and the device that frames seem to come from.
-pub struct Loaded {
-    dataplane: Dataplane,
-    ifindex: u32,
+pub struct Loaded<'a> {
+    pub dataplane: Dataplane,
+    pub ifindex: u32,
+    /// The namespace that the thread is in; its `eth0` is that device.
+    pub host: &'a Netns,
+    /// Where the other end of that is, as `node1`.
+    pub underlay: &'a Netns,
 }
 
 /// What a program made of a frame.
@@ -42,7 +46,7 @@ pub struct Run {
 }
 
 /// Runs a test with the dataplane loaded in a namespace that has `eth0` with node one's MAC.
-pub fn with_programs(test: impl FnOnce(&mut Loaded) + Send) {
+pub fn with_programs(test: impl FnOnce(&mut Loaded<'_>) + Send) {
     let (name, directory) = world::names();
     let lab = Lab::new(&name, directory.path()).unwrap();
     let host = lab.host("node1", 1).unwrap();
@@ -55,7 +59,7 @@ pub fn with_programs(test: impl FnOnce(&mut Loaded) + Send) {
     thread::scope(|scope| {
         let run = scope.spawn(|| {
             enter(Path::new(&netns));
-            test(&mut Loaded { dataplane: load(&pins), ifindex });
+            test(&mut Loaded { dataplane: load(&pins), ifindex, host: &host.netns, underlay: &lab.underlay });
         });
         if let Err(panic) = run.join() {
             std::panic::resume_unwind(panic);
@@ -82,6 +86,7 @@ fn load(pins: &Path) -> Dataplane {
         vni: 1,
         mtu: MTU,
         underlay_header_len: 14,
+        underlay_mac: NODE_ONE_MAC,
         port: 8472,
         vtep_mac: VTEP_ONE_MAC,
         source_ports: SOURCE_PORTS,
@@ -121,7 +126,7 @@ fn vtep(address: [u8; 4], next_hop_mac: Mac, peer_vtep_mac: Mac, flags: u32) -> 
     Vtep { header, address: u32::from_be_bytes(address), next_hop: address, ifindex: 2, flags }
 }
 
-impl Loaded {
+impl Loaded<'_> {
     /// Runs a program on a frame.
     pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Run {
         self.run_gso(hook, frame, 0)

@@ -6,6 +6,8 @@
 //! * [`world`] — a lab for a test, named hosts, the agent's binary
 //! * [`frames`] — frames of the world, built with another's packet builder
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
+//! * [`fast_path`] — the same of flows that the programs know
+//! * [`xdp`] — the same tables over a wire, with and without XDP
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`certificates`] — TLS to the store
@@ -23,6 +25,7 @@ mod bad_input;
 mod bypass;
 mod certificates;
 mod encapsulation;
+mod fast_path;
 mod frames;
 mod guard;
 mod interoperation;
@@ -34,3 +37,4 @@ mod store_faults;
 mod tenancy;
 mod two_hosts;
 mod world;
+mod xdp;

@@ -46,7 +46,7 @@ fn are_nobodys_to_from_underlay() {
 }
 
 /// Sends frames out on a device as they are.
-fn send(netns: &Netns, device: &str, frames: &[&[u8]]) {
+pub fn send(netns: &Netns, device: &str, frames: &[&[u8]]) {
     let path = PathBuf::from(format!("/run/netns/{}", netns.name()));
     let links = netns.ip_json(&format!("link show {device}")).unwrap();
     let ifindex = links[0]["ifindex"].as_i64().unwrap() as i32;

@@ -5,7 +5,7 @@ use std::{ffi::OsString, net::Ipv4Addr, path::PathBuf, time::Duration};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use regex::Regex;
 
-use crate::{dataplane::BpfLogLevel, device::external::Selection, registry::etcd::EtcdOptions};
+use crate::{dataplane::BpfLogLevel, device::external::Selection, registry::etcd::EtcdOptions, xdp::XdpFlag};
 
 /// What the exit codes mean; printed by `--help`.
 const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage; 3 `status` found something to look at; 77 the host lacks something (capability, \
@@ -73,6 +73,9 @@ pub struct Cli {
     /// For how many milliseconds they may, before one takes the stack again
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=60_000))]
     bypass_revalidate: u32,
+    /// Who takes packets out of the tunnel before the kernel aggregates them
+    #[arg(long, value_enum, default_value_t)]
+    pub xdp: XdpFlag,
     /// Where the subnet is written for container runtimes (default: subnet.env in --run-dir)
     #[arg(long, value_name = "FILE", global = true)]
     subnet_file: Option<PathBuf>,

@@ -12,6 +12,7 @@
 //! * [`device`] — links, routes, neighbours; the only room that speaks netlink
 //! * [`conntrack`] — its patience with flows that it sees little of
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
+//! * [`xdp`] — whether XDP takes packets out of the tunnel, and why
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
 //! * [`last_known`] — what was last known of the store, for when it is away
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
@@ -43,3 +44,4 @@ pub mod retry;
 pub mod status;
 pub mod subnet_env;
 pub mod underlay;
+pub mod xdp;

@@ -47,6 +47,9 @@ pub struct Status {
     pub public_ip: Ipv4Addr,
     /// MTU of the overlay, in bytes.
     pub mtu: u32,
+    /// Who takes packets out of the tunnel, and why.
+    #[serde(default)]
+    pub xdp: XdpStatus,
     /// This host's lease.
     pub lease: LeaseStatus,
     /// etcd.
@@ -59,6 +62,15 @@ pub struct Status {
     pub held: Vec<HeldPeer>,
     /// How often the guard held peers back, in peers, by [`HoldReason::label`].
     pub held_total: BTreeMap<String, u64>,
+}
+
+/// Who takes packets out of the tunnel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct XdpStatus {
+    /// `native`, `generic` or `off`.
+    pub mode: String,
+    /// Why, in words.
+    pub reason: String,
 }
 
 /// This host's lease.

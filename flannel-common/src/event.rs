@@ -94,6 +94,9 @@ events! {
     /// from_overlay: handed on by to_overlay, back from the kernel's vxlan device, and still not to be encapsulated.
     EncapImpossible = "encap_impossible", Drop;
 
+    /// xdp_decap: taken out of the tunnel before the kernel aggregates; from_underlay goes on with it.
+    XdpDecapsulated = "xdp_decapsulated", Forward;
+
     /// from_underlay: not a tunnel packet for this host.
     NotTunnel = "not_tunnel", Pass;
     /// from_underlay: a tunnel packet of another VNI, or without a valid one.
@@ -104,23 +107,27 @@ events! {
     Admitted = "admitted", Pass;
     /// from_underlay: a packet of a flow that the stack let in a moment ago; decapsulated and put into the pod.
     Delivered = "delivered", Forward;
+    /// from_underlay: a tunnel packet that xdp_decap admitted and took out of the tunnel; handed to the vxlan device as received.
+    HandedIn = "handed_in", Forward;
+    /// from_underlay: taken out of the tunnel by xdp_decap, but of a VLAN that is not the interface's own.
+    DecapForeignVlan = "decap_foreign_vlan", Drop;
     /// from_underlay: the inner Ethernet header could not be written.
     DecapFailed = "decap_failed", Drop;
-    /// from_underlay: a tunnel packet shorter than its headers.
+    /// xdp_decap, from_underlay: a tunnel packet shorter than its headers, or than these say.
     TunnelTruncated = "tunnel_truncated", Drop;
-    /// from_underlay: a tunnel packet with options in its outer IPv4 header; no VTEP sends these.
+    /// xdp_decap, from_underlay: a tunnel packet with options in its outer IPv4 header; no VTEP sends these.
     OuterOptions = "outer_options", Drop;
-    /// from_underlay: the inner frame does not hold IPv4 (ARP, IPv6, VLAN, ...).
+    /// xdp_decap, from_underlay: the inner frame does not hold IPv4 (ARP, IPv6, VLAN, ...).
     InnerNotIpv4 = "inner_not_ipv4", Drop;
-    /// from_underlay: the inner frame is for another VTEP's MAC; the sender has an old lease of ours.
+    /// xdp_decap, from_underlay: the inner frame is for another VTEP's MAC; the sender has an old lease of ours.
     InnerForeignMac = "inner_foreign_mac", Drop;
-    /// from_underlay: an inner address is loopback, link-local, multicast, broadcast or zero.
+    /// xdp_decap, from_underlay: an inner address is loopback, link-local, multicast, broadcast or zero.
     InnerNotUnicast = "inner_not_unicast", Drop;
-    /// from_underlay: the inner destination is not in this host's subnet.
+    /// xdp_decap, from_underlay: the inner destination is not in this host's subnet.
     ForeignInnerDestination = "foreign_inner_destination", Drop;
-    /// from_underlay: no lease names the outer source as a VTEP.
+    /// xdp_decap, from_underlay: no lease names the outer source as a VTEP.
     UnknownVtep = "unknown_vtep", Drop;
-    /// from_underlay: the inner source is not in the subnet leased to the VTEP that sent it.
+    /// xdp_decap, from_underlay: the inner source is not in the subnet leased to the VTEP that sent it.
     SpoofedInnerSource = "spoofed_inner_source", Drop;
 }
 

@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -18,7 +18,8 @@ pub const SUBNETS: &str = "SUBNETS";
 /// LPM trie: prefix -> VTEP id, for leases outside the grid of [`SUBNETS`]. Consulted when that has no answer, so a
 /// lease in the grid wins over one that overlaps it.
 pub const PREFIXES: &str = "PREFIXES";
-/// Array: VTEP id -> [`Vtep`]. Id 0 is never used. A value in use is not rewritten: a changed peer gets a new id.
+/// Array: VTEP id -> [`Vtep`]. Id 0 is no peer: of it only `ifindex` is set, to `flannel.<VNI>`. A peer's value in use is
+/// not rewritten: a changed peer gets a new id.
 pub const VTEPS: &str = "VTEPS";
 /// Hash: VTEP address (wire order) -> VTEP id. Tells an unknown sender from a known one that forges inner addresses.
 pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
@@ -77,7 +78,9 @@ pub struct Config {
     pub mtu: u32,
     /// Bytes of link-layer header in front of what the underlay device receives: 14 for Ethernet, 0 for a device
     /// without (tun, WireGuard).
-    pub underlay_header_len: u32,
+    pub underlay_header_len: u16,
+    /// MAC of the underlay device, zero for a device without.
+    pub underlay_mac: Mac,
     /// UDP port of the tunnel, host order.
     pub port: u16,
     /// MAC of this host's vxlan device.
@@ -128,9 +131,34 @@ impl Vtep {
     /// The header has the next hop's MAC. Without it the kernel resolves the next hop for each packet.
     pub const RESOLVED: u32 = 1;
 
+    /// The id whose entry names `flannel.<VNI>`.
+    pub const OVERLAY_DEVICE: u32 = 0;
+
     /// An entry that names nobody.
     pub const UNUSED: Self =
         Self { header: OuterHeader([0; OuterHeader::LEN]), address: 0, next_hop: [0; 4], ifindex: 0, flags: 0 };
+}
+
+/// What `xdp_decap` leaves in front of a packet that it took out of the tunnel (XDP metadata), for `from_underlay`. Equal
+/// for all packets of an overlay: the kernel aggregates only packets with equal metadata.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decapsulated {
+    /// [`Decapsulated::MAGIC`], since other XDP programs may leave what they like.
+    pub magic: u32,
+    /// Of the tunnel.
+    pub vni: u32,
+}
+
+impl Decapsulated {
+    /// No number that others are likely to choose.
+    pub const MAGIC: u32 = 0xf1a7_7e1d;
+
+    /// That of an overlay.
+    #[inline(always)]
+    pub const fn of(vni: u32) -> Self {
+        Self { magic: Self::MAGIC, vni }
+    }
 }
 
 /// Packets and their bytes, as long as the packet was when the program saw it.
@@ -144,7 +172,7 @@ pub struct Counter {
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 56 && align_of::<Config>() == 8);
+    assert!(size_of::<Config>() == 64 && align_of::<Config>() == 8);
     assert!(size_of::<Vtep>() == 80 && align_of::<Vtep>() == 8);
     assert!(size_of::<Counter>() == 16);
 };
@@ -182,6 +210,7 @@ mod tests {
         vni: 1,
         mtu: 1450,
         underlay_header_len: 14,
+        underlay_mac: [2, 0, 0, 0, 1, 1],
         port: 8472,
         vtep_mac: [2, 0, 0, 0, 0, 1],
         source_ports: SourcePorts { min: 32768, max: 60999 },

@@ -1,94 +1,50 @@
-//! `from_underlay`: which packets of the tunnel's port are let through, to the kernel's vxlan device or past the stack
-//! into the pod.
+//! Decapsulation: `from_underlay`, which lets tunnel packets through to the kernel's vxlan device, or past the stack into
+//! the pod; and before it `xdp_decap`, where that pays.
+//!
+//! What `xdp_decap` takes out of the tunnel is aggregated by the kernel as the pods' own packets are, comes to
+//! `from_underlay` with a mark, and is then put into the pod, or handed to `flannel.<VNI>` as received.
 
-use flannel_common::{admission, event::Event, flow::Flow};
+use flannel_common::{
+    event::{Event, Outcome},
+    flow::Flow,
+    maps::{Config, Decapsulated},
+    vxlan,
+};
 use network_types::{
     eth::{EthHdr, EtherType},
-    ip::{IpProto, Ipv4Hdr},
-    udp::UdpHdr,
-    vxlan::VxlanHdr,
+    ip::Ipv4Hdr,
 };
 
 use crate::{
+    admit::admit,
     encap::{HOP_LEN, next_hop_header},
     flows::{self, Direction, place},
-    leases::{Leases, note_heard},
+    frame::Frame,
+    leases::overlay_device,
     maps::CONFIG,
-    packet::{Note, Packet},
+    packet::{Headers as _, Note, Packet},
 };
-
-/// The fragment offset within `Ipv4Hdr::frags` (RFC 791).
-const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
-/// Explicit congestion notification within the TOS byte, and its mark (RFC 3168).
-const ECN_MASK: u8 = 0b11;
-const ECN_CE: u8 = 0b11;
 
 #[inline(always)]
 pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
+    if packet.has_mark(Decapsulated::of(config.vni)) {
+        return decapsulated(packet, &config);
+    }
     if !packet.is_ipv4() || !packet.is_for_device() {
         return Event::NotTunnel;
     }
     // The header is absent or Ethernet's: two constants rather than one number for the verifier to bound.
     let ip_offset = if config.underlay_header_len == 0 { 0 } else { EthHdr::LEN };
-
-    let Some(ip) = packet.header::<Ipv4Hdr>(ip_offset) else {
-        return Event::NotTunnel;
-    };
-    if ip.proto != IpProto::Udp as u8 {
-        return Event::NotTunnel;
-    }
-    if u32::from_be_bytes(ip.dst_addr) != config.vtep_address {
-        return Event::NotTunnel;
-    }
-    if u16::from_be_bytes(ip.frags) & FRAGMENT_OFFSET_MASK != 0 {
-        return Event::UnderlayFragment;
-    }
-    let port = config.port.to_be_bytes();
-    if ip.vihl != 0x45 {
-        let udp = packet.header_at::<UdpHdr>(ip_offset + usize::from(ip.ihl()));
-        return match udp {
-            Some(udp) if udp.dst == port => Event::OuterOptions,
-            _ => Event::NotTunnel,
-        };
-    }
-    let udp_offset = ip_offset + Ipv4Hdr::LEN;
-    let Some(udp) = packet.header::<UdpHdr>(udp_offset) else {
-        return Event::NotTunnel;
-    };
-    if udp.dst != port {
-        return Event::NotTunnel;
-    }
-
-    let vxlan_offset = udp_offset + UdpHdr::LEN;
-    let Some(vxlan) = packet.header::<VxlanHdr>(vxlan_offset) else {
-        return Event::TunnelTruncated;
-    };
-    if !vxlan.vni_present() || vxlan.vni() != config.vni {
-        return Event::ForeignVni;
-    }
-    let inner_offset = vxlan_offset + VxlanHdr::LEN;
-    let Some(inner_ethernet) = packet.header::<EthHdr>(inner_offset) else {
-        return Event::TunnelTruncated;
-    };
-    if inner_ethernet.ether_type != EtherType::Ipv4 as u16 {
-        return Event::InnerNotIpv4;
-    }
-    let Some(inner) = packet.header::<Ipv4Hdr>(inner_offset + EthHdr::LEN) else {
-        return Event::TunnelTruncated;
-    };
-    let outer_source = u32::from_be_bytes(ip.src_addr);
-    let sender = match admission::admit(&config, &Leases { config: &config }, outer_source, &inner_ethernet, &inner) {
-        Ok(sender) => sender,
-        Err(reason) => return reason,
-    };
     let now = flows::now();
-    note_heard(sender, now);
-    let place = place(packet, &inner, inner_offset + EthHdr::LEN, Direction::Ingress);
-    // A mark of congestion outside has to be carried inside (RFC 6040): the kernel does.
-    let is_marked = ip.tos & ECN_MASK == ECN_CE;
+    let admitted = match admit(packet, &config, ip_offset, now) {
+        Ok(admitted) => admitted,
+        Err(event) => return event,
+    };
+    let inner = admitted.inner;
+    let place = place(packet, &inner, admitted.inner_offset, Direction::Ingress);
     if let Some(flow) = place.fresh(&config, Direction::Ingress, now)
-        && !is_marked
+        && !admitted.needs_kernel
         && inner.ttl > 1
         && ip_offset != 0
         && packet.remove_tunnel().is_ok()
@@ -97,6 +53,48 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     Event::Admitted
+}
+
+/// What `xdp_decap` took out of the tunnel.
+#[inline(always)]
+fn decapsulated(packet: &Packet<'_>, config: &Config) -> Event {
+    if packet.is_of_vlan() {
+        return Event::DecapForeignVlan;
+    }
+    let Some(inner) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
+        return Event::DecapFailed;
+    };
+    let place = place(packet, &inner, EthHdr::LEN, Direction::Ingress);
+    if let Some(flow) = place.fresh(config, Direction::Ingress, flows::now())
+        && inner.ttl > 1
+    {
+        return deliver(packet, &inner, &flow);
+    }
+    packet.write_note(Note::Admitted(place.key.tag(config.vni)));
+    packet.redirect_to_ingress(overlay_device());
+    Event::HandedIn
+}
+
+/// [`None`] for what is left to [`from_underlay`] as it is: that is no tunnel packet, or needs what only the kernel's packets
+/// have.
+#[inline(always)]
+pub(crate) fn xdp_decap(frame: &Frame<'_>) -> Option<Event> {
+    let config = CONFIG.load();
+    let ethernet = frame.header::<EthHdr>(0)?;
+    if ethernet.ether_type != EtherType::Ipv4 as u16 || ethernet.dst_addr != config.underlay_mac {
+        return None;
+    }
+    let admitted = match admit(frame, &config, EthHdr::LEN, flows::now()) {
+        Ok(admitted) => admitted,
+        Err(event) => return (event.outcome() == Outcome::Drop).then_some(event),
+    };
+    // Generic XDP sees what the kernel has aggregated, and can't tell it how to segment that.
+    let is_aggregate = u32::from(admitted.outer_len) > config.mtu + u32::from(vxlan::OVERHEAD as u16);
+    if admitted.needs_kernel || is_aggregate {
+        return None;
+    }
+    frame.remove_tunnel(Decapsulated::of(config.vni)).ok()?;
+    Some(Event::XdpDecapsulated)
 }
 
 /// Puts what was in the tunnel into the pod, as the stack did with the last one of its flow.

@@ -20,7 +20,7 @@ use crate::{
     flows::{self, Direction, Kind, Place, place},
     leases::Leases,
     maps::CONFIG,
-    packet::{NoRoom, Note, Packet, random_id},
+    packet::{Headers as _, NoRoom, Note, Packet, random_id},
 };
 
 #[inline(always)]

@@ -24,7 +24,7 @@ use network_types::{
 
 use crate::{
     maps::{CONFIG, FLOWS, VTEP_ADDRESSES},
-    packet::{Note, Packet},
+    packet::{Headers as _, Note, Packet},
 };
 
 /// More fragments, and the fragment offset, within `Ipv4Hdr::frags` (RFC 791).

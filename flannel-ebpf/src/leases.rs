@@ -31,6 +31,12 @@ impl Leases<'_> {
     }
 }
 
+/// The number of `flannel.<VNI>`.
+#[inline(always)]
+pub(crate) fn overlay_device() -> u32 {
+    VTEPS.get(Vtep::OVERLAY_DEVICE).map_or(0, |device| device.ifindex)
+}
+
 /// Notes that a VTEP is alive. One store in a second: between these, all CPUs share a clean cache line.
 #[inline(always)]
 pub(crate) fn note_heard(id: u32, now: u64) {

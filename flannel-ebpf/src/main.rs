@@ -1,8 +1,9 @@
-//! The TC programs of the VXLAN dataplane.
+//! The TC and XDP programs of the VXLAN dataplane.
 //!
 //! ```text
 //!   ┌─────────────────────── fast ─────────────────────┐                 ┌─────────────────── fast ───────────────┐
 //! pod ─ from_pod ─▶ routes, netfilter ─▶ flannel.<VNI> ─ to_overlay ══▶ from_underlay ─▶ kernel vxlan ─▶ ... to_pod ─▶ pod
+//!                                                                      (xdp_decap)
 //!                                            ▲ from_overlay  │ handed on
 //!                                            └─ kernel vxlan ┘
 //! ```
@@ -14,31 +15,37 @@
 //! # Layout
 //!
 //! * [`encap`] — `to_overlay` and `from_overlay`, egress and ingress of `flannel.<VNI>`; `from_pod`
-//! * [`decap`] — `from_underlay`, ingress of the external interface
+//! * [`decap`] — `from_underlay` and `xdp_decap`, ingress of the external interface
+//! * [`admit`] — which tunnel packets they take
 //! * [`flows`] — what may pass the stack by; `to_pod`
 //! * [`leases`] — the maps, asked as the lease table
-//! * [`packet`] — the only place that touches packet memory and calls helpers on it
+//! * [`packet`], [`frame`] — the only places that touch packet memory and call helpers on it
 //! * [`maps`], [`count`] — what the agent shares with the programs
 #![no_std]
 #![no_main]
 
+mod admit;
 mod count;
 mod decap;
 mod encap;
 mod flows;
+mod frame;
 mod leases;
 mod maps;
 mod packet;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    macros::classifier,
-    programs::TcContext,
+    bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
 };
 use aya_log_ebpf::trace;
 use flannel_common::event::{Event, Outcome};
 
-use crate::packet::Packet;
+use crate::{
+    frame::Frame,
+    packet::{Headers as _, Packet},
+};
 
 /// Egress of `flannel.<VNI>`: encapsulates what the host's stack routed to the overlay.
 #[classifier]
@@ -80,7 +87,34 @@ pub(crate) fn to_pod(ctx: TcContext) -> i32 {
     conclude(&ctx, flows::to_pod(&packet), len)
 }
 
-/// The only place where an outcome becomes a verdict. The redirect itself was noted by the helper that named the
+/// The external interface's driver: takes admitted packets out of the tunnel, before the kernel aggregates.
+#[xdp(frags)]
+pub(crate) fn xdp_decap(ctx: XdpContext) -> u32 {
+    decapsulate(&ctx)
+}
+
+/// The same for generic XDP. For a program that takes frames of several buffers the kernel copies most packets, and
+/// forgets how long their link-layer header is (`skb_pp_cow_data`; kernel 6.18): TC programs then find none.
+#[xdp]
+pub(crate) fn xdp_decap_generic(ctx: XdpContext) -> u32 {
+    decapsulate(&ctx)
+}
+
+#[inline(always)]
+fn decapsulate(ctx: &XdpContext) -> u32 {
+    let frame = Frame::new(ctx);
+    let len = frame.len();
+    let Some(event) = decap::xdp_decap(&frame) else {
+        return xdp_action::XDP_PASS;
+    };
+    count::count(event, len);
+    match event.outcome() {
+        Outcome::Forward | Outcome::Pass => xdp_action::XDP_PASS,
+        Outcome::Drop => xdp_action::XDP_DROP,
+    }
+}
+
+/// The only place where an outcome becomes a TC verdict. The redirect itself was noted by the helper that named the
 /// device.
 #[inline(always)]
 fn conclude(ctx: &TcContext, event: Event, len: u32) -> i32 {

@@ -45,6 +45,7 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     vni: 0,
     mtu: 0,
     underlay_header_len: 0,
+    underlay_mac: [0; 6],
     port: 0,
     vtep_mac: [0; 6],
     source_ports: SourcePorts { min: 0, max: 0 },

@@ -6,7 +6,7 @@ use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_ADJ_ROOM_ENCAP_L2_SHIFT, BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_ENCAP_L2_ETH,
         BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
-        BPF_F_ADJ_ROOM_NO_CSUM_RESET, bpf_adj_room_mode, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
+        BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS, bpf_adj_room_mode, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
         bpf_tunnel_key,
     },
     helpers::{
@@ -15,7 +15,7 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use flannel_common::{flow::FlowKey, packet::OuterHeader, vxlan};
+use flannel_common::{flow::FlowKey, maps::Decapsulated, packet::OuterHeader, vxlan};
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
@@ -66,6 +66,18 @@ pub(crate) enum NoRoom {
     Refused,
 }
 
+/// A packet that headers are read from.
+pub(crate) trait Headers {
+    /// Bytes from the link-layer header on.
+    fn len(&self) -> u32;
+    /// Whether the kernel made one of several, with lengths of its own in the headers.
+    fn is_aggregate(&self) -> bool;
+    /// The header at `offset`, a constant; [`None`] beyond the end.
+    fn header<T: Header>(&self, offset: usize) -> Option<T>;
+    /// The same at an offset that is not a constant.
+    fn header_at<T: Header>(&self, offset: usize) -> Option<T>;
+}
+
 pub(crate) struct Packet<'a> {
     ctx: &'a TcContext,
 }
@@ -102,12 +114,6 @@ impl<'a> Packet<'a> {
         self.ctx.skb.skb
     }
 
-    /// Bytes from the link-layer header on.
-    #[inline(always)]
-    pub(crate) fn len(&self) -> u32 {
-        self.ctx.len()
-    }
-
     #[inline(always)]
     pub(crate) fn is_ipv4(&self) -> bool {
         self.ctx.skb.protocol() == u32::from(EtherType::Ipv4 as u16)
@@ -118,9 +124,29 @@ impl<'a> Packet<'a> {
     /// tag.)
     #[inline(always)]
     pub(crate) fn is_for_device(&self) -> bool {
-        // SAFETY: the context is valid for the program's run; these fields are readable for TC programs.
-        let (packet_type, vlan) = unsafe { ((*self.skb()).pkt_type, (*self.skb()).vlan_tci) };
-        packet_type != PACKET_OTHERHOST && vlan & VLAN_ID_MASK == 0
+        // SAFETY: the context is valid for the program's run; this field is readable for TC programs.
+        let packet_type = unsafe { (*self.skb()).pkt_type };
+        packet_type != PACKET_OTHERHOST && !self.is_of_vlan()
+    }
+
+    /// Whether it came with the tag of a VLAN that has a device of its own.
+    #[inline(always)]
+    pub(crate) fn is_of_vlan(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).vlan_tci & VLAN_ID_MASK != 0 }
+    }
+
+    /// Whether `xdp_decap` left this mark on it.
+    #[inline(always)]
+    pub(crate) fn has_mark(&self, mark: Decapsulated) -> bool {
+        // SAFETY: as above.
+        let (start, end) = unsafe { ((*self.skb()).data_meta as usize, (*self.skb()).data as usize) };
+        if start + size_of::<Decapsulated>() > end {
+            return false;
+        }
+        // SAFETY: the bounds were compared with the end of the metadata, which the verifier checks again; the kernel keeps
+        // metadata aligned to four bytes.
+        unsafe { (start as *const Decapsulated).read() == mark }
     }
 
     /// Whether the kernel or the device segments it later.
@@ -128,20 +154,6 @@ impl<'a> Packet<'a> {
     pub(crate) fn is_gso(&self) -> bool {
         // SAFETY: as above.
         unsafe { (*self.skb()).gso_size != 0 }
-    }
-
-    /// The header at `offset`, [`None`] beyond the end of the packet.
-    #[inline(always)]
-    pub(crate) fn header<T: Header>(&self, offset: usize) -> Option<T> {
-        if let Some(header) = self.linear(offset) {
-            return Some(header);
-        }
-        // Not in the linear part: the packet is too short, or the device left headers in a page.
-        let end = (offset + size_of::<T>()) as u32;
-        if end > self.len() || self.ctx.skb.pull_data(end).is_err() {
-            return None;
-        }
-        self.linear(offset)
     }
 
     #[inline(always)]
@@ -152,12 +164,6 @@ impl<'a> Packet<'a> {
         }
         // SAFETY: the bounds were compared with data_end, which the verifier checks again; T is valid for any bytes.
         Some(unsafe { ptr::read_unaligned(start as *const T) })
-    }
-
-    /// The header at an offset that is not a constant.
-    #[inline(always)]
-    pub(crate) fn header_at<T: Header>(&self, offset: usize) -> Option<T> {
-        self.ctx.load(offset).ok()
     }
 
     /// The hash of the packet's flow, as the kernel computes it for its own tunnels.
@@ -258,6 +264,13 @@ impl<'a> Packet<'a> {
         unsafe { (*self.skb()).gso_size }
     }
 
+    /// Notes the device that takes the packet as received.
+    #[inline(always)]
+    pub(crate) fn redirect_to_ingress(&self, ifindex: u32) {
+        // SAFETY: no memory involved.
+        unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) };
+    }
+
     /// Notes the device that the packet is sent out on, with the link-layer header that it has.
     #[inline(always)]
     pub(crate) fn redirect(&self, ifindex: u32) {
@@ -321,6 +334,36 @@ impl<'a> Packet<'a> {
     fn forget_receive_queue(&self) {
         // SAFETY: the context is valid; TC programs may write this field.
         unsafe { (*self.skb()).queue_mapping = 0 };
+    }
+}
+
+impl Headers for Packet<'_> {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.ctx.len()
+    }
+
+    #[inline(always)]
+    fn is_aggregate(&self) -> bool {
+        self.is_gso()
+    }
+
+    #[inline(always)]
+    fn header<T: Header>(&self, offset: usize) -> Option<T> {
+        if let Some(header) = self.linear(offset) {
+            return Some(header);
+        }
+        // Not in the linear part: the packet is too short, or the device left headers in a page.
+        let end = (offset + size_of::<T>()) as u32;
+        if end > self.len() || self.ctx.skb.pull_data(end).is_err() {
+            return None;
+        }
+        self.linear(offset)
+    }
+
+    #[inline(always)]
+    fn header_at<T: Header>(&self, offset: usize) -> Option<T> {
+        self.ctx.load(offset).ok()
     }
 }
 

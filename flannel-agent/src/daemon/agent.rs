@@ -29,6 +29,7 @@ use crate::{
     device::{
         self, Changed, DeviceEvent, Link, Netlink,
         external::External,
+        offload::Offloads,
         vxlan::{Existing, VxlanDevice},
     },
     lease::{LeaseTable, PeerChange},
@@ -36,6 +37,7 @@ use crate::{
     status::LeaseState,
     subnet_env::SubnetEnv,
     underlay::{Endpoint, Underlay},
+    xdp::{self, XdpFlag},
 };
 
 /// How often everything is compared without an event.
@@ -70,6 +72,7 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
         overlay: 0,
     };
     let dataplane = load(cli, &network, &external, &device, &lease)?;
+    let xdp = xdp::choose(cli.xdp, &external.link, &Offloads::of(&external.link).await);
     let (tenancy_sender, tenancy) = mpsc::channel(8);
     let doubt = Arc::new(Notify::new());
     // Pods do not hang on what an operator may ask.
@@ -86,6 +89,7 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
+        xdp,
         network,
         external,
         device,
@@ -143,6 +147,7 @@ fn load(
         vni: device.vni.get(),
         mtu: device.mtu,
         underlay_header_len: if external.link.mac.is_some() { 14 } else { 0 },
+        underlay_mac: external.link.mac.unwrap_or_default(),
         port: device.port,
         vtep_mac: lease.vtep_mac.0,
         source_ports: device::local_ports(),
@@ -160,6 +165,7 @@ pub(super) struct Agent<'a> {
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
     pub(super) record: Record,
+    xdp: xdp::Choice,
     pub(super) network: NetworkConfig,
     pub(super) external: External,
     pub(super) device: VxlanDevice,
@@ -315,12 +321,24 @@ impl Agent<'_> {
 
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there.
     async fn ensure_datapath(&mut self, existing: Existing) -> Result<Link, DaemonError> {
-        let Self { cli, netlink, dataplane, conntrack, underlay, external, device, own, network, .. } = self;
+        let Self { cli, netlink, dataplane, conntrack, underlay, xdp, record, external, device, own, network, .. } =
+            self;
         let link = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
         underlay.set_overlay(link.index);
+        dataplane.peers.set_overlay_device(link.index)?;
         dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
         dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
         dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+        // After what it leaves its packets to.
+        if let Err(error) = dataplane.set_xdp(xdp.mode, external.link.index) {
+            if cli.xdp != XdpFlag::Auto {
+                return Err(error.into());
+            }
+            warn!("{error}; packets are taken out of the tunnel without XDP");
+            *xdp = xdp::Choice { mode: None, reason: error.to_string() };
+            dataplane.set_xdp(None, external.link.index)?;
+        }
+        record.xdp(xdp);
         netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
         netlink.ensure_route(&link, device, network.network, existing).await?;
         if cli.bypass == Switch::On {

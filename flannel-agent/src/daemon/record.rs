@@ -13,7 +13,8 @@ use crate::{
     last_known::LastKnown,
     lease::LeaseTable,
     registry::{OwnLease, PassedOver, ResyncCause, Snapshot},
-    status::{API_VERSION, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, now},
+    status::{API_VERSION, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, XdpStatus, now},
+    xdp::Choice,
 };
 
 /// No more entries are named than this, whatever the store holds; all are counted.
@@ -52,6 +53,7 @@ impl Record {
             external_interface: external.link.name.clone(),
             public_ip: external.public_ip,
             mtu: device.mtu,
+            xdp: XdpStatus::default(),
             lease: LeaseStatus { subnet: lease.key.subnet, vtep_mac: lease.vtep_mac, state, renewals: 0, losses: 0 },
             store: StoreStatus { since: now(), ..StoreStatus::default() },
             config_differs: None,
@@ -69,6 +71,12 @@ impl Record {
             leases_are_due: true,
             writing: None,
         }
+    }
+
+    pub(super) fn xdp(&mut self, choice: &Choice) {
+        let xdp = XdpStatus { mode: choice.label().to_owned(), reason: choice.reason.clone() };
+        self.status_is_due |= self.status.xdp != xdp;
+        self.status.xdp = xdp;
     }
 
     pub(super) const fn lease_state(&self) -> LeaseState {

@@ -52,7 +52,7 @@ pub(super) fn attach(
     interface: &str,
     ifindex: u32,
 ) -> Result<(), DataplaneError> {
-    let pin = pins.link(hook, ifindex);
+    let pin = pins.link(hook.program(), ifindex);
     let refused = |call| move |source| DataplaneError::Program { call, program: hook.program(), source };
 
     if !swap_pinned(program, &pin) {
@@ -80,8 +80,8 @@ pub(super) fn attach(
 
 /// Detaches a hook's program from all interfaces but these.
 pub(super) fn unpin_all_but(hook: Hook, pins: &PinDirectory, ifindexes: &[u32]) -> Result<(), DataplaneError> {
-    let wanted: Vec<_> = ifindexes.iter().map(|ifindex| pins.link(hook, *ifindex)).collect();
-    pins.links(hook)?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_if_there(pin))
+    let wanted: Vec<_> = ifindexes.iter().map(|ifindex| pins.link(hook.program(), *ifindex)).collect();
+    pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_if_there(pin))
 }
 
 fn remove_if_there(pin: &Path) -> Result<(), DataplaneError> {

@@ -7,6 +7,7 @@
 mod attach;
 mod peers;
 mod pins;
+mod xdp;
 
 use std::{collections::BTreeSet, io, path::PathBuf};
 
@@ -25,6 +26,7 @@ use flannel_common::{
 };
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
+pub use xdp::XdpMode;
 
 use crate::config::NetworkConfig;
 
@@ -249,7 +251,8 @@ impl Dataplane {
         let indexes: Vec<u32> = links.iter().map(|(_, ifindex)| *ifindex).collect();
         let gone: Vec<u32> = self.pods.iter().filter(|ifindex| !indexes.contains(ifindex)).copied().collect();
         for (name, ifindex) in links {
-            if self.pods.contains(ifindex) && Hook::OF_PODS.iter().all(|hook| self.pins.link(*hook, *ifindex).exists())
+            if self.pods.contains(ifindex)
+                && Hook::OF_PODS.iter().all(|hook| self.pins.link(hook.program(), *ifindex).exists())
             {
                 continue;
             }
@@ -298,6 +301,14 @@ impl Dataplane {
     /// [`DataplaneError::Missing`].
     pub fn program(&mut self, hook: Hook) -> Result<&mut SchedClassifier, DataplaneError> {
         program(&mut self.ebpf, hook)
+    }
+
+    /// Has the programs know a flow, for packets of one's own.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn insert_flow(&mut self, flow: &Flow) -> Result<(), DataplaneError> {
+        self.flows.insert(flow.key, flow, 0).map_err(DataplaneError::map("write", FLOWS))
     }
 
     /// The sums of all CPUs' counters.

@@ -116,6 +116,15 @@ impl PeerMaps {
         Ok(maps)
     }
 
+    /// Takes note of the number of `flannel.<VNI>`.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn set_overlay_device(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
+        let device = Vtep { ifindex, ..Vtep::UNUSED };
+        self.vteps.set(Vtep::OVERLAY_DEVICE, device, 0).map_err(DataplaneError::map("write", VTEPS))
+    }
+
     /// How many subnets have a peer.
     pub fn len(&self) -> usize {
         self.published.len()

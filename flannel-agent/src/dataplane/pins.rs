@@ -18,7 +18,7 @@ use flannel_common::{
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use tracing::info;
 
-use super::{Capacity, DataplaneError, Hook};
+use super::{Capacity, DataplaneError, Hook, xdp};
 
 /// The directory of one overlay's pins. Maps are in a folder for their layout; links are beside those folders, so that
 /// an agent with another layout takes them over instead of attaching a second time.
@@ -78,14 +78,14 @@ impl PinDirectory {
         self.maps.join(name)
     }
 
-    /// Where a TCX link is pinned.
-    pub(super) fn link(&self, hook: Hook, ifindex: u32) -> PathBuf {
-        self.overlay.join(format!("{}-{ifindex}", hook.program()))
+    /// Where a program's link is pinned.
+    pub(super) fn link(&self, program: &str, ifindex: u32) -> PathBuf {
+        self.overlay.join(format!("{program}-{ifindex}"))
     }
 
-    /// The pinned links of a hook.
-    pub(super) fn links(&self, hook: Hook) -> Result<Vec<PathBuf>, DataplaneError> {
-        links(&self.overlay, hook)
+    /// The pinned links of a program.
+    pub(super) fn links(&self, program: &str) -> Result<Vec<PathBuf>, DataplaneError> {
+        links(&self.overlay, program)
     }
 
     /// Whether an earlier agent left something.
@@ -158,8 +158,9 @@ pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
     if !overlay.exists() {
         return Ok(());
     }
-    for hook in Hook::ALL {
-        for link in links(&overlay, hook)? {
+    // What XDP takes out of the tunnel needs the program at the hook behind it.
+    for program in [xdp::PIN].into_iter().chain(Hook::ALL.map(Hook::program)) {
+        for link in links(&overlay, program)? {
             fs::remove_file(&link).map_err(failed("unpin", &link))?;
         }
     }
@@ -173,8 +174,8 @@ pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
     Ok(())
 }
 
-fn links(overlay: &Path, hook: Hook) -> Result<Vec<PathBuf>, DataplaneError> {
-    let prefix = format!("{}-", hook.program());
+fn links(overlay: &Path, program: &str) -> Result<Vec<PathBuf>, DataplaneError> {
+    let prefix = format!("{program}-");
     let entries = fs::read_dir(overlay).map_err(failed("list", overlay))?;
     let names = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
     Ok(names.map(|entry| entry.path()).collect())

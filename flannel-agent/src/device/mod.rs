@@ -5,6 +5,7 @@
 
 pub mod external;
 pub mod next_hop;
+pub mod offload;
 mod pods;
 pub mod vxlan;
 

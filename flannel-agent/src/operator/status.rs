@@ -55,6 +55,7 @@ fn table(status: &Status, troubles: &[String]) -> String {
         "lease".to_owned(),
         format!("{} {}, {} renewals, {} losses", lease.subnet, lease.state.label(), lease.renewals, lease.losses),
     ]);
+    rows.push_record(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
     let following = if store.following { "followed" } else { "away" };
     rows.push_record([
         "etcd".to_owned(),

@@ -1,0 +1,131 @@
+//! `xdp_decap` on the external interface: a link of its own kind, in one of two modes.
+
+use std::{fs, io, thread, time::Duration};
+
+use aya::programs::{
+    ProgramError, Xdp, XdpMode as Flags,
+    links::{FdLink, PinnedLink},
+    xdp::XdpLink,
+};
+use aya::sys::SyscallError;
+use tracing::debug;
+
+use super::{Dataplane, DataplaneError, pins::failed};
+
+/// How often a device that is just becoming free is tried, and the time in between.
+const LOOKS: u32 = 50;
+const LOOK_TIME: Duration = Duration::from_millis(10);
+
+/// What the names of pinned links begin with.
+pub(super) const PIN: &str = "xdp_decap";
+
+/// Who runs the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// The driver, before the kernel has made a packet of the frame.
+    Native,
+    /// The kernel's stack, after it has aggregated. For devices whose driver can't, and for tests.
+    Generic,
+}
+
+impl XdpMode {
+    /// Its name in flags, status and pins.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Native => "xdp_decap",
+            Self::Generic => "xdp_decap_generic",
+        }
+    }
+
+    const fn flags(self) -> Flags {
+        match self {
+            Self::Native => Flags::Driver,
+            Self::Generic => Flags::Skb,
+        }
+    }
+}
+
+impl Dataplane {
+    /// Attaches `xdp_decap` to a link in this mode, or swaps the one that an earlier agent left there, and detaches it from
+    /// wherever else it is; [`None`] detaches it from all. A driver may take its link down for a moment at each attachment and
+    /// each end of one, so an attachment that is as wanted is kept.
+    ///
+    /// The program leaves what it takes out of the tunnel to `from_underlay`, which must be attached as long as it is.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    pub fn set_xdp(&mut self, mode: Option<XdpMode>, ifindex: u32) -> Result<(), DataplaneError> {
+        let wanted = mode.map(|mode| self.pins.link(&pin_name(mode), ifindex));
+        let mut has_detached = false;
+        for pin in self.pins.links(PIN)?.iter().filter(|pin| Some(*pin) != wanted.as_ref()) {
+            fs::remove_file(pin).map_err(failed("unpin", pin))?;
+            has_detached = true;
+        }
+        let (Some(mode), Some(pin)) = (mode, wanted) else { return Ok(()) };
+        let name = mode.program();
+        let program = self.ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
+        let refused = |call| move |source| DataplaneError::Program { call, program: name, source };
+        let program: &mut Xdp = program.try_into().map_err(refused("use"))?;
+        match program.load() {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
+            Err(error) => return Err(refused("load")(error)),
+        }
+        if swap_pinned(program, &pin) {
+            return Ok(());
+        }
+        match fs::remove_file(&pin) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("unpin", &pin)(error)),
+            _ => {}
+        }
+        let mut result = program.attach_to_if_index(ifindex, mode.flags());
+        // The kernel takes a link whose last pin is gone off its device a moment later (`bpf_link_put`).
+        for _ in 0..LOOKS {
+            if !has_detached || !result.as_ref().is_err_and(is_taken) {
+                break;
+            }
+            thread::sleep(LOOK_TIME);
+            result = program.attach_to_if_index(ifindex, mode.flags());
+        }
+        let id = result.map_err(refused("attach"))?;
+        let link = program.take_link(id).map_err(refused("attach"))?;
+        let link: FdLink = link.try_into().map_err(|_| DataplaneError::Missing("XDP link"))?;
+        link.pin(&pin).map_err(|error| failed("pin", &pin)(io::Error::other(error)))?;
+        Ok(())
+    }
+}
+
+/// Whether another program is attached, in this mode or the other.
+fn is_taken(error: &ProgramError) -> bool {
+    use nix::libc::{EBUSY, EEXIST};
+    matches!(
+        error,
+        ProgramError::SyscallError(SyscallError { io_error, .. })
+            if matches!(io_error.raw_os_error(), Some(EBUSY | EEXIST))
+    )
+}
+
+/// The mode is in the name, since a link can't be asked for it.
+fn pin_name(mode: XdpMode) -> String {
+    format!("{PIN}-{}", mode.label())
+}
+
+/// Puts the program into the link that an earlier agent pinned. `false` where there is none, or its interface is gone.
+fn swap_pinned(program: &mut Xdp, pin: &std::path::Path) -> bool {
+    let Ok(pinned) = PinnedLink::from_pin(pin) else { return false };
+    let Ok(link) = XdpLink::try_from(FdLink::from(pinned)) else { return false };
+    match program.attach_to_link(link) {
+        // The pin holds the link; this handle may go.
+        Ok(id) => program.take_link(id).is_ok(),
+        Err(error) => {
+            debug!("the link {} can't be used any more: {error}", pin.display());
+            false
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! What a packet on the underlay is, and whether its sender may send it: the same for TC and XDP.
+
+use flannel_common::{admission, event::Event, maps::Config, vxlan};
+use network_types::{
+    eth::{EthHdr, EtherType},
+    ip::{IpProto, Ipv4Hdr},
+    udp::UdpHdr,
+    vxlan::{VXLAN_I_FLAG_MASK, VxlanHdr},
+};
+
+use crate::{
+    leases::{Leases, note_heard},
+    packet::Headers,
+};
+
+/// The fragment offset, and whether there are more, within `Ipv4Hdr::frags` (RFC 791).
+const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
+const MORE_FRAGMENTS: u16 = 0x2000;
+/// Explicit congestion notification within the TOS byte, and its mark (RFC 3168).
+const ECN_MASK: u8 = 0b11;
+const ECN_CE: u8 = 0b11;
+
+/// A tunnel packet that was let through.
+pub(crate) struct Admitted {
+    /// The packet in it.
+    pub(crate) inner: Ipv4Hdr,
+    /// Where that begins, from the first byte on.
+    pub(crate) inner_offset: usize,
+    /// All bytes from the outer IPv4 header on.
+    pub(crate) outer_len: u16,
+    /// The kernel has to see it: a fragment, to be reassembled; one that met congestion on its way, for that to be carried
+    /// inside (RFC 6040); one with a VXLAN header of a later day.
+    pub(crate) needs_kernel: bool,
+}
+
+/// Looks at the IPv4 packet at `ip_offset`, and takes note of its sender where it is admitted.
+#[inline(always)]
+pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, now: u64) -> Result<Admitted, Event> {
+    let ip = packet.header::<Ipv4Hdr>(ip_offset).ok_or(Event::NotTunnel)?;
+    if ip.proto != IpProto::Udp as u8 {
+        return Err(Event::NotTunnel);
+    }
+    if u32::from_be_bytes(ip.dst_addr) != config.vtep_address {
+        return Err(Event::NotTunnel);
+    }
+    let frags = u16::from_be_bytes(ip.frags);
+    if frags & FRAGMENT_OFFSET_MASK != 0 {
+        return Err(Event::UnderlayFragment);
+    }
+    let port = config.port.to_be_bytes();
+    if ip.vihl != 0x45 {
+        let udp = packet.header_at::<UdpHdr>(ip_offset + usize::from(ip.ihl()));
+        return Err(match udp {
+            Some(udp) if udp.dst == port => Event::OuterOptions,
+            _ => Event::NotTunnel,
+        });
+    }
+    let udp_offset = ip_offset + Ipv4Hdr::LEN;
+    let udp = packet.header::<UdpHdr>(udp_offset).ok_or(Event::NotTunnel)?;
+    if udp.dst != port {
+        return Err(Event::NotTunnel);
+    }
+
+    let vxlan_offset = udp_offset + UdpHdr::LEN;
+    let header = packet.header::<VxlanHdr>(vxlan_offset).ok_or(Event::TunnelTruncated)?;
+    if !header.vni_present() || header.vni() != config.vni {
+        return Err(Event::ForeignVni);
+    }
+    // The kernel's device refuses what has any other bit set.
+    let is_plain = header.flags == VXLAN_I_FLAG_MASK && header._reserved1 == [0; 3] && header._reserved2 == 0;
+    let ethernet_offset = vxlan_offset + VxlanHdr::LEN;
+    let inner_ethernet = packet.header::<EthHdr>(ethernet_offset).ok_or(Event::TunnelTruncated)?;
+    if inner_ethernet.ether_type != EtherType::Ipv4 as u16 {
+        return Err(Event::InnerNotIpv4);
+    }
+    let inner_offset = ethernet_offset + EthHdr::LEN;
+    let inner = packet.header::<Ipv4Hdr>(inner_offset).ok_or(Event::TunnelTruncated)?;
+    let outer_len = u16::from_be_bytes(ip.tot_len);
+    let is_cut = ip_offset as u32 + u32::from(outer_len) > packet.len()
+        || inner.tot_len() > outer_len.saturating_sub(vxlan::OVERHEAD as u16);
+    if is_cut && !packet.is_aggregate() {
+        return Err(Event::TunnelTruncated);
+    }
+    let outer_source = u32::from_be_bytes(ip.src_addr);
+    let sender = admission::admit(config, &Leases { config }, outer_source, &inner_ethernet, &inner)?;
+    note_heard(sender, now);
+    Ok(Admitted {
+        inner,
+        inner_offset,
+        outer_len,
+        needs_kernel: frags & MORE_FRAGMENTS != 0 || ip.tos & ECN_MASK == ECN_CE || !is_plain,
+    })
+}
