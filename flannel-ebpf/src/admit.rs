@@ -77,7 +77,7 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
     let inner = packet.header::<Ipv4Hdr>(inner_offset).ok_or(Event::TunnelTruncated)?;
     let outer_len = u16::from_be_bytes(ip.tot_len);
     let is_cut = ip_offset as u32 + u32::from(outer_len) > packet.len()
-        || inner.tot_len() > outer_len.saturating_sub(vxlan::OVERHEAD as u16);
+        || inner.tot_len() > outer_len.saturating_sub(vxlan::OVERHEAD);
     if is_cut && !packet.is_aggregate() {
         return Err(Event::TunnelTruncated);
     }

@@ -89,7 +89,7 @@ pub(crate) fn xdp_decap(frame: &Frame<'_>) -> Option<Event> {
         Err(event) => return (event.outcome() == Outcome::Drop).then_some(event),
     };
     // Generic XDP sees what the kernel has aggregated, and can't tell it how to segment that.
-    let is_aggregate = u32::from(admitted.outer_len) > config.mtu + u32::from(vxlan::OVERHEAD as u16);
+    let is_aggregate = u32::from(admitted.outer_len) > config.mtu + u32::from(vxlan::OVERHEAD);
     if admitted.needs_kernel || is_aggregate {
         return None;
     }

@@ -16,7 +16,7 @@ const LARGE_RECEIVE: [&str; 2] = ["rx-lro", "rx-gro-hw"];
 pub struct Offloads {
     /// The driver's name; [`None`] for a virtual device, or one that sysfs does not show.
     pub driver: Option<String>,
-    /// Those of [`LARGE_RECEIVE`] that are on.
+    /// Features that make large packets of what comes by the wire, where they are on, as ethtool names them.
     pub large_receive: Vec<String>,
 }
 
