@@ -16,7 +16,7 @@ use flannel_common::event::Event;
 use xtask::{
     lab::{Netns, Pod},
     progress::wait_for,
-    run::tcp_transfer,
+    transfer::tcp_transfer,
 };
 
 use crate::{

@@ -3,7 +3,7 @@
 
 use xtask::{
     lab::{PREFIX, Subnet},
-    run::tcp_transfer,
+    transfer::tcp_transfer,
 };
 
 use crate::world::{World, is_answered};

@@ -11,7 +11,8 @@ use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
 use xtask::{
     lab::{Netns, PREFIX},
     progress::wait_for,
-    run::{decoded_packet, tcp_transfer},
+    run::decoded_packet,
+    transfer::tcp_transfer,
 };
 
 use crate::{

@@ -11,8 +11,8 @@ use crate::{
     lab::{Host, Lab, Store, remove_leftovers},
     process::{cargo, inherit, workspace},
     progress::{heading, step},
-    run::tcp_transfer,
     setup,
+    transfer::tcp_transfer,
 };
 
 const NAME: &str = "flannel-bench";

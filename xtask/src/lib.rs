@@ -3,6 +3,7 @@
 //! # Layout
 //!
 //! * [`lab`] — an underlay, hosts, pods, a store; made of other people's tools
+//! * [`transfer`] — bulk TCP between two of them
 //! * one module for each command
 //!
 //! It runs programs and depends on no other crate of the project, so that it builds on a machine that has nothing yet.
@@ -16,3 +17,4 @@ pub mod progress;
 pub mod run;
 pub mod setup;
 pub mod test;
+pub mod transfer;

@@ -1,8 +1,6 @@
 //! `cargo xtask run`: a lab of hosts with the agent on each, and a tour of it. `cargo xtask lab`: into it, and down.
 
 use std::{
-    fs,
-    io::Write as _,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
@@ -11,21 +9,18 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
-use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::{Signal, kill};
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     iterator::Signals,
 };
 
 use crate::{
-    lab::{Host, Lab, Netns, PREFIX, Store, remove_leftovers},
+    lab::{Host, Lab, Lock, Netns, PREFIX, Store, remove_leftovers},
     process::{Process, cargo, inherit, output, workspace},
     progress::{heading, step, wait_for},
     setup,
+    transfer::tcp_transfer,
 };
 
 const NAME: &str = "flannel-lab";
@@ -72,7 +67,7 @@ pub fn run(options: &Options) -> Result<()> {
     // From here on a signal ends the programs that it reaches, and with them the step, but not the taking down.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let directory = directory();
-    let _lock = lock()?;
+    let _lock = Lock::take(NAME)?;
     remove_leftovers(NAME, &directory)?;
     let result = run_in(options, &directory, &mut signals);
     remove_leftovers(NAME, &directory)?;
@@ -232,42 +227,6 @@ fn picture(hosts: &[Host], store: &Store) -> Result<()> {
     Ok(())
 }
 
-/// What `iperf3` reports of bulk TCP.
-pub struct Transfer {
-    /// Rate at the receiver.
-    pub gbits: f64,
-    /// Segments sent again.
-    pub retransmits: f64,
-}
-
-/// Bulk TCP from one namespace to an address in another, the client on the first and the server on the second core.
-///
-/// # Errors
-/// Where `iperf3` fails.
-pub fn tcp_transfer(
-    client: &Netns,
-    server: &Netns,
-    address: std::net::Ipv4Addr,
-    seconds: u32,
-    directory: &Path,
-) -> Result<Transfer> {
-    let mut listen = server.command("taskset");
-    listen.args(["-c", "1", "iperf3", "--server", "--one-off", "--bind", &address.to_string()]);
-    let mut listening = Process::start(&mut listen, &directory.join("iperf3.log"))?;
-    wait_for("iperf3 to listen", Duration::from_secs(5), || {
-        server.exec("ss -Hltn sport = 5201").is_ok_and(|sockets| !sockets.is_empty())
-    })?;
-    let report = client.exec(&format!("taskset -c 0 iperf3 --json -C cubic --time {seconds} --client {address}"))?;
-    listening.wait(Duration::from_secs(5))?;
-    let report: serde_json::Value = serde_json::from_str(&report)?;
-    let end = &report["end"];
-    let number = |value: &serde_json::Value| value.as_f64().context("iperf3 reports no number");
-    Ok(Transfer {
-        gbits: number(&end["sum_received"]["bits_per_second"])? / 1e9,
-        retransmits: number(&end["sum_sent"]["retransmits"])?,
-    })
-}
-
 /// The first packet that `provoke` sends through `eth0` of a namespace and the filter takes, decoded by tshark.
 ///
 /// # Errors
@@ -321,18 +280,18 @@ fn enter(place: &str, command: &[String]) -> Result<()> {
 }
 
 fn take_down() -> Result<()> {
-    let held = match lock() {
-        Ok(lock) => Some(lock),
+    let held = match Lock::take(NAME) {
+        Ok(lock) => lock,
         Err(_) => {
-            let pid: i32 = fs::read_to_string(lock_path())?.trim().parse().context("the lock names no process")?;
+            let pid = Lock::holder(NAME)?;
             println!("the lab's process {pid} is asked to take it down");
-            kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+            kill(pid, Signal::SIGTERM)?;
             let mut lock = None;
             wait_for("the lab to go", Duration::from_secs(30), || {
-                lock = self::lock().ok();
+                lock = Lock::take(NAME).ok();
                 lock.is_some()
             })?;
-            lock
+            lock.context("the lab's lock was just taken")?
         }
     };
     remove_leftovers(NAME, &directory())?;
@@ -343,20 +302,4 @@ fn take_down() -> Result<()> {
 
 fn directory() -> PathBuf {
     std::env::temp_dir().join(NAME)
-}
-
-fn lock_path() -> PathBuf {
-    std::env::temp_dir().join(format!("{NAME}.lock"))
-}
-
-/// One lab at a time. The file holds the process that has it.
-fn lock() -> Result<Flock<fs::File>> {
-    let path = lock_path();
-    let file = fs::File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| format!("open {path:?}"))?;
-    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| anyhow::anyhow!("a lab is up already; `cargo xtask lab down` takes it down"))?;
-    lock.set_len(0)?;
-    write!(lock, "{}", std::process::id())?;
-    Ok(lock)
 }

@@ -19,7 +19,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 22] = [
+const PROGRAMS: [(&str, &str); 23] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -33,6 +33,7 @@ const PROGRAMS: [(&str, &str); 22] = [
     ("sysctl", "procps"),
     ("ping", "iputils-ping"),
     ("iperf3", "iperf3"),
+    ("sockperf", "sockperf"),
     ("tcpdump", "tcpdump"),
     ("tshark", "tshark"),
     ("ethtool", "ethtool"),

@@ -33,7 +33,8 @@ enum Suite {
 pub fn run(options: &Options) -> Result<()> {
     setup::ensure()?;
     let Options { suite, filter } = options;
-    inherit(cargo().args(["test", "--package", "flannel-common", "--package", "flannel-agent", "--"]).args(filter))?;
+    let packages = ["flannel-common", "flannel-agent", "xtask"].map(|package| ["--package", package]);
+    inherit(cargo().arg("test").args(packages.as_flattened()).arg("--").args(filter))?;
     if *suite == Suite::All {
         // The namespace tests start the agent as a program.
         inherit(cargo().args(["build", "--package", "flannel-agent"]))?;

@@ -162,19 +162,19 @@ impl Host {
         self.pods.last().context("a pod was just added")
     }
 
-    /// Switches segmentation at the underlay on or off. Off: every frame is as large as the MTU, as on a wire, and the host
-    /// aggregates what it receives. (A veth does so only where the other end does not offload segmentation itself:
-    /// `veth_skb_is_eligible_for_gro`.)
+    /// Switches segmentation at the underlay on or off, at both ends of the host's cable. On: as a veth is made. Off: every
+    /// frame is as large as the MTU, as on a wire, and the host aggregates what it receives. (A veth does so only where the
+    /// other end does not offload segmentation itself: `veth_skb_is_eligible_for_gro`.)
     ///
     /// # Errors
     /// Where `ethtool` fails.
     pub fn set_underlay_gso(&self, on: bool) -> Result<()> {
-        let state = if on { "on" } else { "off" };
-        let options = format!("tso {state} gso {state} tx-udp_tnl-segmentation {state}");
-        let (underlay, port) = &self.port;
-        let at_port = format!("netns exec {underlay} ethtool -K {port} {options}");
+        let [segmentation, aggregation] = if on { ["on", "off"] } else { ["off", "on"] };
+        let options = format!("tso {segmentation} gso {segmentation} tx-udp_tnl-segmentation {segmentation}");
+        let (netns, device) = &self.port;
+        let at_port = format!("netns exec {netns} ethtool -K {device} {options}");
         output(Command::new("ip").args(at_port.split_whitespace()))?;
-        self.netns.exec(&format!("ethtool -K eth0 {options} gro on")).map(drop)
+        self.netns.exec(&format!("ethtool -K eth0 {options} gro {aggregation}")).map(drop)
     }
 
     /// Makes this host one of flannel's, with plain commands: the kernel's vxlan device, and a lease in the store.

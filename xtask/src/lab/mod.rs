@@ -9,9 +9,12 @@
 //!  <lab>-node1-pod1: eth0        <lab>-node2-pod1: eth0
 //! ```
 //!
+//! Where each frame's cost counts, [`Lab::cable`] makes two hosts with a cable between them in the bridge's stead.
+//!
 //! Everything is made with `ip`, and gone when the [`Lab`] is dropped.
 
 mod host;
+mod lock;
 mod netns;
 mod store;
 
@@ -26,6 +29,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 pub use self::{
     host::{Host, KernelVxlan, Pod, Subnet},
+    lock::Lock,
     netns::Netns,
     store::Store,
 };
@@ -34,6 +38,8 @@ pub use self::{
 pub const PREFIX: &str = "/coreos.com/network";
 /// The underlay's addresses are in this /24.
 const UNDERLAY: [u8; 3] = [192, 168, 64];
+/// Those of hosts on a cable are in this one.
+const CABLE: [u8; 3] = [192, 168, 65];
 /// The bridge's, and the store's.
 const GATEWAY: u8 = 254;
 
@@ -107,6 +113,37 @@ impl Lab {
         netns.ip(&format!("route add default via {}", address(GATEWAY)))?;
         let port = (self.underlay.name().to_owned(), port);
         Ok(Host::new(netns, name, address(number), port, &self.directory, self.bpf(name)))
+    }
+
+    /// Two hosts with a cable between their `eth0`, `192.168.65.<number>`. The store is reached by `eth1`,
+    /// `192.168.64.<number>`, which is on the bridge; agents on them are told `--iface=eth0`.
+    ///
+    /// # Errors
+    /// Where a link can't be made.
+    pub fn cable(&self, names: [&str; 2], numbers: [u8; 2]) -> Result<[Host; 2]> {
+        let [first, second] = names.map(|name| Netns::create(&format!("{}-{name}", self.name)));
+        let (first, second) = (first?, second?);
+        first.ip(&format!("link add eth0 type veth peer name eth0 netns {}", second.name()))?;
+        let ports = [second.name().to_owned(), first.name().to_owned()].map(|netns| (netns, "eth0".to_owned()));
+        let [first_port, second_port] = ports;
+        Ok([
+            self.on_cable(first, names[0], numbers[0], first_port)?,
+            self.on_cable(second, names[1], numbers[1], second_port)?,
+        ])
+    }
+
+    fn on_cable(&self, netns: Netns, name: &str, number: u8, port: (String, String)) -> Result<Host> {
+        let bridge_port = format!("{name:.15}");
+        self.underlay.ip(&format!("link add {bridge_port} type veth peer name eth1 netns {}", netns.name()))?;
+        self.underlay.ip(&format!("link set {bridge_port} master br0 up"))?;
+        let [a, b, c] = CABLE;
+        let on_cable = Ipv4Addr::new(a, b, c, number);
+        netns.ip(&format!("address add {on_cable}/24 dev eth0"))?;
+        netns.ip(&format!("address add {}/24 dev eth1", address(number)))?;
+        for device in ["lo", "eth0", "eth1"] {
+            netns.ip(&format!("link set {device} up"))?;
+        }
+        Ok(Host::new(netns, name, on_cable, port, &self.directory, self.bpf(name)))
     }
 }
 

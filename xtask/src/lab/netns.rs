@@ -1,9 +1,10 @@
 //! Network namespaces, by the names that `ip netns` knows.
 
-use std::{process::Command, time::Duration};
+use std::{fs::File, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
 use nix::{
+    sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -56,6 +57,16 @@ impl Netns {
     pub fn exec(&self, line: &str) -> Result<String> {
         let mut words = line.split_whitespace();
         output(self.command(words.next().unwrap_or("true")).args(words))
+    }
+
+    /// Moves the calling thread, and no other, into it.
+    ///
+    /// # Errors
+    /// Where the namespace is gone, or the kernel refuses.
+    pub fn enter(&self) -> Result<()> {
+        let path = format!("/run/netns/{}", self.name);
+        let file = File::open(&path).with_context(|| format!("open {path}"))?;
+        setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {path}"))
     }
 
     /// Runs `ip` with the words of `line`.
