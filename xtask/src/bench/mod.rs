@@ -1,0 +1,189 @@
+//! `cargo xtask bench`: traffic through our dataplane, beside the kernel's vxlan device set up as flannel does, flannel's
+//! host-gw and no overlay, in turns.
+//!
+//! * `topology` — the pairs of hosts
+//! * `measure` — what is measured of a pair; `connections` and `datagrams` by hand
+//! * `report` — medians, spread and ratios; `floors` — what these must reach; `picture` draws them
+//!
+//! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`.
+
+mod connections;
+mod datagrams;
+mod floors;
+mod measure;
+mod picture;
+mod report;
+mod topology;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use anyhow::{Context as _, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use self::{
+    report::{Conditions, Report, Results, Sample},
+    topology::{Mode, Pair, Rival},
+};
+use crate::{
+    lab::{Lab, Lock, remove_leftovers},
+    process::{cargo, inherit},
+    progress::{heading, step},
+    setup,
+};
+
+const NAME: &str = "flannel-bench";
+
+/// Options of `cargo xtask bench`.
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Options {
+    #[command(subcommand)]
+    what: Option<What>,
+    /// How often each is measured
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Length of a measurement
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: u32,
+    /// Only some of them
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = Rival::ALL)]
+    only: Vec<Rival>,
+    /// Where the results are written as JSON
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Where a picture of the results is written
+    #[arg(long)]
+    svg: Option<PathBuf>,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// The agent with 10, 1,000 and 5,000 leases, beside flannel's scheme for the same
+    Control {
+        /// Further options; `-- --help` lists them
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+}
+
+/// Measures and prints medians and ratios.
+///
+/// # Errors
+/// Where the lab does not come up or a measurement fails.
+pub fn run(options: &Options) -> Result<()> {
+    setup::ensure()?;
+    step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
+    match &options.what {
+        None => traffic(options),
+        Some(What::Control { arguments }) => {
+            inherit(cargo().args(["bench", "--package", "tests", "--bench", "control", "--"]).args(arguments))
+        }
+    }
+}
+
+fn traffic(options: &Options) -> Result<()> {
+    let directory = std::env::temp_dir().join(NAME);
+    let _lock = Lock::take(NAME)?;
+    remove_leftovers(NAME, &directory)?;
+    // From here on a signal ends the measurement, but not the taking down.
+    let stopped = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stopped))?;
+    }
+    let report = measure(options, &directory, &stopped);
+    remove_leftovers(NAME, &directory)?;
+    let report = report?;
+    println!("\n{report}");
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&report.to_json())?;
+        fs::write(path, text + "\n").with_context(|| format!("write {path:?}"))?;
+    }
+    if let Some(path) = &options.svg {
+        svg::save(path, &picture::draw(&report)).with_context(|| format!("write {path:?}"))?;
+    }
+    Ok(())
+}
+
+fn measure(options: &Options, directory: &Path, stopped: &AtomicBool) -> Result<Report> {
+    let lab = Lab::new(NAME, directory)?;
+    let store = lab.store()?;
+    store.put("/coreos.com/network/config", r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
+    let rivals = Rival::ALL.into_iter().filter(|rival| options.only.contains(rival));
+    let mut pairs = rivals.map(|rival| Pair::new(rival, &lab, &store)).collect::<Result<Vec<_>>>()?;
+    let mut results = Vec::new();
+    for mode in Mode::ALL {
+        heading(mode.name());
+        results.push(measure_mode(mode, &mut pairs, options, directory, stopped)?);
+    }
+    let conntrack = pairs.iter().map(|pair| Ok((pair.rival, pair.conntrack_entries()?))).collect::<Result<_>>()?;
+    Ok(Report { conditions: Conditions::of(options.rounds, options.seconds, conntrack)?, results })
+}
+
+fn measure_mode(
+    mode: Mode,
+    pairs: &mut [Pair],
+    options: &Options,
+    directory: &Path,
+    stopped: &AtomicBool,
+) -> Result<Results> {
+    for pair in &mut *pairs {
+        pair.set_mode(mode)?;
+        // The first packets of a path find no neighbours, no flow noted, and cold caches.
+        let warmed = pair.check(100).and_then(|()| measure::warm_up(&pair.path()?, directory));
+        warmed.with_context(|| format!("{}, {}, warming up", pair.rival.name(), mode.name()))?;
+    }
+    let mut samples = Vec::new();
+    for round in 0..options.rounds {
+        for index in order(pairs.len(), round as usize) {
+            anyhow::ensure!(!stopped.load(Ordering::Relaxed), "stopped");
+            let rival = pairs[index].rival;
+            let measured = step(&format!("round {} of {}: {}", round + 1, options.rounds, rival.name()), || {
+                measure::measure(&pairs[index].path()?, options.seconds, directory)
+            });
+            let measured = measured.with_context(|| format!("{}, {}", rival.name(), mode.name()))?;
+            samples.extend(measured.into_iter().map(|(metric, value)| Sample { round, rival, metric, value }));
+        }
+    }
+    for pair in pairs {
+        pair.check(100).with_context(|| format!("{}, {}, after its measurements", pair.rival.name(), mode.name()))?;
+    }
+    Ok(Results { mode, samples })
+}
+
+/// Whose turn it is within a round: another first each time, and not always after the same one.
+fn order(count: usize, round: usize) -> Vec<usize> {
+    let mut order: Vec<_> = (0..count).collect();
+    if count > 0 {
+        order.rotate_left(round / 2 % count);
+    }
+    if round % 2 == 1 {
+        order.reverse();
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_round_has_each_once_and_nobody_follows_the_same_one_always() {
+        assert_eq!(order(4, 0), [0, 1, 2, 3]);
+        assert_eq!(order(4, 1), [3, 2, 1, 0]);
+        assert_eq!(order(4, 2), [1, 2, 3, 0]);
+        assert_eq!(order(4, 3), [0, 3, 2, 1]);
+        assert_eq!(order(1, 7), [0]);
+        assert!(order(0, 3).is_empty());
+        for rounds in [0..2, 0..5] {
+            let firsts: Vec<_> = rounds.map(|round| order(2, round)[0]).collect();
+            assert!(firsts.contains(&0) && firsts.contains(&1), "{firsts:?}");
+        }
+    }
+}
