@@ -66,7 +66,7 @@ impl Metric {
             Self::CpuPerGb => "TCP, 1 flow, CPU seconds per GB",
             Self::TcpEight => "TCP, 8 flows, Gb/s",
             Self::TcpEightAgain => "TCP, 8 flows, retransmitted segments",
-            Self::Udp => "UDP, 64 bytes, thousands delivered per second",
+            Self::Udp => "UDP, 64 bytes, 1000 delivered/s",
             Self::RoundTripMedian => "TCP round trip, p50, µs",
             Self::RoundTripTail => "TCP round trip, p99, µs",
             Self::Connections => "TCP connections per second",

@@ -13,14 +13,14 @@ use super::{
 
 const COLUMNS: usize = 4;
 /// A panel's width and height, with what is around its bars.
-const PANEL: (f64, f64) = (290.0, 230.0);
+const PANEL: (f64, f64) = (290.0, 245.0);
 const MARGIN: f64 = 20.0;
 /// Above the panels, for the title and the legend.
 const HEAD: f64 = 70.0;
 /// Within a panel, for its title and the numbers on the bars.
-const PANEL_HEAD: f64 = 50.0;
-/// Within a panel, for the names of the modes.
-const PANEL_FOOT: f64 = 24.0;
+const PANEL_HEAD: f64 = 46.0;
+/// Within a panel, for the names of the modes and the distance to the next.
+const PANEL_FOOT: f64 = 40.0;
 const BAR: f64 = 31.0;
 const INK: &str = "#222222";
 const FAINT: &str = "#666666";
@@ -39,7 +39,7 @@ pub(super) fn draw(report: &Report) -> Document {
         .set("height", height)
         .set("font-family", "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif")
         .add(background)
-        .add(head(&report.conditions));
+        .add(head(report));
     metrics.iter().enumerate().fold(document, |document, (index, metric)| {
         let (column, row) = (index % COLUMNS, index / COLUMNS);
         let (x, y) = (MARGIN + column as f64 * PANEL.0, HEAD + row as f64 * PANEL.1);
@@ -61,10 +61,11 @@ fn text(words: impl Into<String>, (x, y): (f64, f64), size: f64, fill: &str) -> 
     Text::new(words).set("x", x).set("y", y).set("font-size", size).set("fill", fill)
 }
 
-fn head(conditions: &Conditions) -> Group {
-    let Conditions { rounds, seconds, kernel, cpus, .. } = conditions;
+fn head(report: &Report) -> Group {
+    let Conditions { rounds, seconds, kernel, cpus, .. } = &report.conditions;
+    let warning = report.warning().map_or_else(String::new, |warning| format!("; {warning}"));
     let made = format!(
-        "cargo xtask bench --rounds {rounds} --seconds {seconds} on Linux {kernel}, {cpus} CPUs, veth of MTU 1500; medians"
+        "cargo xtask bench --rounds {rounds} --seconds {seconds} on Linux {kernel}, {cpus} CPUs, veth of MTU 1500; medians{warning}"
     );
     let group = Group::new().add(text(made, (MARGIN, 26.0), 13.0, FAINT));
     Rival::ALL.into_iter().enumerate().fold(group, |group, (index, rival)| {
