@@ -7,7 +7,7 @@ use flannel_common::event::Event;
 use nix::sys::socket::{
     AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt,
 };
-use xtask::{lab::Netns, progress::wait_for, run::tcp_transfer};
+use xtask::{lab::Netns, progress::wait_for, transfer::tcp_transfer};
 
 use crate::{
     admission,

@@ -29,7 +29,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use self::{
     report::{Conditions, Report, Results, Sample},
-    topology::{Mode, Pair, Rival},
+    topology::{Mode, Pair, Rival, Rules},
 };
 use crate::{
     lab::{Lab, Lock, remove_leftovers},
@@ -55,6 +55,9 @@ pub struct Options {
     /// Only some of them
     #[arg(long, value_delimiter = ',', value_enum, default_values_t = Rival::ALL)]
     only: Vec<Rival>,
+    /// The netfilter rules of hosts with pods
+    #[arg(long, value_enum, default_value_t = Rules::Cluster)]
+    rules: Rules,
     /// Where the results are written as JSON
     #[arg(long)]
     json: Option<PathBuf>,
@@ -116,7 +119,7 @@ fn measure(options: &Options, directory: &Path, stopped: &AtomicBool) -> Result<
     let store = lab.store()?;
     store.put("/coreos.com/network/config", r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
     let rivals = Rival::ALL.into_iter().filter(|rival| options.only.contains(rival));
-    let mut pairs = rivals.map(|rival| Pair::new(rival, &lab, &store)).collect::<Result<Vec<_>>>()?;
+    let mut pairs = rivals.map(|rival| Pair::new(rival, options.rules, &lab, &store)).collect::<Result<Vec<_>>>()?;
     let mut results = Vec::new();
     for mode in Mode::ALL {
         heading(mode.name());

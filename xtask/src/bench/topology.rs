@@ -5,7 +5,9 @@
 //! ```
 //!
 //! A cable and no bridge, as a bridge costs each frame the same again whoever carries it, and so hides what differs. All
-//! pairs have the same devices, sysctls as a new namespace has them, `ip_forward` on, and no netfilter rules.
+//! pairs have the same devices, sysctls as a new namespace has them, `ip_forward` on, and all with pods the same netfilter
+//! rules: those that every host of a Kubernetes cluster has, so that conntrack looks at each packet which takes the stack.
+//! From host to host without an overlay there are none: that is what the machine can do.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -48,6 +50,25 @@ impl Rival {
         }
     }
 }
+
+/// The netfilter rules of hosts with pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Rules {
+    /// What flannel and kube-proxy set: forwarding, masquerade, nothing that conntrack holds for invalid
+    Cluster,
+    /// None
+    None,
+}
+
+/// As flannel (pkg/trafficmngr/iptables) and kube-proxy (pkg/proxy/iptables) set them, for both networks here.
+const CLUSTER_RULES: [&str; 6] = [
+    "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
+    "-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+    "-A FORWARD -s 10.4.0.0/14 -j ACCEPT",
+    "-A FORWARD -d 10.4.0.0/14 -j ACCEPT",
+    "-t nat -A POSTROUTING -s 10.4.0.0/14 -d 10.4.0.0/14 -j RETURN",
+    "-t nat -A POSTROUTING -s 10.4.0.0/14 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
+];
 
 /// How large the frames on the cable are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +124,7 @@ pub(super) struct Pair {
 
 impl Pair {
     /// Builds it and waits until it carries packets.
-    pub(super) fn new(rival: Rival, lab: &Lab, store: &Store) -> Result<Self> {
+    pub(super) fn new(rival: Rival, rules: Rules, lab: &Lab, store: &Store) -> Result<Self> {
         step(&format!("two hosts: {}", rival.name()), || {
             let hosts = match rival {
                 Rival::Ours => agents(lab, store),
@@ -111,6 +132,11 @@ impl Pair {
                 Rival::HostGw => host_gw(lab),
                 Rival::Direct => forwarding(lab.cable(["direct1", "direct2"], [31, 32])?),
             }?;
+            if rules == Rules::Cluster && rival != Rival::Direct {
+                for host in &hosts {
+                    CLUSTER_RULES.iter().try_for_each(|rule| host.netns.exec(&format!("iptables {rule}")).map(drop))?;
+                }
+            }
             let pair = Self { rival, hosts };
             wait_for("an answer through the pair", Duration::from_secs(10), || pair.ping(1).is_ok())?;
             Ok(pair)
