@@ -53,6 +53,21 @@ impl XdpMode {
 }
 
 impl Dataplane {
+    /// The program of a mode, loaded.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    pub fn xdp_program(&mut self, mode: XdpMode) -> Result<&mut Xdp, DataplaneError> {
+        let name = mode.program();
+        let program = self.ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
+        let refused = |call| move |source| DataplaneError::Program { call, program: name, source };
+        let program: &mut Xdp = program.try_into().map_err(refused("use"))?;
+        match program.load() {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(program),
+            Err(error) => Err(refused("load")(error)),
+        }
+    }
+
     /// Attaches `xdp_decap` to a link in this mode, or swaps the one that an earlier agent left there, and detaches it from
     /// wherever else it is; [`None`] detaches it from all. A driver may take its link down for a moment at each attachment and
     /// each end of one, so an attachment that is as wanted is kept.
@@ -69,14 +84,8 @@ impl Dataplane {
             has_detached = true;
         }
         let (Some(mode), Some(pin)) = (mode, wanted) else { return Ok(()) };
-        let name = mode.program();
-        let program = self.ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
-        let refused = |call| move |source| DataplaneError::Program { call, program: name, source };
-        let program: &mut Xdp = program.try_into().map_err(refused("use"))?;
-        match program.load() {
-            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
-            Err(error) => return Err(refused("load")(error)),
-        }
+        let program = self.xdp_program(mode)?;
+        let refused = |call| move |source| DataplaneError::Program { call, program: mode.program(), source };
         if swap_pinned(program, &pin) {
             return Ok(());
         }

@@ -5,7 +5,8 @@
 //! * `measure` — what is measured of a pair; `connections` and `datagrams` by hand
 //! * `report` — medians, spread and ratios; `floors` — what these must reach; `picture` draws them
 //!
-//! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`.
+//! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`. `cargo xtask bench
+//! programs`: each program on single frames; see `tests/benches/programs.rs`.
 
 mod connections;
 mod datagrams;
@@ -74,6 +75,12 @@ enum What {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Each program on single frames, with few and with many peers in the maps
+    Programs {
+        /// Further options; `-- --help` lists them
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
 }
 
 /// Measures and prints medians and ratios.
@@ -87,6 +94,9 @@ pub fn run(options: &Options) -> Result<()> {
         None => traffic(options),
         Some(What::Control { arguments }) => {
             inherit(cargo().args(["bench", "--package", "tests", "--bench", "control", "--"]).args(arguments))
+        }
+        Some(What::Programs { arguments }) => {
+            inherit(cargo().args(["bench", "--package", "tests", "--bench", "programs", "--"]).args(arguments))
         }
     }
 }
