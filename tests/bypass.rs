@@ -22,12 +22,12 @@ use xtask::{
 use crate::{
     frames::*,
     loaded::with_programs,
-    two_hosts::socket_in,
+    sockets::socket_in,
     world::{SOON, World, is_answered},
 };
 
 /// As kube-proxy has it: what conntrack holds for invalid never passes.
-const DROP_INVALID: &str = "iptables -I FORWARD -m conntrack --ctstate INVALID -j DROP";
+pub const DROP_INVALID: &str = "iptables -I FORWARD -m conntrack --ctstate INVALID -j DROP";
 
 fn with_conntrack() -> World {
     let world = World::with_agents(2);
@@ -36,10 +36,6 @@ fn with_conntrack() -> World {
     }
     world.wait_connected(0, 1);
     world
-}
-
-fn moved(world: &World, host: usize, label: &str, since: u64) -> u64 {
-    world.counter(host, label) - since
 }
 
 /// Numbered datagrams from one pod to another, a thousand in a second.
@@ -187,35 +183,6 @@ fn what_netfilter_refuses_never_passes() {
     let (sent, received) = stream.end();
     assert!(sent > 1000 && received.is_empty(), "{} of {sent}", received.len());
     assert_eq!(world.counter(1, "delivered"), 0);
-}
-
-#[test]
-fn a_translated_flow_takes_the_stack_where_it_is_translated() {
-    let world = with_conntrack();
-    let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
-    let service = Ipv4Addr::new(10, 96, 0, 10);
-    let rule = format!("iptables -t nat -A PREROUTING -d {service} -p tcp -j DNAT --to-destination {}", server.address);
-    world.hosts[0].netns.exec(&rule).unwrap();
-    let before = [world.counter(0, "delivered"), world.counter(0, "pod_encapsulated"), world.counter(1, "delivered")];
-    let transfer = transfer_through(service, client, server, &world);
-    assert!(transfer > 0.1, "{transfer} Gb/s");
-    // On the client's host, where conntrack translates each packet, both ways are the stack's; on the server's none is.
-    assert_eq!(moved(&world, 0, "delivered", before[0]), 0);
-    assert_eq!(moved(&world, 0, "pod_encapsulated", before[1]), 0);
-    assert!(moved(&world, 1, "delivered", before[2]) > 100);
-}
-
-/// A transfer to an address that is translated to the server's.
-fn transfer_through(service: Ipv4Addr, client: &Pod, server: &Pod, world: &World) -> f64 {
-    let mut listen = server.netns.command("iperf3");
-    listen.args(["--server", "--one-off", "--bind", &server.address.to_string()]);
-    let _server =
-        xtask::process::Process::start(&mut listen, &world.lab.directory().join("iperf3-service.log")).unwrap();
-    let is_listening = || server.netns.exec("ss -Hltn sport = 5201").is_ok_and(|sockets| !sockets.is_empty());
-    wait_for("iperf3 to listen", SOON, is_listening).unwrap();
-    let report = client.netns.exec(&format!("iperf3 --json --time 3 --client {service}")).unwrap();
-    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
-    report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9
 }
 
 /// Datagrams from one socket to two addresses in turns, until each has had two thousand.

@@ -5,6 +5,7 @@
 //!
 //! * [`world`] — a lab for a test, named hosts, the agent's binary
 //! * [`frames`] — frames of the world, built with another's packet builder
+//! * [`sockets`] — sockets in its namespaces, and bytes that tell where they belong
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
 //! * [`fast_path`] — the same of flows that the programs know
 //! * [`xdp`] — the same tables over a wire, with and without XDP
@@ -12,6 +13,7 @@
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`certificates`] — TLS to the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
+//! * [`services`] — service addresses and node ports, with kube-proxy's rules
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
 //! * [`tenancy`] — keeping the own lease: renewal, sleeping past its end, losing it
@@ -32,7 +34,9 @@ mod interoperation;
 mod leases;
 mod lifecycle;
 mod loaded;
+mod services;
 mod short_frames;
+mod sockets;
 mod store_faults;
 mod tenancy;
 mod two_hosts;

@@ -1,22 +1,20 @@
 //! Pods on two hosts, on real traffic.
 
 use std::{
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
-    path::PathBuf,
-    thread,
+    net::{Ipv4Addr, SocketAddrV4},
     time::Duration,
 };
 
 use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
 use xtask::{
-    lab::{Netns, PREFIX},
+    lab::PREFIX,
     progress::wait_for,
     run::decoded_packet,
     transfer::tcp_transfer,
 };
 
 use crate::{
-    loaded::enter,
+    sockets::socket_in,
     world::{SOON, World, is_answered, lease_value},
 };
 
@@ -109,17 +107,6 @@ fn a_large_udp_send_crosses_whole_and_arrives_as_datagrams() {
         assert_eq!(buffer[..len], [number as u8; DATAGRAM], "datagram {number}");
     }
     assert_eq!(world.counter(0, "encapsulated") - before, 1, "packets for one send");
-}
-
-/// A socket of a namespace. A socket stays in the namespace that it was made in.
-pub fn socket_in(netns: &Netns, address: SocketAddrV4) -> UdpSocket {
-    let path = PathBuf::from(format!("/run/netns/{}", netns.name()));
-    thread::spawn(move || {
-        enter(&path);
-        UdpSocket::bind(address).unwrap()
-    })
-    .join()
-    .unwrap()
 }
 
 #[test]

@@ -55,15 +55,19 @@ impl World {
 
     /// Hosts with a ready agent and a pod each.
     pub fn with_agents(hosts: u8) -> Self {
-        let mut world = Self::new(hosts);
-        for host in 0..hosts.into() {
-            world.start(host, &[]);
+        Self::new(hosts).ready(&[])
+    }
+
+    /// Starts the agent on all hosts, and gives each a pod once it is ready.
+    pub fn ready(mut self, arguments: &[&str]) -> Self {
+        for host in 0..self.hosts.len() {
+            self.start(host, arguments);
         }
-        for host in &mut world.hosts {
+        for host in &mut self.hosts {
             host.wait_ready().unwrap();
             host.add_pod().unwrap();
         }
-        world
+        self
     }
 
     /// Starts the agent on a host; it is not ready yet.

@@ -1,0 +1,83 @@
+//! Sockets within a lab's namespaces, and bytes that tell where they belong.
+
+use std::{
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    path::PathBuf,
+    thread,
+};
+
+use xtask::lab::Netns;
+
+use crate::{loaded::enter, world::SOON};
+
+/// Makes something in a namespace. A socket stays in the one that it was made in.
+pub fn within<T: Send + 'static>(netns: &Netns, make: impl FnOnce() -> T + Send + 'static) -> T {
+    let path = PathBuf::from(format!("/run/netns/{}", netns.name()));
+    let made = thread::spawn(move || {
+        enter(&path);
+        make()
+    });
+    made.join().unwrap()
+}
+
+/// A UDP socket of a namespace.
+pub fn socket_in(netns: &Netns, address: SocketAddrV4) -> UdpSocket {
+    within(netns, move || UdpSocket::bind(address).unwrap())
+}
+
+/// A TCP socket of a namespace that listens.
+pub fn listener_in(netns: &Netns, address: Ipv4Addr, port: u16) -> TcpListener {
+    within(netns, move || TcpListener::bind((address, port)).unwrap())
+}
+
+/// A connection from a namespace to an address that leads to the listener, whatever the address: the client's end, and
+/// the server's. What is written leaves at once, and nothing waits for ever.
+pub fn connection(client: &Netns, address: SocketAddrV4, listener: &TcpListener) -> (TcpStream, TcpStream) {
+    let one = within(client, move || TcpStream::connect_timeout(&address.into(), SOON).unwrap());
+    let (two, _) = listener.accept().unwrap();
+    for stream in [&one, &two] {
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.set_write_timeout(Some(SOON)).unwrap();
+    }
+    (one, two)
+}
+
+/// An endless row of bytes in which each place looks different from all that a lost, doubled or misplaced segment could
+/// put there.
+pub struct Pattern(Vec<u8>);
+
+impl Pattern {
+    /// A prime: no number of segments, pages or buffers makes one period.
+    const PERIOD: usize = 65_521;
+    /// What can be asked for at once.
+    pub const LARGEST: usize = 65_536;
+
+    pub fn new() -> Self {
+        // Numerical Recipes' generator; its upper bits are good enough, and the same in each run.
+        let mut state = 1u32;
+        let mut period: Vec<u8> = (0..Self::PERIOD)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 24) as u8
+            })
+            .collect();
+        period.extend_from_within(..);
+        period.extend_from_within(..Self::LARGEST - Self::PERIOD);
+        Self(period)
+    }
+
+    /// The bytes from a place on.
+    pub fn at(&self, place: usize, len: usize) -> &[u8] {
+        &self.0[place % Self::PERIOD..][..len]
+    }
+
+    /// That these are the bytes from that place on.
+    pub fn assert(&self, place: usize, bytes: &[u8], what: impl FnOnce() -> String) {
+        let expected = self.at(place, bytes.len());
+        if bytes != expected {
+            let wrong = bytes.iter().zip(expected).position(|(byte, expected)| byte != expected);
+            panic!("{}: wrong from byte {wrong:?} of {} on", what(), bytes.len());
+        }
+    }
+}
