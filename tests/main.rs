@@ -11,6 +11,7 @@
 //! * [`xdp`] — the same tables over a wire, with and without XDP
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
+//! * [`large_packets`] — every size, whole or segmented, on small frames and large
 //! * [`certificates`] — TLS to the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
@@ -31,6 +32,7 @@ mod fast_path;
 mod frames;
 mod guard;
 mod interoperation;
+mod large_packets;
 mod leases;
 mod lifecycle;
 mod loaded;

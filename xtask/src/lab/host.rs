@@ -177,6 +177,18 @@ impl Host {
         self.netns.exec(&format!("ethtool -K eth0 {options} gro {aggregation}")).map(drop)
     }
 
+    /// Sets the MTU of the cable to the underlay, both ends; 1500 without. The agent takes it from the interface when it
+    /// starts. (The bridge forwards what its ports take, whatever its own MTU.)
+    ///
+    /// # Errors
+    /// Where a link does not take it.
+    pub fn set_underlay_mtu(&self, mtu: u32) -> Result<()> {
+        let (underlay, port) = &self.port;
+        let at_port = format!("-n {underlay} link set {port} mtu {mtu}");
+        output(Command::new("ip").args(at_port.split_whitespace()))?;
+        self.netns.ip(&format!("link set eth0 mtu {mtu}")).map(drop)
+    }
+
     /// Makes this host one of flannel's, with plain commands: the kernel's vxlan device, and a lease in the store.
     ///
     /// # Errors

@@ -1,0 +1,234 @@
+//! What is larger than a frame: TCP and UDP of every size, segmented by the underlay or before it, with small frames and
+//! large ones.
+
+use std::{
+    collections::BTreeSet,
+    io::{IoSliceMut, Read as _, Write as _},
+    net::{SocketAddrV4, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+    thread,
+};
+
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, getsockopt, recvmsg, setsockopt,
+    sockopt::{RcvBufForce, TcpMaxSeg, UdpGroSegment, UdpGsoSegment},
+};
+use xtask::lab::Pod;
+
+use crate::{
+    sockets::{Pattern, connection, listener_in, socket_in},
+    world::{SOON, World},
+};
+
+/// The largest payload of a UDP packet: 65,535 bytes less the IPv4 and UDP headers.
+const LARGEST_UDP: usize = 65_507;
+/// IPv4 and UDP headers.
+const UDP_HEADERS: usize = 28;
+/// As many datagrams as every kernel takes in one send (`UDP_MAX_SEGMENTS`).
+const MOST_SEGMENTS: usize = 64;
+
+/// Two hosts with a pod each on an underlay of that MTU.
+fn world(mtu: u32) -> World {
+    let world = World::new(2);
+    for host in &world.hosts {
+        host.set_underlay_mtu(mtu).unwrap();
+    }
+    let world = world.ready(&[]);
+    assert_eq!(world.hosts[0].subnet().unwrap().mtu, mtu - 50);
+    world.wait_connected(0, 1);
+    world
+}
+
+/// Does something where large packets cross the underlay whole, and where they do not, on frames of both sizes.
+fn on_each_underlay(check: impl Fn(&World, &str)) {
+    for mtu in [1500, 9000] {
+        let world = world(mtu);
+        for gso in [true, false] {
+            for host in &world.hosts {
+                host.set_underlay_gso(gso).unwrap();
+            }
+            check(&world, &format!("MTU {mtu}, GSO {gso}"));
+        }
+    }
+}
+
+fn pods(world: &World) -> [&Pod; 2] {
+    [0, 1].map(|host| &world.hosts[host].pods[0])
+}
+
+/// Bytes past the stack: what was counted on both hosts.
+struct Bypassed<'a> {
+    world: &'a World,
+    labels: &'a [&'a str],
+    before: Vec<u64>,
+}
+
+impl<'a> Bypassed<'a> {
+    fn since_now(world: &'a World, labels: &'a [&'a str]) -> Self {
+        let mut bypassed = Self { world, labels, before: Vec::new() };
+        bypassed.before = bypassed.count();
+        bypassed
+    }
+
+    fn count(&self) -> Vec<u64> {
+        [0, 1].iter().flat_map(|host| self.labels.iter().map(|label| self.world.counter_row(*host, label).1)).collect()
+    }
+
+    /// That of so many bytes each way nearly all passed by: what is left to the stack are a flow's first packets, and one
+    /// in a second.
+    fn assert(&self, sent: usize, what: &str) {
+        let moved: Vec<_> = self.count().iter().zip(&self.before).map(|(after, before)| after - before).collect();
+        assert!(moved.iter().all(|moved| *moved >= sent as u64 / 10 * 9), "{what}: {moved:?} of {sent}");
+    }
+}
+
+/// Sizes up to the largest: around each number of whole segments, around powers of two, and some of all others.
+fn sizes(segment: usize, largest: usize) -> Vec<usize> {
+    let multiples = (1..=largest / segment).map(|count| count * segment);
+    let powers = (0..=16).map(|power| 1 << power);
+    let around = multiples.chain(powers).flat_map(|size| [size - 1, size, size + 1]);
+    let sizes = around.chain((1..=largest).step_by(97)).chain([largest]);
+    sizes.filter(|size| (1..=largest).contains(size)).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+#[test]
+fn tcp_of_every_size_arrives_whole() {
+    let pattern = Pattern::new();
+    on_each_underlay(|world, what| {
+        let [one, two] = pods(world);
+        let listener = listener_in(&two.netns, two.address, 7777);
+        let (mut client, mut server) = connection(&one.netns, SocketAddrV4::new(two.address, 7777), &listener);
+        let segment = getsockopt(&client, TcpMaxSeg).unwrap() as usize;
+        let sizes = sizes(segment, Pattern::LARGEST);
+        let bypassed = Bypassed::since_now(world, &["pod_encapsulated", "delivered"]);
+        thread::scope(|scope| {
+            // It answers with as much, once all is there. So each is a write, and a packet or few, by itself.
+            let (sizes, pattern) = (&sizes, &pattern);
+            scope.spawn(move || {
+                for size in sizes {
+                    receive(&mut server, *size, pattern, what);
+                    server.write_all(pattern.at(*size, *size)).unwrap();
+                }
+            });
+            for size in sizes {
+                client.write_all(pattern.at(*size, *size)).unwrap();
+                receive(&mut client, *size, pattern, what);
+            }
+        });
+        bypassed.assert(sizes.iter().sum(), what);
+    });
+}
+
+fn receive(stream: &mut TcpStream, size: usize, pattern: &Pattern, what: &str) {
+    let mut buffer = vec![0; size];
+    stream.read_exact(&mut buffer).unwrap();
+    pattern.assert(size, &buffer, || format!("{size} bytes of TCP, {what}"));
+}
+
+/// UDP sockets of two pods, with room for all datagrams of a send.
+fn udp_pair(pods: [&Pod; 2], port: u16) -> [UdpSocket; 2] {
+    pods.map(|pod| {
+        let socket = socket_in(&pod.netns, SocketAddrV4::new(pod.address, port));
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        setsockopt(&socket, RcvBufForce, &(4 << 20)).unwrap();
+        socket
+    })
+}
+
+/// Sends of so many bytes as datagrams of a size: few and many, with a last one that is shorter or of one byte.
+fn segmented(segment: usize) -> impl Iterator<Item = usize> {
+    let most = MOST_SEGMENTS.min(LARGEST_UDP / segment);
+    let counts: BTreeSet<usize> =
+        [1, 2, 3, 5, 16, 17, most - 1, most].into_iter().filter(|count| *count <= most).collect();
+    let most = (most * segment).min(LARGEST_UDP);
+    counts
+        .into_iter()
+        .flat_map(move |count| [count * segment - 1, count * segment, count * segment + 1])
+        .filter(move |size| (1..=most).contains(size))
+}
+
+#[test]
+fn udp_of_every_segmentation_arrives_where_aggregates_are_taken() {
+    check_every_segmentation(true);
+}
+
+/// Sends of every size as datagrams of every size, to sockets that take them aggregated, or one by one.
+fn check_every_segmentation(aggregated: bool) {
+    const PORT: u16 = 7777;
+    let pattern = Pattern::new();
+    on_each_underlay(|world, what| {
+        let pods = pods(world);
+        let largest = world.hosts[0].subnet().unwrap().mtu as usize - UDP_HEADERS;
+        let sockets = udp_pair(pods, PORT);
+        for socket in &sockets {
+            setsockopt(socket, UdpGroSegment, &aggregated).unwrap();
+        }
+        // Only out of the pods: who receives may have to leave to the stack what is still to be segmented.
+        let bypassed = Bypassed::since_now(world, &["pod_encapsulated"]);
+        let mut sent = 0;
+        for segment in [1, 7, 8, 100, 511, 512, 1000, 1024, largest / 2, largest - 1, largest] {
+            for socket in &sockets {
+                setsockopt(socket, UdpGsoSegment, &(segment as i32)).unwrap();
+            }
+            for (size, [from, to]) in segmented(segment).flat_map(|size| [(size, [0, 1]), (size, [1, 0])]) {
+                sent += size;
+                let bytes = pattern.at(size, size);
+                sockets[from].send_to(bytes, (pods[to].address, PORT)).unwrap();
+                let what = || format!("{size} bytes by {segment}, from {from}, {what}");
+                receive_datagrams(&sockets[to], bytes, segment, what);
+            }
+        }
+        bypassed.assert(sent / 2, what);
+    });
+}
+
+/// Takes all datagrams of a send, each of them of the segments' size but for the last. A socket that takes aggregated
+/// ones is told the size of those in it.
+fn receive_datagrams(socket: &UdpSocket, sent: &[u8], segment: usize, what: impl Fn() -> String) {
+    let mut buffer = vec![0; Pattern::LARGEST];
+    let mut control = nix::cmsg_space!(i32);
+    let mut received = 0;
+    while received < sent.len() {
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty());
+        let message = message.unwrap_or_else(|error| panic!("{}: {error} after {received} bytes", what()));
+        let aggregated = message.cmsgs().unwrap().find_map(|message| match message {
+            ControlMessageOwned::UdpGroSegments(size) => Some(size as usize),
+            _ => None,
+        });
+        let len = message.bytes;
+        let rest = &sent[received..];
+        match aggregated {
+            Some(size) => {
+                assert!(
+                    size == segment && (len.is_multiple_of(segment) || len == rest.len()),
+                    "{}: {len} by {size}",
+                    what()
+                )
+            }
+            None => assert_eq!(len, segment.min(rest.len()), "{}: a datagram at {received}", what()),
+        }
+        assert!(rest.starts_with(&buffer[..len]), "{}: wrong bytes in {received}..{}", what(), received + len);
+        received += len;
+    }
+}
+
+#[test]
+fn udp_in_fragments_arrives_whole() {
+    let pattern = Pattern::new();
+    on_each_underlay(|world, what| {
+        let pods = pods(world);
+        let mtu = world.hosts[0].subnet().unwrap().mtu as usize;
+        let sockets = udp_pair(pods, 7777);
+        let mut buffer = vec![0; Pattern::LARGEST];
+        // Each fragment but the last holds a multiple of eight bytes.
+        for size in sizes((mtu - 20) & !7, LARGEST_UDP).into_iter().filter(|size| *size > mtu - UDP_HEADERS) {
+            for (from, to) in [(0, 1), (1, 0)] {
+                sockets[from].send_to(pattern.at(size, size), (pods[to].address, 7777)).unwrap();
+                let len = sockets[to].recv(&mut buffer).unwrap();
+                assert_eq!(len, size, "from {from}, {what}");
+                pattern.assert(size, &buffer[..len], || format!("{size} bytes in fragments, from {from}, {what}"));
+            }
+        }
+    });
+}
