@@ -14,6 +14,7 @@
 //! * [`large_packets`] — every size, whole or segmented, on small frames and large
 //! * [`certificates`] — TLS to the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
+//! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
@@ -36,6 +37,7 @@ mod large_packets;
 mod leases;
 mod lifecycle;
 mod loaded;
+mod path_mtu;
 mod services;
 mod short_frames;
 mod sockets;
