@@ -15,6 +15,7 @@
 //! * [`certificates`] — TLS to the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
+//! * [`retransmissions`] — pods against hosts
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
@@ -38,6 +39,7 @@ mod leases;
 mod lifecycle;
 mod loaded;
 mod path_mtu;
+mod retransmissions;
 mod services;
 mod short_frames;
 mod sockets;
