@@ -16,6 +16,7 @@
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
+//! * [`routers`] — pods that route on to something behind them
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
@@ -40,6 +41,7 @@ mod lifecycle;
 mod loaded;
 mod path_mtu;
 mod retransmissions;
+mod routers;
 mod services;
 mod short_frames;
 mod sockets;
