@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     io::{IoSliceMut, Read as _, Write as _},
-    net::{SocketAddrV4, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     thread,
 };
@@ -13,7 +13,7 @@ use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, getsockopt, recvmsg, setsockopt,
     sockopt::{RcvBufForce, TcpMaxSeg, UdpGroSegment, UdpGsoSegment},
 };
-use xtask::lab::Pod;
+use xtask::lab::{Netns, Pod};
 
 use crate::{
     sockets::{Pattern, connection, listener_in, socket_in},
@@ -125,10 +125,10 @@ fn receive(stream: &mut TcpStream, size: usize, pattern: &Pattern, what: &str) {
     pattern.assert(size, &buffer, || format!("{size} bytes of TCP, {what}"));
 }
 
-/// UDP sockets of two pods, with room for all datagrams of a send.
-fn udp_pair(pods: [&Pod; 2], port: u16) -> [UdpSocket; 2] {
-    pods.map(|pod| {
-        let socket = socket_in(&pod.netns, SocketAddrV4::new(pod.address, port));
+/// UDP sockets of two namespaces, with room for all datagrams of a send.
+pub fn udp_pair(ends: [(&Netns, Ipv4Addr); 2], port: u16) -> [UdpSocket; 2] {
+    ends.map(|(netns, address)| {
+        let socket = socket_in(netns, SocketAddrV4::new(address, port));
         socket.set_read_timeout(Some(SOON)).unwrap();
         setsockopt(&socket, RcvBufForce, &(4 << 20)).unwrap();
         socket
@@ -148,6 +148,11 @@ fn segmented(segment: usize) -> impl Iterator<Item = usize> {
 }
 
 #[test]
+fn udp_of_every_segmentation_arrives_as_datagrams() {
+    check_every_segmentation(false);
+}
+
+#[test]
 fn udp_of_every_segmentation_arrives_where_aggregates_are_taken() {
     check_every_segmentation(true);
 }
@@ -159,7 +164,7 @@ fn check_every_segmentation(aggregated: bool) {
     on_each_underlay(|world, what| {
         let pods = pods(world);
         let largest = world.hosts[0].subnet().unwrap().mtu as usize - UDP_HEADERS;
-        let sockets = udp_pair(pods, PORT);
+        let sockets = udp_pair(pods.map(|pod| (&pod.netns, pod.address)), PORT);
         for socket in &sockets {
             setsockopt(socket, UdpGroSegment, &aggregated).unwrap();
         }
@@ -184,7 +189,7 @@ fn check_every_segmentation(aggregated: bool) {
 
 /// Takes all datagrams of a send, each of them of the segments' size but for the last. A socket that takes aggregated
 /// ones is told the size of those in it.
-fn receive_datagrams(socket: &UdpSocket, sent: &[u8], segment: usize, what: impl Fn() -> String) {
+pub fn receive_datagrams(socket: &UdpSocket, sent: &[u8], segment: usize, what: impl Fn() -> String) {
     let mut buffer = vec![0; Pattern::LARGEST];
     let mut control = nix::cmsg_space!(i32);
     let mut received = 0;
@@ -219,7 +224,7 @@ fn udp_in_fragments_arrives_whole() {
     on_each_underlay(|world, what| {
         let pods = pods(world);
         let mtu = world.hosts[0].subnet().unwrap().mtu as usize;
-        let sockets = udp_pair(pods, 7777);
+        let sockets = udp_pair(pods.map(|pod| (&pod.netns, pod.address)), 7777);
         let mut buffer = vec![0; Pattern::LARGEST];
         // Each fragment but the last holds a multiple of eight bytes.
         for size in sizes((mtu - 20) & !7, LARGEST_UDP).into_iter().filter(|size| *size > mtu - UDP_HEADERS) {

@@ -6,12 +6,14 @@ use std::{
     thread,
 };
 
+use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
 use xtask::{
     lab::{Netns, Subnet},
     progress::wait_for,
 };
 
 use crate::{
+    large_packets::{receive_datagrams, udp_pair},
     sockets::{Pattern, connection, listener_in},
     world::{SOON, World, is_answered},
 };
@@ -136,6 +138,28 @@ fn bulk_tcp_passes_through_a_pod_both_ways() {
         for (host, (before, after)) in before.into_iter().zip(delivered()).enumerate() {
             let bytes = after - before;
             assert!(bytes > BULK as u64 / 10 * 9, "{what}: {bytes} bytes past the stack of host {host}");
+        }
+    });
+}
+
+#[test]
+fn large_udp_sends_pass_through_a_pod_both_ways() {
+    const DATAGRAM: usize = 1400;
+    let pattern = Pattern::new();
+    behind_each_link(|world, behind, what| {
+        let client = &world.hosts[0].pods[0];
+        let ends = [(&client.netns, client.address), (&behind.netns, behind.address)];
+        let sockets = udp_pair(ends, 7777);
+        for socket in &sockets {
+            setsockopt(socket, UdpGsoSegment, &(DATAGRAM as i32)).unwrap();
+        }
+        // The first goes through the stack, the others may pass by.
+        for count in 1..=40 {
+            let bytes = pattern.at(count, count * DATAGRAM);
+            for (from, to) in [(0, 1), (1, 0)] {
+                sockets[from].send_to(bytes, (ends[to].1, 7777)).unwrap();
+                receive_datagrams(&sockets[to], bytes, DATAGRAM, || format!("{count} datagrams from {from}, {what}"));
+            }
         }
     });
 }
