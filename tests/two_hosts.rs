@@ -6,12 +6,7 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
-use xtask::{
-    lab::PREFIX,
-    progress::wait_for,
-    run::decoded_packet,
-    transfer::tcp_transfer,
-};
+use xtask::{lab::PREFIX, progress::wait_for, run::decoded_packet, transfer::tcp_transfer};
 
 use crate::{
     sockets::socket_in,

@@ -7,7 +7,8 @@
 //! * [`vxlan`] — the VXLAN network identifier and header constants (RFC 7348)
 //! * [`packet`] — the outer header of an encapsulated packet, as a template and its completion; inner addresses
 //! * [`checksum`] — the Internet checksum (RFC 1071)
-//! * [`flow`] — the UDP source port of a flow
+//! * [`flow`] — what identifies a flow, and what is remembered of one; its UDP source port
+//! * [`generator`] — what the benchmarks' frame generator sends
 //! * [`maps`] — names, keys, values and sizes of the BPF maps, and the programs' constants
 //! * [`event`] — what can become of a packet: drop reason, counter, metric label and documentation in one enum
 #![cfg_attr(not(test), no_std)]
@@ -16,6 +17,7 @@ pub mod admission;
 pub mod checksum;
 pub mod event;
 pub mod flow;
+pub mod generator;
 pub mod maps;
 pub mod packet;
 pub mod vxlan;

@@ -76,8 +76,9 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
     let inner_offset = ethernet_offset + EthHdr::LEN;
     let inner = packet.header::<Ipv4Hdr>(inner_offset).ok_or(Event::TunnelTruncated)?;
     let outer_len = u16::from_be_bytes(ip.tot_len);
+    let is_fragment = frags & MORE_FRAGMENTS != 0;
     let is_cut = ip_offset as u32 + u32::from(outer_len) > packet.len()
-        || inner.tot_len() > outer_len.saturating_sub(vxlan::OVERHEAD);
+        || !is_fragment && inner.tot_len() > outer_len.saturating_sub(vxlan::OVERHEAD);
     if is_cut && !packet.is_aggregate() {
         return Err(Event::TunnelTruncated);
     }
@@ -88,6 +89,6 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
         inner,
         inner_offset,
         outer_len,
-        needs_kernel: frags & MORE_FRAGMENTS != 0 || ip.tos & ECN_MASK == ECN_CE || !is_plain,
+        needs_kernel: is_fragment || ip.tos & ECN_MASK == ECN_CE || !is_plain,
     })
 }

@@ -12,7 +12,7 @@ use flannel_common::{
 };
 use network_types::{
     eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
+    ip::{IpProto, Ipv4Hdr},
 };
 
 use crate::{
@@ -43,8 +43,11 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     };
     let inner = admitted.inner;
     let place = place(packet, &inner, admitted.inner_offset, Direction::Ingress);
+    // The kernel would go on segmenting it as a tunnel packet (`udp4_ufo_fragment`): what adjusts the room leaves the type.
+    let is_stale = packet.is_gso() && inner.proto == IpProto::Udp as u8;
     if let Some(flow) = place.fresh(&config, Direction::Ingress, now)
         && !admitted.needs_kernel
+        && !is_stale
         && inner.ttl > 1
         && ip_offset != 0
         && packet.remove_tunnel().is_ok()

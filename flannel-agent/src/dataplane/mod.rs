@@ -5,6 +5,8 @@
 //! of each link in one step, so that no packet meets a hook without a program.
 
 mod attach;
+#[cfg(feature = "generator")]
+pub mod generator;
 mod peers;
 mod pins;
 mod xdp;

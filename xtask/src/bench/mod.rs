@@ -6,7 +6,8 @@
 //! * `report` — medians, spread and ratios; `floors` — what these must reach; `picture` draws them
 //!
 //! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`. `cargo xtask bench
-//! programs`: each program on single frames; see `tests/benches/programs.rs`.
+//! programs`: each program on single frames; see `tests/benches/programs.rs`. `cargo xtask bench receive`: the way from the
+//! cable into the pod; see `tests/benches/receive.rs`.
 
 mod connections;
 mod datagrams;
@@ -75,6 +76,12 @@ enum What {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Small datagrams from the cable into the pod, as fast as they can be taken
+    Receive {
+        /// Further options; `-- --help` lists them
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Each program on single frames, with few and with many peers in the maps
     Programs {
         /// Further options; `-- --help` lists them
@@ -92,13 +99,14 @@ pub fn run(options: &Options) -> Result<()> {
     step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
     match &options.what {
         None => traffic(options),
-        Some(What::Control { arguments }) => {
-            inherit(cargo().args(["bench", "--package", "tests", "--bench", "control", "--"]).args(arguments))
-        }
-        Some(What::Programs { arguments }) => {
-            inherit(cargo().args(["bench", "--package", "tests", "--bench", "programs", "--"]).args(arguments))
-        }
+        Some(What::Control { arguments }) => of_tests("control", arguments),
+        Some(What::Programs { arguments }) => of_tests("programs", arguments),
+        Some(What::Receive { arguments }) => of_tests("receive", arguments),
     }
+}
+
+fn of_tests(name: &str, arguments: &[String]) -> Result<()> {
+    inherit(cargo().args(["bench", "--package", "tests", "--bench", name, "--"]).args(arguments))
 }
 
 fn traffic(options: &Options) -> Result<()> {

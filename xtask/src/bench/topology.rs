@@ -60,16 +60,6 @@ pub(super) enum Rules {
     None,
 }
 
-/// As flannel (pkg/trafficmngr/iptables) and kube-proxy (pkg/proxy/iptables) set them, for both networks here.
-const CLUSTER_RULES: [&str; 6] = [
-    "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
-    "-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
-    "-A FORWARD -s 10.4.0.0/14 -j ACCEPT",
-    "-A FORWARD -d 10.4.0.0/14 -j ACCEPT",
-    "-t nat -A POSTROUTING -s 10.4.0.0/14 -d 10.4.0.0/14 -j RETURN",
-    "-t nat -A POSTROUTING -s 10.4.0.0/14 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
-];
-
 /// How large the frames on the cable are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
@@ -133,9 +123,7 @@ impl Pair {
                 Rival::Direct => forwarding(lab.cable(["direct1", "direct2"], [31, 32])?),
             }?;
             if rules == Rules::Cluster && rival != Rival::Direct {
-                for host in &hosts {
-                    CLUSTER_RULES.iter().try_for_each(|rule| host.netns.exec(&format!("iptables {rule}")).map(drop))?;
-                }
+                hosts.iter().try_for_each(Host::set_cluster_rules)?;
             }
             let pair = Self { rival, hosts };
             wait_for("an answer through the pair", Duration::from_secs(10), || pair.ping(1).is_ok())?;

@@ -18,6 +18,16 @@ use crate::{
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 
+/// As flannel (pkg/trafficmngr/iptables) and kube-proxy (pkg/proxy/iptables) set them, for the networks of labs.
+const CLUSTER_RULES: [&str; 6] = [
+    "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
+    "-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+    "-A FORWARD -s 10.4.0.0/14 -j ACCEPT",
+    "-A FORWARD -d 10.4.0.0/14 -j ACCEPT",
+    "-t nat -A POSTROUTING -s 10.4.0.0/14 -d 10.4.0.0/14 -j RETURN",
+    "-t nat -A POSTROUTING -s 10.4.0.0/14 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
+];
+
 /// A host on the underlay. Ends its agent before its namespaces go.
 #[derive(Debug)]
 pub struct Host {
@@ -187,6 +197,15 @@ impl Host {
         let at_port = format!("-n {underlay} link set {port} mtu {mtu}");
         output(Command::new("ip").args(at_port.split_whitespace()))?;
         self.netns.ip(&format!("link set eth0 mtu {mtu}")).map(drop)
+    }
+
+    /// Sets the netfilter rules that every host of a Kubernetes cluster has, by which conntrack looks at each packet that
+    /// takes the stack.
+    ///
+    /// # Errors
+    /// Where `iptables` fails.
+    pub fn set_cluster_rules(&self) -> Result<()> {
+        CLUSTER_RULES.iter().try_for_each(|rule| self.netns.exec(&format!("iptables {rule}")).map(drop))
     }
 
     /// Makes this host one of flannel's, with plain commands: the kernel's vxlan device, and a lease in the store.
