@@ -249,6 +249,7 @@ fn conntrack_is_liberal_while_there_is_a_bypass() {
     let mut world = with_conntrack();
     let liberal = |netns: &Netns| netns.exec("sysctl -n net.netfilter.nf_conntrack_tcp_be_liberal").unwrap();
     wait_for("the setting", SOON, || liberal(&world.hosts[0].netns).trim() == "1").unwrap();
+    world.wait_status(0, "it to be shown", |status| status["bypass"]["conntrackLiberal"] == true);
     world.hosts[0].netns.exec("sysctl -qw net.netfilter.nf_conntrack_tcp_be_liberal=0").unwrap();
     wait_for("the setting again", SOON, || liberal(&world.hosts[0].netns).trim() == "1").unwrap();
     world.hosts[0].agent = None;

@@ -57,6 +57,11 @@ impl Liberal {
     }
 }
 
+/// Whether conntrack is liberal now; [`None`] where it is not loaded.
+pub fn is_liberal() -> Option<bool> {
+    fs::read_to_string(SETTING).ok().map(|value| value.trim() != "0")
+}
+
 /// Puts back what was there before.
 ///
 /// # Errors

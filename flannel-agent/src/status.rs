@@ -47,6 +47,9 @@ pub struct Status {
     pub public_ip: Ipv4Addr,
     /// MTU of the overlay, in bytes.
     pub mtu: u32,
+    /// Flows past the host's stack.
+    #[serde(default)]
+    pub bypass: BypassStatus,
     /// Who takes packets out of the tunnel, and why.
     #[serde(default)]
     pub xdp: XdpStatus,
@@ -62,6 +65,16 @@ pub struct Status {
     pub held: Vec<HeldPeer>,
     /// How often the guard held peers back, in peers, by [`HoldReason::label`].
     pub held_total: BTreeMap<String, u64>,
+}
+
+/// Flows past the host's stack.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BypassStatus {
+    /// For how many milliseconds a flow may pass the stack by before a packet takes it again; 0 for never.
+    pub revalidate_ms: u64,
+    /// Whether conntrack takes TCP packets outside their window for valid, as it must; [`None`] where it is not loaded.
+    pub conntrack_liberal: Option<bool>,
 }
 
 /// Who takes packets out of the tunnel.
@@ -230,6 +243,13 @@ impl Status {
             troubles.push(format!("etcd is not being followed since {}: {}", time(self.store.since), problem()));
         }
         troubles.extend(self.config_differs.clone());
+        if self.bypass.revalidate_ms > 0 && self.bypass.conntrack_liberal == Some(false) {
+            troubles.push(
+                "nf_conntrack_tcp_be_liberal is 0: rules that drop INVALID stop bypassed flows; set it to 1, or use \
+                 --bypass=off"
+                    .to_owned(),
+            );
+        }
         if !self.held.is_empty() {
             let count = self.held.len();
             troubles.push(format!(

@@ -23,7 +23,7 @@ use crate::{
     cleanup,
     cli::{Cli, Switch},
     config::NetworkConfig,
-    conntrack::Liberal,
+    conntrack::{self, Liberal},
     control::{self, Pending, Reply, Request},
     dataplane::{Capacity, Dataplane, Hook, PinDirectory},
     device::{
@@ -344,6 +344,7 @@ impl Agent<'_> {
         if cli.bypass == Switch::On {
             conntrack.ensure();
         }
+        record.bypass(cli.bypass_time(), conntrack::is_liberal());
         self.attach_pods_or_say().await;
         Ok(link)
     }

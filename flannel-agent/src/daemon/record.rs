@@ -1,6 +1,9 @@
 //! What the agent writes into its run directory as it goes: its status, and what is last known of the lease table.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use flannel_common::vxlan::Vni;
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -13,7 +16,7 @@ use crate::{
     last_known::LastKnown,
     lease::LeaseTable,
     registry::{OwnLease, PassedOver, ResyncCause, Snapshot},
-    status::{API_VERSION, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, XdpStatus, now},
+    status::{API_VERSION, BypassStatus, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, XdpStatus, now},
     xdp::Choice,
 };
 
@@ -53,6 +56,7 @@ impl Record {
             external_interface: external.link.name.clone(),
             public_ip: external.public_ip,
             mtu: device.mtu,
+            bypass: BypassStatus::default(),
             xdp: XdpStatus::default(),
             lease: LeaseStatus { subnet: lease.key.subnet, vtep_mac: lease.vtep_mac, state, renewals: 0, losses: 0 },
             store: StoreStatus { since: now(), ..StoreStatus::default() },
@@ -77,6 +81,12 @@ impl Record {
         let xdp = XdpStatus { mode: choice.label().to_owned(), reason: choice.reason.clone() };
         self.status_is_due |= self.status.xdp != xdp;
         self.status.xdp = xdp;
+    }
+
+    pub(super) fn bypass(&mut self, time: Duration, conntrack_liberal: Option<bool>) {
+        let bypass = BypassStatus { revalidate_ms: time.as_millis() as u64, conntrack_liberal };
+        self.status_is_due |= self.status.bypass != bypass;
+        self.status.bypass = bypass;
     }
 
     pub(super) const fn lease_state(&self) -> LeaseState {

@@ -55,6 +55,16 @@ fn table(status: &Status, troubles: &[String]) -> String {
         "lease".to_owned(),
         format!("{} {}, {} renewals, {} losses", lease.subnet, lease.state.label(), lease.renewals, lease.losses),
     ]);
+    let conntrack = match status.bypass.conntrack_liberal {
+        Some(true) => "conntrack liberal",
+        Some(false) => "conntrack strict",
+        None => "no conntrack",
+    };
+    let bypass = match status.bypass.revalidate_ms {
+        0 => "off".to_owned(),
+        time => format!("on, through the stack every {time} ms, {conntrack}"),
+    };
+    rows.push_record(["bypass".to_owned(), bypass]);
     rows.push_record(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
     let following = if store.following { "followed" } else { "away" };
     rows.push_record([
