@@ -321,24 +321,13 @@ impl Agent<'_> {
 
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there.
     async fn ensure_datapath(&mut self, existing: Existing) -> Result<Link, DaemonError> {
-        let Self { cli, netlink, dataplane, conntrack, underlay, xdp, record, external, device, own, network, .. } =
-            self;
+        let Self { cli, netlink, dataplane, conntrack, underlay, record, external, device, own, network, .. } = self;
         let link = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
         underlay.set_overlay(link.index);
         dataplane.peers.set_overlay_device(link.index)?;
         dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
         dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
         dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
-        // After what it leaves its packets to.
-        if let Err(error) = dataplane.set_xdp(xdp.mode, external.link.index) {
-            if cli.xdp != XdpFlag::Auto {
-                return Err(error.into());
-            }
-            warn!("{error}; packets are taken out of the tunnel without XDP");
-            *xdp = xdp::Choice { mode: None, reason: error.to_string() };
-            dataplane.set_xdp(None, external.link.index)?;
-        }
-        record.xdp(xdp);
         netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
         netlink.ensure_route(&link, device, network.network, existing).await?;
         if cli.bypass == Switch::On {
@@ -346,7 +335,23 @@ impl Agent<'_> {
         }
         record.bypass(cli.bypass_time(), conntrack::is_liberal());
         self.attach_pods_or_say().await;
+        self.ensure_xdp()?;
         Ok(link)
+    }
+
+    /// Last: it leaves its packets to the programs before it, and nothing else hangs on it.
+    fn ensure_xdp(&mut self) -> Result<(), DaemonError> {
+        let Self { cli, dataplane, xdp, record, external, .. } = self;
+        match dataplane.set_xdp(xdp.mode, external.link.index) {
+            Err(error) if cli.xdp == XdpFlag::Auto => {
+                warn!("{error}; packets are taken out of the tunnel without XDP");
+                *xdp = xdp::Choice { mode: None, reason: error.to_string() };
+                dataplane.set_xdp(None, external.link.index)?;
+            }
+            result => result?,
+        }
+        record.xdp(xdp);
+        Ok(())
     }
 
     /// A pod that gets no programs goes through the stack, as all packets once did.

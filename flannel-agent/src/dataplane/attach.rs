@@ -64,9 +64,7 @@ pub(super) fn attach(
         let options = TcAttachOptions::TcxOrder(hook.order());
         match program.attach_with_options(interface, hook.attach_type(), options) {
             Ok(id) => {
-                let link = program.take_link(id).map_err(refused("attach"))?;
-                let link: FdLink = link.try_into().map_err(|_| DataplaneError::Missing("TCX link"))?;
-                link.pin(&pin).map_err(|error| failed("pin", &pin)(io::Error::other(error)))?;
+                pin_link(program.take_link(id).map_err(refused("attach"))?, &pin)?;
             }
             Err(error) if lacks_tcx(&error) => {
                 debug!("no TCX here ({error}); attaching to clsact");
@@ -84,7 +82,28 @@ pub(super) fn unpin_all_but(hook: Hook, pins: &PinDirectory, ifindexes: &[u32]) 
     pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_if_there(pin))
 }
 
-fn remove_if_there(pin: &Path) -> Result<(), DataplaneError> {
+/// Pins a link, so that the attachment stays when the agent goes.
+pub(super) fn pin_link(link: impl TryInto<FdLink>, pin: &Path) -> Result<(), DataplaneError> {
+    // Only what older kernels have is no link of its own.
+    let link = link.try_into().map_err(|_| DataplaneError::Missing("link of an attached program"))?;
+    link.pin(pin).map_err(|error| failed("pin", pin)(io::Error::other(error)))?;
+    Ok(())
+}
+
+/// What is pinned there. [`None`] where there is nothing, or something else.
+pub(super) fn pinned_link<L: TryFrom<FdLink>>(pin: &Path) -> Option<L> {
+    L::try_from(FdLink::from(PinnedLink::from_pin(pin).ok()?)).ok()
+}
+
+/// The kernel's reason against a call of the program's.
+pub(super) fn errno(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+pub(super) fn remove_if_there(pin: &Path) -> Result<(), DataplaneError> {
     match fs::remove_file(pin) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("unpin", pin)(error)),
         _ => Ok(()),
@@ -93,8 +112,7 @@ fn remove_if_there(pin: &Path) -> Result<(), DataplaneError> {
 
 /// Puts the program into the link that an earlier agent pinned. `false` where there is none, or its interface is gone.
 fn swap_pinned(program: &mut SchedClassifier, pin: &Path) -> bool {
-    let Ok(pinned) = PinnedLink::from_pin(pin) else { return false };
-    let Ok(link) = SchedClassifierLink::try_from(FdLink::from(pinned)) else { return false };
+    let Some(link) = pinned_link::<SchedClassifierLink>(pin) else { return false };
     match program.attach_to_link(link) {
         // The pin holds the link; this handle may go.
         Ok(id) => program.take_link(id).is_ok(),
@@ -140,9 +158,5 @@ pub fn detach_filters(interface: &str, vni: Vni) {
 
 /// Whether the kernel does not know TCX links: it then takes the attach type for invalid.
 fn lacks_tcx(error: &ProgramError) -> bool {
-    matches!(
-        error,
-        ProgramError::SyscallError(SyscallError { io_error, .. })
-            if io_error.raw_os_error() == Some(nix::libc::EINVAL)
-    )
+    errno(error) == Some(nix::libc::EINVAL)
 }

@@ -1,16 +1,15 @@
 //! `xdp_decap` on the external interface: a link of its own kind, in one of two modes.
 
-use std::{fs, io, thread, time::Duration};
+use std::{thread, time::Duration};
 
-use aya::programs::{
-    ProgramError, Xdp, XdpMode as Flags,
-    links::{FdLink, PinnedLink},
-    xdp::XdpLink,
-};
-use aya::sys::SyscallError;
+use aya::programs::{ProgramError, Xdp, XdpMode as Flags, xdp::XdpLink};
+use nix::libc::{EBUSY, EEXIST};
 use tracing::debug;
 
-use super::{Dataplane, DataplaneError, pins::failed};
+use super::{
+    Dataplane, DataplaneError,
+    attach::{errno, pin_link, pinned_link, remove_if_there},
+};
 
 /// How often a device that is just becoming free is tried, and the time in between.
 const LOOKS: u32 = 50;
@@ -80,7 +79,7 @@ impl Dataplane {
         let wanted = mode.map(|mode| self.pins.link(&pin_name(mode), ifindex));
         let mut has_detached = false;
         for pin in self.pins.links(PIN)?.iter().filter(|pin| Some(*pin) != wanted.as_ref()) {
-            fs::remove_file(pin).map_err(failed("unpin", pin))?;
+            remove_if_there(pin)?;
             has_detached = true;
         }
         let (Some(mode), Some(pin)) = (mode, wanted) else { return Ok(()) };
@@ -89,10 +88,7 @@ impl Dataplane {
         if swap_pinned(program, &pin) {
             return Ok(());
         }
-        match fs::remove_file(&pin) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("unpin", &pin)(error)),
-            _ => {}
-        }
+        remove_if_there(&pin)?;
         let mut result = program.attach_to_if_index(ifindex, mode.flags());
         // The kernel takes a link whose last pin is gone off its device a moment later (`bpf_link_put`).
         for _ in 0..LOOKS {
@@ -103,21 +99,13 @@ impl Dataplane {
             result = program.attach_to_if_index(ifindex, mode.flags());
         }
         let id = result.map_err(refused("attach"))?;
-        let link = program.take_link(id).map_err(refused("attach"))?;
-        let link: FdLink = link.try_into().map_err(|_| DataplaneError::Missing("XDP link"))?;
-        link.pin(&pin).map_err(|error| failed("pin", &pin)(io::Error::other(error)))?;
-        Ok(())
+        pin_link(program.take_link(id).map_err(refused("attach"))?, &pin)
     }
 }
 
 /// Whether another program is attached, in this mode or the other.
 fn is_taken(error: &ProgramError) -> bool {
-    use nix::libc::{EBUSY, EEXIST};
-    matches!(
-        error,
-        ProgramError::SyscallError(SyscallError { io_error, .. })
-            if matches!(io_error.raw_os_error(), Some(EBUSY | EEXIST))
-    )
+    matches!(errno(error), Some(EBUSY | EEXIST))
 }
 
 /// The mode is in the name, since a link can't be asked for it.
@@ -127,8 +115,7 @@ fn pin_name(mode: XdpMode) -> String {
 
 /// Puts the program into the link that an earlier agent pinned. `false` where there is none, or its interface is gone.
 fn swap_pinned(program: &mut Xdp, pin: &std::path::Path) -> bool {
-    let Ok(pinned) = PinnedLink::from_pin(pin) else { return false };
-    let Ok(link) = XdpLink::try_from(FdLink::from(pinned)) else { return false };
+    let Some(link) = pinned_link::<XdpLink>(pin) else { return false };
     match program.attach_to_link(link) {
         // The pin holds the link; this handle may go.
         Ok(id) => program.take_link(id).is_ok(),
