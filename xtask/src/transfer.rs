@@ -23,6 +23,17 @@ pub struct Transfer {
     pub cpu_seconds: f64,
 }
 
+impl Transfer {
+    /// What a gigabyte (10^9 bytes) costs.
+    #[must_use]
+    pub fn cpu_seconds_per_gb(&self) -> f64 {
+        self.cpu_seconds / (self.bytes / 1e9)
+    }
+}
+
+/// How much a client of [`tcp_transfer`] writes at once: what `iperf3` does by itself.
+pub const USUAL_WRITE: u32 = 128 << 10;
+
 /// One flow from one namespace to an address in another, the client on the first and the server on the second core.
 ///
 /// # Errors
@@ -34,10 +45,10 @@ pub fn tcp_transfer(
     seconds: u32,
     directory: &Path,
 ) -> Result<Transfer> {
-    tcp_transfers(client, server, address, 1, seconds, directory)
+    tcp_transfers(client, server, address, 1, USUAL_WRITE, seconds, directory)
 }
 
-/// The same with so many flows at once.
+/// The same with so many flows at once, and so many bytes in each write.
 ///
 /// # Errors
 /// Where `iperf3` fails.
@@ -46,6 +57,7 @@ pub fn tcp_transfers(
     server: &Netns,
     address: Ipv4Addr,
     flows: u32,
+    write: u32,
     seconds: u32,
     directory: &Path,
 ) -> Result<Transfer> {
@@ -55,7 +67,8 @@ pub fn tcp_transfers(
     wait_for("iperf3 to listen", Duration::from_secs(5), || {
         server.exec("ss -Hltn sport = 5201").is_ok_and(|sockets| !sockets.is_empty())
     })?;
-    let line = format!("-c 0 iperf3 --json -C cubic --parallel {flows} --time {seconds} --client {address}");
+    let line =
+        format!("-c 0 iperf3 --json -C cubic --parallel {flows} --length {write} --time {seconds} --client {address}");
     let mut send = client.command("taskset");
     send.args(line.split_whitespace());
     let before = machine_cpu_seconds()?;
