@@ -27,8 +27,9 @@ use crate::{
     packet::{Headers as _, Note, Packet},
 };
 
-/// More fragments, and the fragment offset, within `Ipv4Hdr::frags` (RFC 791).
-const FRAGMENT_MASK: u16 = 0x3fff;
+/// The fragment offset within `Ipv4Hdr::frags`, and more fragments with it (RFC 791).
+const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
+const FRAGMENT_MASK: u16 = 0x2000 | FRAGMENT_OFFSET_MASK;
 
 /// What a packet is to its flow.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -187,7 +188,9 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
 /// its host's.
 #[inline(always)]
 pub(crate) fn is_tunnel(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr) -> bool {
-    if ip.proto != IpProto::Udp as u8 {
+    // A later fragment has payload where the port would be. None reaches back to the port: offsets count eight bytes.
+    let is_later_fragment = u16::from_be_bytes(ip.frags) & FRAGMENT_OFFSET_MASK != 0;
+    if ip.proto != IpProto::Udp as u8 || is_later_fragment {
         return false;
     }
     // With options the port is elsewhere.
