@@ -9,6 +9,7 @@
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
 //! * [`fast_path`] — the same of flows that the programs know
 //! * [`xdp`] — the same tables over a wire, with and without XDP
+//! * [`model`] — the programs against a model of them; [`inputs`] and [`comparison`] are shared with the fuzzer
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`large_packets`] — every size, whole or segmented, on small frames and large
@@ -30,15 +31,20 @@ mod admission;
 mod bad_input;
 mod bypass;
 mod certificates;
+#[path = "fuzz/comparison.rs"]
+mod comparison;
 mod encapsulation;
 mod fast_path;
 mod frames;
 mod guard;
+#[path = "fuzz/inputs.rs"]
+mod inputs;
 mod interoperation;
 mod large_packets;
 mod leases;
 mod lifecycle;
 mod loaded;
+mod model;
 mod path_mtu;
 mod retransmissions;
 mod routers;

@@ -9,9 +9,11 @@
 //! * [`checksum`] — the Internet checksum (RFC 1071)
 //! * [`flow`] — what identifies a flow, and what is remembered of one; its UDP source port
 //! * [`generator`] — what the benchmarks' frame generator sends
+//! * [`noted`] — how tests put notes on packets
 //! * [`maps`] — names, keys, values and sizes of the BPF maps, and the programs' constants
 //! * [`event`] — what can become of a packet: drop reason, counter, metric label and documentation in one enum
-#![cfg_attr(not(test), no_std)]
+//! * `model` (with the feature) — what the programs must make of a packet, said a second time
+#![cfg_attr(not(any(test, feature = "model")), no_std)]
 
 pub mod admission;
 pub mod checksum;
@@ -19,5 +21,8 @@ pub mod event;
 pub mod flow;
 pub mod generator;
 pub mod maps;
+#[cfg(feature = "model")]
+pub mod model;
+pub mod noted;
 pub mod packet;
 pub mod vxlan;

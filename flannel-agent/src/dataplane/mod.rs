@@ -9,6 +9,8 @@ mod attach;
 pub mod generator;
 mod peers;
 mod pins;
+#[cfg(feature = "generator")]
+pub mod test_run;
 mod xdp;
 
 use std::{collections::BTreeSet, io, path::PathBuf};
@@ -333,17 +335,15 @@ pub fn pinned_counters(pins: &PinDirectory) -> Result<Vec<(Event, Counter)>, Dat
 }
 
 fn read_counters(map: &PerCpuArray<MapData, Counter>) -> Result<Vec<(Event, Counter)>, DataplaneError> {
-    Event::ALL
-        .iter()
-        .map(|event| {
-            let values = map.get(&(*event as u32), 0).map_err(DataplaneError::map("read", COUNTERS))?;
-            let sum = values.iter().fold(Counter::default(), |sum, value| Counter {
-                packets: sum.packets + value.packets,
-                bytes: sum.bytes + value.bytes,
-            });
-            Ok((*event, sum))
-        })
-        .collect()
+    Event::ALL.iter().map(|event| Ok((*event, read_counter(map, *event)?))).collect()
+}
+
+fn read_counter(map: &PerCpuArray<MapData, Counter>, event: Event) -> Result<Counter, DataplaneError> {
+    let values = map.get(&(event as u32), 0).map_err(DataplaneError::map("read", COUNTERS))?;
+    Ok(values.iter().fold(Counter::default(), |sum, value| Counter {
+        packets: sum.packets + value.packets,
+        bytes: sum.bytes + value.bytes,
+    }))
 }
 
 fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DataplaneError> {

@@ -1,0 +1,224 @@
+//! The loaded programs on single packets of one's own (BPF_PROG_TEST_RUN), with all that they do to be seen: for tests that
+//! compare them with a model.
+
+use aya::{
+    Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, ProgramArray},
+    programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
+};
+use flannel_common::{
+    event::Event,
+    flow::{Flow, FlowKey},
+    maps::{Counter, FLOWS, HEARD, VTEP_ADDRESSES},
+    noted,
+};
+
+use super::{Dataplane, DataplaneError, Hook, XdpMode, peers::absent_is_fine, take_map};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/noted"));
+const PROGRAM: &str = "noted";
+const PROGRAMS: &str = "PROGRAMS";
+
+/// `struct __sk_buff` (include/uapi/linux/bpf.h): its size, and where in it there is what is set here.
+const SKB_LEN: usize = 192;
+const IFINDEX: usize = 40;
+const CB: usize = 48;
+const GSO_SIZE: usize = 176;
+
+/// A loaded dataplane whose programs are run here.
+pub struct TestRuns {
+    dataplane: Dataplane,
+    /// The program that puts notes on packets, and goes on to those of the dataplane.
+    noted: Ebpf,
+    /// Which these are; they stay in it as long as it lives.
+    _programs: ProgramArray<MapData>,
+    heard: Array<MapData, u32>,
+    addresses: BpfHashMap<MapData, [u8; 4], u32>,
+}
+
+/// What a TC program is run on.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet<'a> {
+    /// From the Ethernet header on.
+    pub frame: &'a [u8],
+    /// The device that it is at.
+    pub ifindex: u32,
+    /// Bytes in each segment; 0 where it is not to be segmented.
+    pub gso_size: u32,
+    /// `tc_index`.
+    pub note: u16,
+}
+
+impl TestRuns {
+    /// Takes a loaded dataplane.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    pub fn new(mut dataplane: Dataplane) -> Result<Self, DataplaneError> {
+        let mut noted = EbpfLoader::new().load(OBJECT)?;
+        let mut programs: ProgramArray<MapData> =
+            take_map(&mut noted, PROGRAMS)?.try_into().map_err(DataplaneError::map("open", PROGRAMS))?;
+        program(&mut noted)?.load().map_err(failed("load"))?;
+        for (index, hook) in (0..).zip(Hook::ALL) {
+            let fd = dataplane.program(hook)?.fd().map_err(failed("use"))?.try_clone().map_err(|source| {
+                DataplaneError::Map { call: "write", map: PROGRAMS, source: MapError::IoError(source) }
+            })?;
+            programs.set(index, &fd, 0).map_err(DataplaneError::map("write", PROGRAMS))?;
+        }
+        let pinned = |name| MapData::from_pin(dataplane.pins.map(name)).map_err(DataplaneError::map("open", name));
+        let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
+        let addresses = Map::HashMap(pinned(VTEP_ADDRESSES)?);
+        let addresses = addresses.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
+        Ok(Self { dataplane, noted, _programs: programs, heard, addresses })
+    }
+
+    /// Runs a TC program; its verdict. The frame goes to `out`.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Program`].
+    pub fn verdict(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<i32, DataplaneError> {
+        let mut context = context(hook, packet);
+        self.run(packet, 1, &mut context, out).map(|verdict| verdict as i32)
+    }
+
+    /// Runs a TC program; the note that the packet has afterwards. The frame goes to `out`.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Program`].
+    pub fn note(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<u16, DataplaneError> {
+        let mut context = context(hook, packet);
+        self.run(packet, 2, &mut context, out)?;
+        let at = CB + 4 * noted::NOTE;
+        Ok(u16::from_ne_bytes([context[at], context[at + 1]]))
+    }
+
+    fn run(
+        &mut self,
+        packet: Packet<'_>,
+        repeat: u32,
+        context: &mut [u8; SKB_LEN],
+        out: &mut Vec<u8>,
+    ) -> Result<u32, DataplaneError> {
+        out.resize(packet.frame.len() + 256, 0);
+        let before = *context;
+        let options = TestRunOptions {
+            data_in: Some(packet.frame),
+            data_out: Some(out),
+            ctx_in: Some(&before),
+            ctx_out: Some(context),
+            repeat,
+            ..TestRunOptions::new()
+        };
+        let result = program(&mut self.noted)?.test_run(options).map_err(failed("run"))?;
+        out.truncate(result.data_size_out as usize);
+        Ok(result.return_value)
+    }
+
+    /// Runs `xdp_decap`; its verdict. The frame goes to `out`, behind the metadata where the program left some.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Program`].
+    pub fn xdp(&mut self, mode: XdpMode, frame: &[u8], out: &mut Vec<u8>) -> Result<u32, DataplaneError> {
+        out.resize(frame.len() + 256, 0);
+        let options = TestRunOptions { data_in: Some(frame), data_out: Some(out), ..TestRunOptions::new() };
+        let program = self.dataplane.xdp_program(mode)?;
+        let result = program.test_run(options).map_err(failed("run"))?;
+        out.truncate(result.data_size_out as usize);
+        Ok(result.return_value)
+    }
+
+    /// What was counted under an event, on all CPUs.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn counter(&self, event: Event) -> Result<Counter, DataplaneError> {
+        super::read_counter(&self.dataplane.counters, event)
+    }
+
+    /// What was counted, under any event.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn counters(&self) -> Result<Vec<(Event, Counter)>, DataplaneError> {
+        self.dataplane.counters()
+    }
+
+    /// What is known of a flow.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn flow(&self, key: &FlowKey) -> Result<Option<Flow>, DataplaneError> {
+        match self.dataplane.flows.get(key, 0) {
+            Ok(flow) => Ok(Some(flow)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(DataplaneError::map("read", FLOWS)(error)),
+        }
+    }
+
+    /// Has the programs know a flow.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn insert_flow(&mut self, flow: &Flow) -> Result<(), DataplaneError> {
+        self.dataplane.insert_flow(flow)
+    }
+
+    /// Has the programs forget a flow, if they know it.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn forget_flow(&mut self, key: &FlowKey) -> Result<(), DataplaneError> {
+        absent_is_fine(self.dataplane.flows.remove(key)).map_err(DataplaneError::map("write", FLOWS))
+    }
+
+    /// Every flow that is known.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn flows(&self) -> Result<Vec<FlowKey>, DataplaneError> {
+        self.dataplane.flows.keys().collect::<Result<_, _>>().map_err(DataplaneError::map("read", FLOWS))
+    }
+
+    /// The id of the VTEP with this address (wire order).
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`] where it has none.
+    pub fn id_of(&self, address: [u8; 4]) -> Result<u32, DataplaneError> {
+        self.addresses.get(&address, 0).map_err(DataplaneError::map("read", VTEP_ADDRESSES))
+    }
+
+    /// Whether a packet of a VTEP was admitted since this was last asked.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn take_heard(&mut self, id: u32) -> Result<bool, DataplaneError> {
+        let heard = self.heard.get(&id, 0).map_err(DataplaneError::map("read", HEARD))? != 0;
+        if heard {
+            self.heard.set(id, 0, 0).map_err(DataplaneError::map("write", HEARD))?;
+        }
+        Ok(heard)
+    }
+}
+
+fn context(hook: Hook, packet: Packet<'_>) -> [u8; SKB_LEN] {
+    let program = Hook::ALL.iter().position(|other| *other == hook).unwrap_or_default();
+    let mut context = [0; SKB_LEN];
+    for (at, value) in [
+        (IFINDEX, packet.ifindex),
+        (GSO_SIZE, packet.gso_size),
+        (CB + 4 * noted::PROGRAM, program as u32),
+        (CB + 4 * noted::NOTE, u32::from(packet.note)),
+    ] {
+        context[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+    }
+    context
+}
+
+fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DataplaneError> {
+    let program = ebpf.program_mut(PROGRAM).ok_or(DataplaneError::Missing(PROGRAM))?;
+    program.try_into().map_err(failed("use"))
+}
+
+fn failed(call: &'static str) -> impl FnOnce(ProgramError) -> DataplaneError {
+    move |source| DataplaneError::Program { call, program: PROGRAM, source }
+}

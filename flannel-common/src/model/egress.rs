@@ -1,0 +1,138 @@
+//! From pods and the host's stack to the underlay.
+
+use std::vec::Vec;
+
+use super::{
+    Fate, FlowChange, Frame, Note, Packet, Peer, World,
+    wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, flow, is_ipv4, one_hop_on, word},
+};
+use crate::event::{Event, Outcome};
+
+impl World {
+    /// The stack routed it to the overlay: it leaves in the tunnel, or goes on to the kernel's device with a note of that.
+    pub(super) fn to_overlay(&self, packet: Packet<'_>) -> Fate {
+        let fate = self.encapsulated(packet);
+        match fate.event.map(Event::outcome) {
+            Some(Outcome::Pass) => Fate { note: self.note(Note::HandedOn), ..fate },
+            Some(Outcome::Forward) => Fate { flow: self.released(packet), ..fate },
+            _ => fate,
+        }
+    }
+
+    /// A packet that comes out of the stack as `from_pod` saw it go in has its flow noted.
+    fn released(&self, packet: Packet<'_>) -> FlowChange {
+        let Some(ip) = Ipv4::at(packet.frame, ETHERNET) else { return FlowChange::Unchanged };
+        let (kind, key) = flow(packet.frame, ip, ETHERNET, End::Source);
+        let is_unchanged = packet.note == self.note(Note::FromPod(key));
+        match self.may_bypass() && kind == Kind::Data && is_unchanged {
+            true => FlowChange::Egress(key),
+            false => FlowChange::Unchanged,
+        }
+    }
+
+    /// The kernel's vxlan device gives back what was handed to it, or what came in a tunnel: that only with a note.
+    pub(super) fn from_overlay(&self, packet: Packet<'_>) -> Fate {
+        if packet.note == self.note(Note::HandedOn) {
+            let fate = self.encapsulated(packet);
+            let event = match fate.event {
+                Some(event) if event.outcome() == Outcome::Pass => Some(Event::EncapImpossible),
+                other => other,
+            };
+            return Fate { event, note: 0, ..fate };
+        }
+        let is_admitted = is_ipv4(packet.frame)
+            && Ipv4::at(packet.frame, ETHERNET).is_some_and(|ip| {
+                let (_, key) = flow(packet.frame, ip, ETHERNET, End::Destination);
+                packet.note == self.note(Note::Admitted(key))
+            });
+        Fate::unchanged(if is_admitted { Event::Received } else { Event::NotAdmitted }, packet)
+    }
+
+    /// A tunnel carries every IPv4 packet that has a peer and a size.
+    fn encapsulated(&self, packet: Packet<'_>) -> Fate {
+        let unchanged = |event| Fate::unchanged(event, packet);
+        if !is_ipv4(packet.frame) {
+            return unchanged(Event::EncapNotIpv4);
+        }
+        let inner = &packet.frame[ETHERNET..];
+        let Some(ip) = Ipv4::at(inner, 0) else { return unchanged(Event::EncapTruncated) };
+        let Some(peer) = self.leaseholder(ip.destination()) else { return unchanged(Event::EncapNoPeer) };
+        if !peer.has_route {
+            return unchanged(Event::EncapNoRoute);
+        }
+        if packet.is_gso {
+            return unchanged(Event::EncapNoRoom);
+        }
+        if inner.len() > self.config.mtu as usize {
+            return unchanged(Event::EncapTooBig);
+        }
+        let event = match peer.next_hop_mac {
+            Some(_) => Event::Encapsulated,
+            None => Event::EncapsulatedNeighbour,
+        };
+        Fate { frame: Frame::InTunnel(self.in_tunnel(peer, ip, inner)), note: 0, ..unchanged(event) }
+    }
+
+    /// A pod sent it.
+    pub(super) fn from_pod(&self, packet: Packet<'_>) -> Fate {
+        // Whatever note it bears, the pod may have made it.
+        let packet = Packet { note: 0, ..packet };
+        let other = Fate::unchanged(Event::PodOther, packet);
+        let inner = &packet.frame[ETHERNET..];
+        let Some(ip) = Ipv4::at(inner, 0).filter(|_| is_ipv4(packet.frame)) else { return other };
+        let (from, to) = (ip.source(), ip.destination());
+
+        // Only the beginning of a datagram has a port.
+        let has_port = ip.protocol() == UDP && !ip.is_later_fragment() && inner.len() >= ip.header_len() + 8;
+        let is_to_tunnel = has_port && word(inner, ip.header_len() + 2) == Some(self.config.port);
+        if is_to_tunnel && (to == self.own_address() || self.is_peer(to)) {
+            return Fate { event: Some(Event::PodTunnel), ..other };
+        }
+        let (kind, key) = flow(packet.frame, ip, ETHERNET, End::Source);
+        if kind == Kind::Other || !self.is_of_own_subnet(from) || self.is_of_own_subnet(to) {
+            return other;
+        }
+        let slow = Fate { event: Some(Event::PodSlow), note: self.note(Note::FromPod(key)), ..other };
+        if kind == Kind::Turn && self.may_bypass() {
+            return Fate { flow: FlowChange::Removed, ..slow };
+        }
+        let Some(peer) = self.leaseholder(to).filter(|peer| peer.has_route) else { return slow };
+        let is_fit = !packet.is_gso && inner.len() <= self.config.mtu as usize && ip.ttl() > 1;
+        if !self.may_bypass() || kind != Kind::Data || !packet.known.egress || !is_fit {
+            return slow;
+        }
+        let event = match peer.next_hop_mac {
+            Some(_) => Event::PodEncapsulated,
+            None => Event::PodEncapsulatedNeighbour,
+        };
+        let frame = Frame::InTunnel(self.in_tunnel(peer, ip, &one_hop_on(inner)));
+        Fate { event: Some(event), frame, note: 0, ..slow }
+    }
+
+    /// The frame with all outer headers (RFC 7348 section 5), zero where the packet alone does not decide.
+    fn in_tunnel(&self, peer: &Peer, ip: Ipv4, inner: &[u8]) -> Vec<u8> {
+        let config = &self.config;
+        let mut frame = Vec::new();
+        // A next hop that is not known is left to the kernel.
+        frame.extend(peer.next_hop_mac.unwrap_or_default());
+        frame.extend(config.underlay_mac);
+        frame.extend([8, 0]);
+        // RFC 6040, normal mode, but that a congestion mark already made is not made again outside, as Linux does.
+        let ecn = if ip.ecn() == 3 { 2 } else { ip.ecn() };
+        frame.extend([0x45, ecn]);
+        frame.extend(((inner.len() + TUNNEL) as u16).to_be_bytes());
+        frame.extend([0, 0, 0, 0, 64, UDP, 0, 0]);
+        frame.extend(self.own_address());
+        frame.extend(peer.address);
+        frame.extend([0, 0]);
+        frame.extend(config.port.to_be_bytes());
+        frame.extend(((inner.len() + TUNNEL - IPV4) as u16).to_be_bytes());
+        frame.extend([0, 0, 8, 0, 0, 0]);
+        frame.extend((config.vni << 8).to_be_bytes());
+        frame.extend(peer.vtep_mac);
+        frame.extend(config.vtep_mac);
+        frame.extend([8, 0]);
+        frame.extend(inner);
+        frame
+    }
+}

@@ -1,0 +1,169 @@
+//! From the underlay to pods and the host's stack.
+
+use std::vec::Vec;
+
+use super::{
+    Fate, FlowChange, Frame, Note, Packet, World,
+    wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, is_within, one_hop_on, word},
+};
+use crate::event::{Event, Outcome};
+
+const UDP_AT: usize = ETHERNET + IPV4;
+const VXLAN_AT: usize = UDP_AT + 8;
+const INNER_ETHERNET_AT: usize = VXLAN_AT + 8;
+const INNER_AT: usize = INNER_ETHERNET_AT + ETHERNET;
+
+/// Addresses that no host can have (RFC 6890), without those of one's own broadcasts.
+const NOT_UNICAST: [([u8; 4], u32); 5] =
+    [([0, 0, 0, 0], 8), ([127, 0, 0, 0], 8), ([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([240, 0, 0, 0], 4)];
+
+/// A tunnel packet that may come in.
+struct Admitted {
+    inner: Ipv4,
+    sender: [u8; 4],
+    /// Nothing in its outer headers is for the kernel to look at.
+    is_plain: bool,
+    outer_len: usize,
+}
+
+impl World {
+    pub(super) fn from_underlay(&self, packet: Packet<'_>) -> Fate {
+        let frame = packet.frame;
+        let to_another = frame[0] & 1 == 0 && frame[..6] != self.config.underlay_mac;
+        if !is_ipv4(frame) || to_another {
+            return Fate::unchanged(Event::NotTunnel, packet);
+        }
+        let admitted = match self.admit(frame, packet.is_gso) {
+            Ok(admitted) => admitted,
+            Err(event) => return Fate::unchanged(event, packet),
+        };
+        let (kind, key) = flow(frame, admitted.inner, INNER_AT, End::Destination);
+        let slow = Fate {
+            note: self.note(Note::Admitted(key)),
+            heard: Some(admitted.sender),
+            flow: match kind == Kind::Turn && self.may_bypass() {
+                true => FlowChange::Removed,
+                false => FlowChange::Unchanged,
+            },
+            ..Fate::unchanged(Event::Admitted, packet)
+        };
+        let may_bypass = self.may_bypass() && kind == Kind::Data && packet.known.ingress;
+        if !may_bypass || !admitted.is_plain || packet.is_gso || admitted.inner.ttl() < 2 {
+            return slow;
+        }
+        let mut out = Vec::new();
+        out.extend(packet.known.pod_mac);
+        out.extend(packet.known.gateway_mac);
+        out.extend([8, 0]);
+        out.extend(one_hop_on(&frame[INNER_AT..]));
+        Fate { event: Some(Event::Delivered), frame: Frame::Is(out), note: packet.note, ..slow }
+    }
+
+    pub(super) fn xdp_decap(&self, packet: Packet<'_>) -> Fate {
+        let frame = packet.frame;
+        let left = Fate { event: None, ..Fate::unchanged(Event::NotTunnel, packet) };
+        if !is_ipv4(frame) || frame[..6] != self.config.underlay_mac {
+            return left;
+        }
+        let admitted = match self.admit(frame, false) {
+            Ok(admitted) => admitted,
+            Err(event) if event.outcome() == Outcome::Drop => return Fate { event: Some(event), ..left },
+            Err(_) => return left,
+        };
+        let left = Fate { heard: Some(admitted.sender), ..left };
+        if !admitted.is_plain || admitted.outer_len > self.config.mtu as usize + TUNNEL {
+            return left;
+        }
+        let mut out = Vec::new();
+        // In front of it, the metadata by which `from_underlay` knows it.
+        out.extend(0xf1a7_7e1d_u32.to_ne_bytes());
+        out.extend(self.config.vni.to_ne_bytes());
+        out.extend(&frame[INNER_ETHERNET_AT..]);
+        Fate { event: Some(Event::XdpDecapsulated), frame: Frame::Is(out), ..left }
+    }
+
+    /// Who may send what (design: "what may pass").
+    fn admit(&self, frame: &[u8], is_gso: bool) -> Result<Admitted, Event> {
+        let config = &self.config;
+        let ip = Ipv4::at(frame, ETHERNET).ok_or(Event::NotTunnel)?;
+        if ip.protocol() != UDP || ip.destination() != self.own_address() {
+            return Err(Event::NotTunnel);
+        }
+        if ip.is_later_fragment() {
+            return Err(Event::UnderlayFragment);
+        }
+        // A whole UDP header to our port, wherever the outer header says that it is.
+        let udp_at = ETHERNET + if ip.is_plain() { IPV4 } else { ip.header_len() };
+        let is_tunnel = frame.len() >= udp_at + 8 && word(frame, udp_at + 2) == Some(config.port);
+        match (is_tunnel, ip.is_plain()) {
+            (false, _) => return Err(Event::NotTunnel),
+            (true, false) => return Err(Event::OuterOptions),
+            (true, true) => {}
+        }
+
+        let vxlan: [u8; 8] = bytes(frame, VXLAN_AT).ok_or(Event::TunnelTruncated)?;
+        let vni = u32::from_be_bytes([0, vxlan[4], vxlan[5], vxlan[6]]);
+        if vxlan[0] & 8 == 0 || vni != config.vni {
+            return Err(Event::ForeignVni);
+        }
+        let has_reserved_bits = vxlan[0] != 8 || vxlan[1..4] != [0; 3] || vxlan[7] != 0;
+
+        let ether_type = frame.get(INNER_ETHERNET_AT..INNER_AT).ok_or(Event::TunnelTruncated)?;
+        if ether_type[12..] != [8, 0] {
+            return Err(Event::InnerNotIpv4);
+        }
+        let inner = Ipv4::at(frame, INNER_AT).ok_or(Event::TunnelTruncated)?;
+        let outer_len = ip.total_len();
+        let is_cut = ETHERNET + outer_len > frame.len();
+        let lacks_inner = !ip.has_more_fragments() && inner.total_len() > outer_len.saturating_sub(TUNNEL);
+        if !is_gso && (is_cut || lacks_inner) {
+            return Err(Event::TunnelTruncated);
+        }
+        if inner.version() != 4 {
+            return Err(Event::InnerNotIpv4);
+        }
+
+        let (from, to) = (inner.source(), inner.destination());
+        let destination_mac = &frame[INNER_ETHERNET_AT..INNER_ETHERNET_AT + 6];
+        let is_unicast = |address| !NOT_UNICAST.iter().any(|(network, len)| is_within(address, *network, *len));
+        if destination_mac[0] & 1 == 1 || !is_unicast(from) || !is_unicast(to) || self.is_own_broadcast(to) {
+            return Err(Event::InnerNotUnicast);
+        }
+        let sender = ip.source();
+        if !self.is_peer(sender) {
+            return Err(Event::UnknownVtep);
+        }
+        let is_its_own = self.leaseholder(from).is_some_and(|peer| peer.address == sender);
+        if !is_its_own || self.is_of_own_subnet(from) {
+            return Err(Event::SpoofedInnerSource);
+        }
+        if destination_mac != config.vtep_mac {
+            return Err(Event::InnerForeignMac);
+        }
+        if !self.is_of_own_subnet(to) {
+            return Err(Event::ForeignInnerDestination);
+        }
+        let is_plain = !has_reserved_bits && !ip.has_more_fragments() && ip.ecn() != 3;
+        Ok(Admitted { inner, sender, is_plain, outer_len })
+    }
+
+    /// The last address of this host's subnet.
+    fn is_own_broadcast(&self, address: [u8; 4]) -> bool {
+        let next = u32::from_be_bytes(address).wrapping_add(1);
+        self.is_of_own_subnet(address) && !self.is_of_own_subnet(next.to_be_bytes())
+    }
+
+    /// The stack hands it to a pod: it may have come by the overlay, and be unchanged.
+    pub(super) fn to_pod(&self, packet: Packet<'_>) -> Fate {
+        let frame = packet.frame;
+        let unnoted = Fate { note: 0, ..Fate::unchanged(Event::PodUnnoted, packet) };
+        let ip = Ipv4::at(frame, ETHERNET).filter(|_| is_ipv4(frame) && self.may_bypass());
+        let (Some(ip), Some(pod), Some(gateway)) = (ip, bytes(frame, 0), bytes(frame, 6)) else { return unnoted };
+        let (kind, key) = flow(frame, ip, ETHERNET, End::Destination);
+        let is_unchanged = packet.note == self.note(Note::Admitted(key));
+        if kind != Kind::Data || !is_unchanged || !self.is_of_own_subnet(ip.destination()) {
+            return unnoted;
+        }
+        Fate { event: Some(Event::PodReleased), flow: FlowChange::Ingress(key, pod, gateway), ..unnoted }
+    }
+}

@@ -1,0 +1,215 @@
+//! What the programs must make of a packet, said a second time: from the rules, over plain slices and lists, by no code that
+//! the programs share. Tests run both on the same packet, and any difference is a mistake in one of them.
+//!
+//! Shared are the names of things ([`Event`], [`Config`] and [`FlowKey`] as data) and [`FlowKey::tag`], a digest that means
+//! nothing but itself.
+//!
+//! * `wire` — headers, read and written by their offsets (RFC 791, 768, 9293, 7348)
+//! * `egress` — from pods and the host's stack to the underlay
+//! * `ingress` — from the underlay to pods and the host's stack
+
+mod egress;
+mod ingress;
+mod wire;
+
+use std::vec::Vec;
+
+pub use self::wire::{flow_of, is_sum_right, put_sum};
+use crate::{event::Event, flow::FlowKey, maps::Config, packet::Mac};
+
+/// A program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// Egress of `flannel.<VNI>`.
+    ToOverlay,
+    /// Ingress of `flannel.<VNI>`.
+    FromOverlay,
+    /// Ingress of the external interface.
+    FromUnderlay,
+    /// Ingress of the host's side of a pod's veth.
+    FromPod,
+    /// Egress of the same.
+    ToPod,
+    /// The external interface's driver.
+    XdpDecap,
+}
+
+/// A host, with what it knows.
+#[derive(Clone, Debug)]
+pub struct World {
+    /// Its constants.
+    pub config: Config,
+    /// Who leases what.
+    pub leases: Vec<Lease>,
+}
+
+/// A subnet and its VTEP.
+#[derive(Clone, Copy, Debug)]
+pub struct Lease {
+    /// Network address, wire order.
+    pub network: [u8; 4],
+    /// Prefix length.
+    pub len: u32,
+    /// Who leases it.
+    pub peer: Peer,
+}
+
+/// Another host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Of its VTEP, wire order.
+    pub address: [u8; 4],
+    /// Of its vxlan device.
+    pub vtep_mac: Mac,
+    /// The underlay's next hop towards it, where that is resolved.
+    pub next_hop_mac: Option<Mac>,
+    /// Whether the underlay has a route to it.
+    pub has_route: bool,
+}
+
+/// A packet that a program sees.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet<'a> {
+    /// From the Ethernet header on.
+    pub frame: &'a [u8],
+    /// Whether it is to be segmented, into neither TCP nor UDP: the kernel makes no room in such a packet.
+    pub is_gso: bool,
+    /// `tc_index`.
+    pub note: u16,
+    /// What is known of its flow.
+    pub known: Known,
+}
+
+/// When the stack let a packet of a flow out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// To the overlay, lately.
+    pub egress: bool,
+    /// To the pod, lately.
+    pub ingress: bool,
+    /// The pod's MAC.
+    pub pod_mac: Mac,
+    /// The MAC that its packets come from.
+    pub gateway_mac: Mac,
+}
+
+/// What must become of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fate {
+    /// What is counted; [`None`] where nothing is.
+    pub event: Option<Event>,
+    /// The whole frame, behind XDP metadata where there is some.
+    pub frame: Frame,
+    /// `tc_index`.
+    pub note: u16,
+    /// What is known of its flow from then on.
+    pub flow: FlowChange,
+    /// Which VTEP is known to be alive.
+    pub heard: Option<[u8; 4]>,
+}
+
+/// The bytes of a packet afterwards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// As before.
+    Unchanged,
+    /// These.
+    Is(Vec<u8>),
+    /// These, but for outer identification, source port and IPv4 checksum, which are zero here.
+    InTunnel(Vec<u8>),
+}
+
+/// What becomes of what is known of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowChange {
+    /// Nothing.
+    Unchanged,
+    /// It is forgotten.
+    Removed,
+    /// The stack let a packet of it out to the overlay, now.
+    Egress(FlowKey),
+    /// The stack let a packet of it out to the pod, now, with these MACs (pod's and gateway's).
+    Ingress(FlowKey, Mac, Mac),
+}
+
+impl Fate {
+    fn unchanged(event: Event, packet: Packet<'_>) -> Self {
+        Self {
+            event: Some(event),
+            frame: Frame::Unchanged,
+            note: packet.note,
+            flow: FlowChange::Unchanged,
+            heard: None,
+        }
+    }
+}
+
+/// What a program tells another in `tc_index`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// Nothing.
+    None,
+    /// `from_pod` left a packet of this flow to the stack.
+    FromPod(FlowKey),
+    /// `to_overlay` left the packet to the kernel.
+    HandedOn,
+    /// `from_underlay` let a packet of this flow in.
+    Admitted(FlowKey),
+}
+
+impl World {
+    /// What a program must make of a packet. `frame` has at least an Ethernet header, and for TC programs an IPv4 header where
+    /// its type says so (the kernel runs these on no other).
+    pub fn fate(&self, program: Program, packet: Packet<'_>) -> Fate {
+        match program {
+            Program::ToOverlay => self.to_overlay(packet),
+            Program::FromOverlay => self.from_overlay(packet),
+            Program::FromUnderlay => self.from_underlay(packet),
+            Program::FromPod => self.from_pod(packet),
+            Program::ToPod => self.to_pod(packet),
+            Program::XdpDecap => self.xdp_decap(packet),
+        }
+    }
+
+    /// A note as `tc_index` has it.
+    pub fn note(&self, note: Note) -> u16 {
+        let (kind, tag) = match note {
+            Note::None => return 0,
+            Note::FromPod(key) => (0b100, key.tag(self.config.vni)),
+            Note::HandedOn => (0b101, self.config.vni),
+            Note::Admitted(key) => (0b110, key.tag(self.config.vni)),
+        };
+        kind << 13 | (tag % (1 << 13)) as u16
+    }
+
+    /// Who leases the subnet of an address: a lease of the Network's own length before any other, else the longest.
+    fn leaseholder(&self, address: [u8; 4]) -> Option<&Peer> {
+        let rank = |lease: &&Lease| (self.is_of_grid(lease), lease.len);
+        let holds = |lease: &&Lease| wire::is_within(address, lease.network, lease.len);
+        self.leases.iter().filter(holds).max_by_key(rank).map(|lease| &lease.peer)
+    }
+
+    fn is_of_grid(&self, lease: &Lease) -> bool {
+        let Config { network, slot_shift, slots, .. } = self.config;
+        let first = u64::from(network);
+        let end = first + (u64::from(slots) << slot_shift);
+        lease.len + slot_shift == 32 && (first..end).contains(&u64::from(u32::from_be_bytes(lease.network)))
+    }
+
+    fn is_peer(&self, address: [u8; 4]) -> bool {
+        self.leases.iter().any(|lease| lease.peer.address == address)
+    }
+
+    fn is_of_own_subnet(&self, address: [u8; 4]) -> bool {
+        let len = self.config.subnet_mask.leading_ones();
+        wire::is_within(address, self.config.subnet.to_be_bytes(), len)
+    }
+
+    fn own_address(&self) -> [u8; 4] {
+        self.config.vtep_address.to_be_bytes()
+    }
+
+    fn may_bypass(&self) -> bool {
+        self.config.bypass_time > 0
+    }
+}

@@ -1,0 +1,10 @@
+//! Where the program that puts a note on a packet, for tests of others, has what in `cb` of `struct __sk_buff`.
+
+/// The number of the program that is to run.
+pub const PROGRAM: usize = 0;
+/// Whether it has run.
+pub const IS_OVER: usize = 1;
+/// The note (`tc_index`) before, and after it has run.
+pub const NOTE: usize = 2;
+/// How many programs there can be.
+pub const PROGRAMS: u32 = 5;

@@ -1,0 +1,361 @@
+//! The loaded programs against the model of them in `flannel-common`: one input, both answers.
+//!
+//! Compared are verdict or note (a run shows one of them), every byte, all counters, what is known of flows, and which peers
+//! were heard. Not compared is what a program can't show here: the device that it redirects to, and what it does with a
+//! packet that carries XDP metadata; those are tested on wires.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use flannel_agent::dataplane::{
+    BpfLogLevel, Capacity, Dataplane, Hook, PinDirectory, XdpMode,
+    test_run::{Packet, TestRuns},
+};
+use flannel_common::{
+    event::{Event, Outcome},
+    flow::{Flow, FlowKey},
+    maps::{Counter, Vtep},
+    model::{self, Fate, FlowChange, Frame, Known, Lease, World},
+    packet::{OuterHeader, Tunnel},
+    vxlan::Vni,
+};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    time::{ClockId, clock_gettime},
+};
+
+use crate::{
+    frames::{Mac, NODE_ONE_MAC},
+    inputs::{Age, Input, Look, WORLDS},
+};
+
+/// For how long a flow is fresh in these worlds: longer than this process is ever kept waiting.
+pub const BYPASS_TIME: Duration = Duration::from_secs(60);
+/// Longer ago than the coarse clock of the programs is behind.
+const A_MOMENT: Duration = Duration::from_millis(20);
+const POD_MAC: Mac = [0x0a, 0x58, 0, 0, 0, 2];
+const GATEWAY_MAC: Mac = [0x0a, 0x58, 0, 0, 0, 1];
+/// How often what is seldom wrong is looked at.
+const LOOK_AROUND: u64 = 4096;
+
+/// Every world, loaded.
+pub struct Comparison {
+    worlds: Vec<Loaded>,
+    ifindex: u32,
+    runs: u64,
+    out: Vec<u8>,
+}
+
+struct Loaded {
+    world: World,
+    programs: TestRuns,
+    /// What the counters must be.
+    counters: Vec<Counter>,
+}
+
+/// Two answers to one input.
+pub struct Difference(pub String);
+
+impl Comparison {
+    /// Loads the programs for each world, in namespaces of the calling thread's own, so that nothing of it is left.
+    pub fn new() -> Self {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces need root: run this as root");
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        let pins = Path::new("/sys/fs/bpf");
+        mount(Some("bpf"), pins, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
+        let [a, b, c, d, e, f] = NODE_ONE_MAC;
+        let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+        ip(&format!("link add eth0 address {mac} type veth peer name eth1"));
+        let links: serde_json::Value = serde_json::from_str(&ip("-j link show eth0")).unwrap();
+        let ifindex = links[0]["ifindex"].as_u64().unwrap() as u32;
+        let worlds = WORLDS
+            .iter()
+            .enumerate()
+            .map(|(number, world)| Loaded::new(world(), &pins.join(number.to_string()), ifindex));
+        Self { worlds: worlds.collect(), ifindex, runs: 0, out: Vec::new() }
+    }
+
+    /// Runs an input through both; `false` where the kernel runs programs on no such frame.
+    pub fn compare(&mut self, input: &Input<'_>) -> Result<bool, Difference> {
+        let Some(program) = runnable(input) else { return Ok(false) };
+        let loaded = &mut self.worlds[input.world()];
+        self.runs += 1;
+        let result = loaded.compare(input, program, self.ifindex, &mut self.out);
+        let result = result.and_then(|()| match self.runs % LOOK_AROUND {
+            0 => self.worlds.iter_mut().try_for_each(Loaded::look_around),
+            _ => Ok(()),
+        });
+        result.map(|()| true).map_err(|what| Difference(format!("{what}\n{input:#?}")))
+    }
+
+    /// What is only looked at now and then.
+    pub fn look_around(&mut self) -> Result<(), String> {
+        self.worlds.iter_mut().try_for_each(Loaded::look_around)
+    }
+}
+
+/// The kernel runs programs on frames with an Ethernet header, and TC programs on no IP packet shorter than its fixed header
+/// (`bpf_prog_test_run_skb`).
+fn runnable(input: &Input<'_>) -> Option<model::Program> {
+    let frame = input.frame;
+    let least = match (input.program(), frame.get(12..14)?) {
+        (model::Program::XdpDecap, _) => 14,
+        (_, [0x08, 0x00]) => 14 + 20,
+        (_, [0x86, 0xdd]) => 14 + 40,
+        _ => 14,
+    };
+    (frame.len() >= least).then_some(input.program())
+}
+
+impl Loaded {
+    fn new(world: World, pins: &Path, ifindex: u32) -> Self {
+        let config = &world.config;
+        let capacity = Capacity { slots: config.slots, vteps: 64 };
+        let vni = Vni::new_checked(config.vni).unwrap();
+        let mut dataplane = Dataplane::load(PinDirectory::new(pins, vni), config, capacity, BpfLogLevel::Off).unwrap();
+        for Lease { network: [a, b, c, d], len, peer } in &world.leases {
+            let header = OuterHeader::template(&Tunnel {
+                next_hop_mac: peer.next_hop_mac.unwrap_or_default(),
+                device_mac: config.underlay_mac,
+                source: config.vtep_address.to_be_bytes(),
+                destination: peer.address,
+                port: config.port,
+                vni,
+                peer_vtep_mac: peer.vtep_mac,
+                vtep_mac: config.vtep_mac,
+            });
+            let vtep = Vtep {
+                header,
+                address: u32::from_be_bytes(peer.address),
+                next_hop: peer.address,
+                ifindex: if peer.has_route { ifindex } else { 0 },
+                flags: if peer.next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 },
+            };
+            dataplane.peers.set(format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap(), &vtep).unwrap();
+        }
+        let counters = vec![Counter::default(); Event::ALL.len()];
+        Self { world, programs: TestRuns::new(dataplane).unwrap(), counters }
+    }
+
+    fn compare(
+        &mut self,
+        input: &Input<'_>,
+        program: model::Program,
+        ifindex: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), String> {
+        let key = input.flow();
+        let before = key.and_then(|key| self.make_known(input, key, ifindex));
+        let is_fresh = |age: Option<Age>| age == Some(Age::Fresh);
+        let packet = model::Packet {
+            frame: input.frame,
+            is_gso: input.gso_size() != 0,
+            note: input.note(&self.world),
+            known: Known {
+                egress: before.is_some() && is_fresh(input.egress()),
+                ingress: before.is_some() && is_fresh(input.ingress()),
+                pod_mac: POD_MAC,
+                gateway_mac: GATEWAY_MAC,
+            },
+        };
+        let fate = self.world.fate(program, packet);
+        let start = now();
+        self.run(input, program, packet.note, ifindex, &fate, out)?;
+        check_frame(&self.world, &fate.frame, input.frame, out)?;
+        self.check_counter(&fate, input.frame.len())?;
+        self.check_flow(&fate, key, before, ifindex, start)?;
+        match fate.heard {
+            Some(address) if !self.take_heard(address) => Err(format!("{address:?} was not heard")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the programs know the packet's flow, as the input says.
+    fn make_known(&mut self, input: &Input<'_>, key: FlowKey, veth: u32) -> Option<Flow> {
+        let now = now();
+        let time = |age| match age {
+            Age::Never => 0,
+            Age::Fresh => (now - A_MOMENT).as_nanos() as u64,
+            Age::Stale => now.saturating_sub(BYPASS_TIME + A_MOMENT).as_nanos() as u64,
+            Age::Ahead => (now + BYPASS_TIME).as_nanos() as u64,
+        };
+        let (egress, ingress) = (time(input.egress()?), time(input.ingress()?));
+        let flow = Flow { egress, ingress, veth, pod_mac: POD_MAC, gateway_mac: GATEWAY_MAC, ..Flow::new(key) };
+        self.programs.insert_flow(&flow).unwrap();
+        Some(flow)
+    }
+
+    fn run(
+        &mut self,
+        input: &Input<'_>,
+        program: model::Program,
+        note: u16,
+        ifindex: u32,
+        fate: &Fate,
+        out: &mut Vec<u8>,
+    ) -> Result<(), String> {
+        let hook = match program {
+            model::Program::ToOverlay => Hook::ToOverlay,
+            model::Program::FromOverlay => Hook::FromOverlay,
+            model::Program::FromUnderlay => Hook::FromUnderlay,
+            model::Program::FromPod => Hook::FromPod,
+            model::Program::ToPod => Hook::ToPod,
+            model::Program::XdpDecap => {
+                let mode = if input.is_generic() { XdpMode::Generic } else { XdpMode::Native };
+                let verdict = self.programs.xdp(mode, input.frame, out).map_err(|error| error.to_string())?;
+                // XDP_DROP and XDP_PASS (include/uapi/linux/bpf.h).
+                let expected = if fate.event.is_some_and(|event| event.outcome() == Outcome::Drop) { 1 } else { 2 };
+                return equal("verdict", verdict, expected);
+            }
+        };
+        let packet = Packet { frame: input.frame, ifindex, gso_size: input.gso_size(), note };
+        match input.look() {
+            Look::Verdict => {
+                let verdict = self.programs.verdict(hook, packet, out).map_err(|error| error.to_string())?;
+                // TC_ACT_REDIRECT, TC_ACT_UNSPEC, TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
+                let expected = match fate.event.map(Event::outcome) {
+                    Some(Outcome::Forward) => 7,
+                    Some(Outcome::Drop) => 2,
+                    Some(Outcome::Pass) | None => -1,
+                };
+                equal("verdict", verdict, expected)
+            }
+            Look::Note => {
+                let note = self.programs.note(hook, packet, out).map_err(|error| error.to_string())?;
+                equal("note", note, fate.note)
+            }
+        }
+    }
+
+    fn check_counter(&mut self, fate: &Fate, len: usize) -> Result<(), String> {
+        let Some(event) = fate.event else { return Ok(()) };
+        let expected = &mut self.counters[event as usize];
+        *expected = Counter { packets: expected.packets + 1, bytes: expected.bytes + len as u64 };
+        let counter = self.programs.counter(event).unwrap();
+        match counter == *expected {
+            true => Ok(()),
+            false => Err(format!("not counted as {}, but {}", event.label(), self.moved())),
+        }
+    }
+
+    /// The counters that are not as they must be.
+    fn moved(&self) -> String {
+        let counters = self.programs.counters().unwrap();
+        let moved =
+            counters.iter().zip(&self.counters).filter(|((_, counter), expected)| counter.packets > expected.packets);
+        moved.map(|((event, _), _)| event.label()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn check_flow(
+        &mut self,
+        fate: &Fate,
+        key: Option<FlowKey>,
+        before: Option<Flow>,
+        ifindex: u32,
+        start: Duration,
+    ) -> Result<(), String> {
+        let changed = match fate.flow {
+            FlowChange::Unchanged | FlowChange::Removed => None,
+            FlowChange::Egress(key) | FlowChange::Ingress(key, ..) => Some(key),
+        };
+        let Some(key) = changed.or(key).filter(|_| before.is_some() || changed.is_some()) else { return Ok(()) };
+        let after = self.programs.flow(&key).unwrap();
+        if after.is_some() {
+            self.programs.forget_flow(&key).unwrap();
+        }
+        let known = before.unwrap_or(Flow::new(key));
+        let expected = match fate.flow {
+            FlowChange::Unchanged => before,
+            FlowChange::Removed => None,
+            FlowChange::Egress(_) => Some(Flow { egress: after.map_or(0, |flow| flow.egress), ..known }),
+            FlowChange::Ingress(_, pod_mac, gateway_mac) => {
+                let ingress = after.map_or(0, |flow| flow.ingress);
+                Some(Flow { ingress, veth: ifindex, pod_mac, gateway_mac, ..known })
+            }
+        };
+        equal("what is known of the flow", after, expected)?;
+        let time = match fate.flow {
+            FlowChange::Egress(_) => after.map(|flow| flow.egress),
+            FlowChange::Ingress(..) => after.map(|flow| flow.ingress),
+            FlowChange::Unchanged | FlowChange::Removed => None,
+        };
+        let possible = (start - A_MOMENT).as_nanos() as u64..=now().as_nanos() as u64;
+        match time.is_none_or(|time| possible.contains(&time)) {
+            true => Ok(()),
+            false => Err(format!("the flow was noted at {time:?}, not within {possible:?}")),
+        }
+    }
+
+    fn take_heard(&mut self, address: [u8; 4]) -> bool {
+        let id = self.programs.id_of(address).unwrap();
+        self.programs.take_heard(id).unwrap()
+    }
+
+    fn look_around(&mut self) -> Result<(), String> {
+        let counters: Vec<_> = self.programs.counters().unwrap().into_iter().map(|(_, counter)| counter).collect();
+        if counters != self.counters {
+            return Err(format!("counted besides: {}", self.moved()));
+        }
+        equal("flows", self.programs.flows().unwrap(), vec![])?;
+        let addresses: Vec<_> = self.world.leases.iter().map(|lease| lease.peer.address).collect();
+        match addresses.into_iter().find(|address| self.take_heard(*address)) {
+            Some(address) => Err(format!("{address:?} was heard")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_frame(world: &World, expected: &Frame, before: &[u8], after: &[u8]) -> Result<(), String> {
+    const IPV4: usize = 14;
+    const SOURCE_PORT: usize = 34;
+    match expected {
+        Frame::Unchanged => equal_bytes(after, before),
+        Frame::Is(expected) => equal_bytes(after, expected),
+        Frame::InTunnel(expected) => {
+            if after.len() < 64 {
+                return equal_bytes(after, expected);
+            }
+            let port = u16::from_be_bytes([after[SOURCE_PORT], after[SOURCE_PORT + 1]]);
+            let ports = world.config.source_ports;
+            if !(ports.min..ports.max).contains(&port) {
+                return Err(format!("source port {port}, not within {ports:?}"));
+            }
+            if !model::is_sum_right(after, IPV4) {
+                return Err("the outer IPv4 checksum is wrong".to_owned());
+            }
+            let mut after = after.to_vec();
+            for field in [IPV4 + 4, IPV4 + 10, SOURCE_PORT] {
+                after[field..field + 2].fill(0);
+            }
+            equal_bytes(&after, expected)
+        }
+    }
+}
+
+fn equal_bytes(is: &[u8], expected: &[u8]) -> Result<(), String> {
+    match is == expected {
+        true => Ok(()),
+        false => Err(format!("the frame is\n  {}\n, the model's\n  {}", hex(is), hex(expected))),
+    }
+}
+
+fn equal<T: PartialEq + std::fmt::Debug>(what: &str, is: T, expected: T) -> Result<(), String> {
+    match is == expected {
+        true => Ok(()),
+        false => Err(format!("{what}: {is:x?}, the model's {expected:x?}")),
+    }
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn now() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap().into()
+}
+
+fn ip(line: &str) -> String {
+    let output = Command::new("ip").args(line.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "ip {line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}

@@ -1,0 +1,399 @@
+//! What the programs are fuzzed with: eight bytes that choose program, world and circumstances, and a frame. New ones are made
+//! from valid frames of every kind, with fields, lengths and nesting changed.
+
+use std::fmt;
+
+use etherparse::EtherType;
+use flannel_common::{
+    flow::{FlowKey, SourcePorts},
+    maps::Config,
+    model::{self, Lease, Note, Peer, Program, World},
+};
+use rand::{Rng, RngExt as _, seq::IndexedRandom as _};
+
+use crate::{comparison::hex, frames::*};
+
+/// The worlds that programs are loaded for.
+pub const WORLDS: [fn() -> World; 4] = [
+    || World { config: config(), leases: leases() },
+    || World { config: Config { bypass_time: 0, ..config() }, leases: leases() },
+    small_subnets,
+    || World { config: Config { slots: 0, ..config() }, leases: leases() },
+];
+
+/// When the stack let a packet of a flow out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Age {
+    Never,
+    Fresh,
+    Stale,
+    /// By a clock that is ahead.
+    Ahead,
+}
+
+/// What a run is to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    Verdict,
+    Note,
+}
+
+/// One input.
+pub struct Input<'a> {
+    head: [u8; Input::HEAD],
+    pub frame: &'a [u8],
+}
+
+const PROGRAMS: [Program; 8] = [
+    Program::FromUnderlay,
+    Program::XdpDecap,
+    Program::ToOverlay,
+    Program::FromPod,
+    Program::FromOverlay,
+    Program::ToPod,
+    Program::XdpDecap,
+    Program::FromUnderlay,
+];
+
+impl<'a> Input<'a> {
+    pub const HEAD: usize = 8;
+    /// With the head.
+    pub const MAX_LEN: usize = 2048;
+
+    pub fn new(bytes: &'a [u8]) -> Option<Self> {
+        let (head, frame) = bytes.split_first_chunk()?;
+        Some(Self { head: *head, frame })
+    }
+
+    pub fn program(&self) -> Program {
+        PROGRAMS[usize::from(self.head[0]) % PROGRAMS.len()]
+    }
+
+    /// Of `xdp_decap`.
+    pub fn is_generic(&self) -> bool {
+        self.head[0] & 0x80 != 0
+    }
+
+    pub fn world(&self) -> usize {
+        usize::from(self.head[1]) % WORLDS.len()
+    }
+
+    /// [`None`] where nothing is known of the flow.
+    pub fn egress(&self) -> Option<Age> {
+        self.age(0)
+    }
+
+    pub fn ingress(&self) -> Option<Age> {
+        self.age(2)
+    }
+
+    fn age(&self, shift: u8) -> Option<Age> {
+        let ages = [Age::Fresh, Age::Never, Age::Stale, Age::Ahead];
+        (self.head[2] & 0x80 != 0).then(|| ages[usize::from(self.head[2] >> shift & 3)])
+    }
+
+    pub fn note(&self, world: &World) -> u16 {
+        let note = match self.head[3] % 5 {
+            0 => Note::None,
+            1 => model::flow_of(self.frame, 14, true).map_or(Note::None, Note::FromPod),
+            2 => model::flow_of(self.frame, 14, false).map_or(Note::None, Note::Admitted),
+            3 => Note::HandedOn,
+            _ => return u16::from_be_bytes([self.head[4], self.head[5]]),
+        };
+        world.note(note)
+    }
+
+    pub fn gso_size(&self) -> u32 {
+        match self.head[6] {
+            size @ 0xf0.. => u32::from(size & 0xf) * 100,
+            _ => 0,
+        }
+    }
+
+    pub fn look(&self) -> Look {
+        if self.head[7] & 1 == 0 { Look::Verdict } else { Look::Note }
+    }
+
+    /// The flow that the program looks for.
+    pub fn flow(&self) -> Option<FlowKey> {
+        match self.program() {
+            Program::FromUnderlay => model::flow_of(self.frame, INNER_IPV4, false),
+            Program::FromPod | Program::ToOverlay => model::flow_of(self.frame, IPV4, true),
+            Program::ToPod | Program::FromOverlay => model::flow_of(self.frame, IPV4, false),
+            Program::XdpDecap => None,
+        }
+    }
+}
+
+impl fmt::Debug for Input<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Input")
+            .field("program", &self.program())
+            .field("world", &self.world())
+            .field("egress, ingress", &(self.egress(), self.ingress()))
+            .field("gso_size", &self.gso_size())
+            .field("note", &self.note(&WORLDS[self.world()]()))
+            .field("look", &self.look())
+            .field("frame", &hex(self.frame))
+            .finish()
+    }
+}
+
+fn config() -> Config {
+    Config {
+        bypass_time: crate::comparison::BYPASS_TIME.as_nanos() as u64,
+        network: 0x0a05_0000,
+        slot_shift: 8,
+        slots: 256,
+        subnet: 0x0a05_0100,
+        subnet_mask: 0xffff_ff00,
+        vtep_address: u32::from_be_bytes(NODE_ONE),
+        vni: 1,
+        mtu: 1450,
+        underlay_header_len: 14,
+        underlay_mac: NODE_ONE_MAC,
+        port: 8472,
+        vtep_mac: VTEP_ONE_MAC,
+        source_ports: SourcePorts { min: 32768, max: 60999 },
+    }
+}
+
+const TWO: Peer = Peer { address: NODE_TWO, vtep_mac: VTEP_TWO_MAC, next_hop_mac: Some(NODE_TWO_MAC), has_route: true };
+const THREE: Peer = Peer { address: NODE_THREE, vtep_mac: VTEP_THREE_MAC, next_hop_mac: None, has_route: true };
+const FOUR: Peer =
+    Peer { address: [192, 168, 64, 4], vtep_mac: [0x0a, 0, 0, 0, 0, 4], next_hop_mac: None, has_route: false };
+
+const fn lease(network: [u8; 4], len: u32, peer: Peer) -> Lease {
+    Lease { network, len, peer }
+}
+
+/// In the grid and off it; one claims part of this host's own subnet.
+fn leases() -> Vec<Lease> {
+    vec![
+        lease([10, 5, 2, 0], 24, TWO),
+        lease([10, 5, 3, 0], 24, THREE),
+        lease([10, 5, 5, 0], 24, FOUR),
+        lease([10, 5, 4, 128], 25, TWO),
+        lease([10, 5, 4, 160], 27, THREE),
+        lease([10, 5, 2, 128], 25, THREE),
+        lease([10, 5, 1, 128], 25, TWO),
+        lease([172, 30, 0, 0], 16, TWO),
+        lease([172, 30, 7, 0], 24, FOUR),
+    ]
+}
+
+/// Subnets that end within an octet, another VNI and port, a small MTU, one source port, and a lease of everything.
+fn small_subnets() -> World {
+    let config = Config {
+        network: 0xac10_0000,
+        slot_shift: 6,
+        slots: 1 << 14,
+        subnet: 0xac10_0140,
+        subnet_mask: 0xffff_ffc0,
+        vni: 9_999_999,
+        mtu: 200,
+        port: 4789,
+        source_ports: SourcePorts { min: 1, max: 2 },
+        ..config()
+    };
+    let leases = vec![
+        lease([172, 16, 1, 0], 26, TWO),
+        lease([172, 16, 1, 128], 26, THREE),
+        lease([172, 16, 2, 0], 26, FOUR),
+        lease([172, 16, 3, 4], 30, TWO),
+        lease([0, 0, 0, 0], 0, THREE),
+    ];
+    World { config, leases }
+}
+
+const IPV4: usize = 14;
+const INNER_IPV4: usize = 64;
+
+/// Replaces an input, or changes it, in a way that a fuzzer of bytes would hardly find.
+pub fn mutate(input: &mut Vec<u8>, random: &mut impl Rng) {
+    if input.len() < Input::HEAD + 14 || random.random_ratio(1, 4) {
+        *input = fresh(random);
+    }
+    // Not seldom none: what is valid must stay so.
+    for _ in 0..random.random_range(0..4) {
+        change(input, random);
+    }
+    input.truncate(Input::MAX_LEN);
+}
+
+/// A valid frame for some program.
+fn fresh(random: &mut impl Rng) -> Vec<u8> {
+    let mut input = vec![0; Input::HEAD];
+    random.fill(&mut input[..]);
+    let head = Input { head: input[..].try_into().unwrap(), frame: &[] };
+    let (program, world) = (head.program(), WORLDS[head.world()]());
+    if random.random_ratio(3, 4) {
+        // No aggregate, and the flow known.
+        input[6] = 0;
+        input[2] |= 0x80;
+    }
+    input.extend(frame(program, &world, random));
+    input
+}
+
+fn frame(program: Program, world: &World, random: &mut impl Rng) -> Vec<u8> {
+    let lease = world.leases.choose(random).unwrap();
+    let there = within(lease.network, lease.len, random);
+    let here = within(world.config.subnet.to_be_bytes(), world.config.subnet_mask.leading_ones(), random);
+    let of = |packet: Vec<u8>, source, destination| [ethernet(source, destination, EtherType::IPV4), packet].concat();
+    match program {
+        Program::FromUnderlay | Program::XdpDecap => {
+            let peer = lease.peer;
+            let inner = of(packet(there, here, random), peer.vtep_mac, world.config.vtep_mac);
+            around(world, peer, &inner)
+        }
+        Program::ToOverlay => of(packet(here, there, random), world.config.vtep_mac, NEXT_HOP_MAC),
+        Program::FromPod => of(packet(here, there, random), [0x0a, 0x58, 0, 0, 0, 2], [0x0a, 0x58, 0, 0, 0, 1]),
+        Program::FromOverlay | Program::ToPod => {
+            of(packet(there, here, random), lease.peer.vtep_mac, world.config.vtep_mac)
+        }
+    }
+}
+
+fn around(world: &World, peer: Peer, inner: &[u8]) -> Vec<u8> {
+    let tunnel = Tunnel { source: peer.address, port: world.config.port, ..FROM_TWO };
+    tunnel.around(&vxlan(8, world.config.vni), inner)
+}
+
+/// An address of a subnet.
+fn within(network: [u8; 4], len: u32, random: &mut impl Rng) -> [u8; 4] {
+    let hosts = u32::MAX.checked_shr(len).unwrap_or(0);
+    (u32::from_be_bytes(network) | random.random::<u32>() & hosts).to_be_bytes()
+}
+
+fn packet(source: [u8; 4], destination: [u8; 4], random: &mut impl Rng) -> Vec<u8> {
+    match random.random_range(0..8) {
+        0 => icmp(source, destination),
+        1..4 => udp(source, destination),
+        _ => tcp(source, destination),
+    }
+}
+
+/// One change.
+fn change(input: &mut Vec<u8>, random: &mut impl Rng) {
+    let frame = Input::HEAD;
+    match random.random_range(0..12) {
+        // Circumstances.
+        0 => {
+            let at = random.random_range(0..Input::HEAD);
+            input[at] = random.random();
+        }
+        // An end, or more than there should be.
+        1 => input.truncate(random.random_range(frame..=input.len())),
+        2 => {
+            let len = *[1, 14, 46, 200, 1300, 1451].choose(random).unwrap();
+            input.resize(input.len() + len, random.random());
+        }
+        // A tunnel within or around.
+        3 => {
+            let world = WORLDS[Input::new(input).unwrap().world()]();
+            let peer = world.leases.choose(random).unwrap().peer;
+            let nested = around(&world, peer, &input[frame..]);
+            input.splice(frame.., nested);
+        }
+        4 if input.len() > frame + INNER_IPV4 => drop(input.drain(frame..frame + 50)),
+        5 => {
+            let at = random.random_range(frame..=input.len());
+            let bytes: [u8; 4] = random.random();
+            input.splice(at..at, bytes);
+        }
+        6 => {
+            let bit = random.random_range(0..(input.len() - frame).max(1) * 8);
+            if let Some(byte) = input.get_mut(frame + bit / 8) {
+                *byte ^= 1 << (bit % 8);
+            }
+        }
+        7 => {
+            let ip = *[IPV4, INNER_IPV4].choose(random).unwrap();
+            model::put_sum(&mut input[frame..], ip);
+        }
+        _ => set_field(input, random),
+    }
+}
+
+/// A field of some header, at an interesting value.
+fn set_field(input: &mut [u8], random: &mut impl Rng) {
+    let head = Input::new(input).unwrap();
+    let (world, len) = (WORLDS[head.world()](), head.frame.len());
+    let ip = if random.random() { IPV4 } else { INNER_IPV4 };
+    let word = |value: usize| (value as u16).to_be_bytes().to_vec();
+    let pick = |values: &[u8], random: &mut _| vec![*values.choose(random).unwrap()];
+    let (at, value) = match random.random_range(0..20) {
+        0 => (ip, pick(&[0x45, 0x46, 0x4f, 0x44, 0x40, 0x65, 0x55], random)),
+        1 => (ip + 1, pick(&[0, 1, 2, 3, 0xb8, 0xff], random)),
+        2 | 3 => {
+            let whole = len.saturating_sub(ip);
+            let lens = [whole, whole + 1, whole.saturating_sub(1), 0, 19, 20, 49, 50, 51, 70, 78, 1500, 1501, 0xffff];
+            (ip + 2, word(*lens.choose(random).unwrap()))
+        }
+        4 | 5 => (ip + 6, word(*[0, 0x2000, 0x4000, 0x8000, 1, 185, 0x2001, 0x1fff, 0x3fff].choose(random).unwrap())),
+        6 => (ip + 8, pick(&[0, 1, 2, 64, 255], random)),
+        7 => (ip + 9, pick(&[6, 17, 1, 0, 4, 47, 132, 255], random)),
+        8 => (ip + 10, random.random::<[u8; 2]>().to_vec()),
+        9 | 10 => (ip + 12, address(&world, random).to_vec()),
+        11 | 12 => (ip + 16, address(&world, random).to_vec()),
+        13 => {
+            let port = *[world.config.port, 8472, 4789, 53, 0, 0xffff].choose(random).unwrap();
+            (ip + *[20, 22, 24, 2].choose(random).unwrap(), word(port.into()))
+        }
+        14 => {
+            let whole = len.saturating_sub(ip + 20);
+            (ip + 24, word(*[whole, whole + 1, 0, 7, 8, 16, 0xffff].choose(random).unwrap()))
+        }
+        15 => (ip + 33, random.random::<[u8; 1]>().to_vec()),
+        16 => (42, pick(&[8, 0, 0xff, 0x88, 0x0c, 0xf7], random)),
+        17 => {
+            let at = *[43, 44, 45, 46, 47, 48, 49].choose(random).unwrap();
+            (at, pick(&[0, 1, 0x98, 0xff], random))
+        }
+        18 => {
+            let mac: Mac = *[NODE_ONE_MAC, VTEP_ONE_MAC, VTEP_TWO_MAC, [0xff; 6], [1, 0, 0x5e, 0, 0, 1], [0; 6]]
+                .choose(random)
+                .unwrap();
+            (*[0, 6, 50, 56].choose(random).unwrap(), mac.to_vec())
+        }
+        _ => {
+            let kind = *[0x0800, 0x0806, 0x86dd, 0x8100, 0x88a8, 0, 46, 0x0801].choose(random).unwrap();
+            (*[12, 62].choose(random).unwrap(), word(kind))
+        }
+    };
+    if let Some(field) = input.get_mut(Input::HEAD + at..Input::HEAD + at + value.len()) {
+        field.copy_from_slice(&value);
+    }
+}
+
+/// Somebody's, or one that nobody may have.
+fn address(world: &World, random: &mut impl Rng) -> [u8; 4] {
+    let config = &world.config;
+    let lease = world.leases.choose(random).unwrap();
+    let own_len = config.subnet_mask.leading_ones();
+    let own = config.subnet.to_be_bytes();
+    match random.random_range(0..12) {
+        0 => config.vtep_address.to_be_bytes(),
+        1 => lease.peer.address,
+        2 | 3 => within(lease.network, lease.len, random),
+        4 | 5 => within(own, own_len, random),
+        6 => own,
+        7 => (config.subnet | !config.subnet_mask).to_be_bytes(),
+        8 => within(config.network.to_be_bytes(), 16, random),
+        9 => STRANGER,
+        10 => *[
+            [127, 0, 0, 1],
+            [169, 254, 1, 1],
+            [169, 253, 0, 1],
+            [224, 0, 0, 1],
+            [223, 255, 255, 255],
+            [255; 4],
+            [0; 4],
+            [0, 0, 0, 1],
+        ]
+        .choose(random)
+        .unwrap(),
+        _ => random.random(),
+    }
+}
