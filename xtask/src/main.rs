@@ -25,7 +25,7 @@ enum Command {
     Test(test::Options),
     /// Format, lints and documentation, for the eBPF programs too
     Check,
-    /// Feed the agent's parsers with what a fuzzer comes up with
+    /// Feed the agent's parsers, and the eBPF programs beside a model, with what a fuzzer comes up with
     Fuzz(fuzz::Options),
     /// Measure against the kernel's own vxlan path
     Bench(bench::Options),

@@ -112,6 +112,14 @@ impl Process {
         Ok(self.child.try_wait()?)
     }
 
+    /// Waits for its end, however long that takes.
+    ///
+    /// # Errors
+    /// Where the kernel does not know it.
+    pub fn wait_without_limit(&mut self) -> Result<ExitStatus> {
+        Ok(self.child.wait()?)
+    }
+
     /// Waits for its end.
     ///
     /// # Errors
