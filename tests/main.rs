@@ -7,6 +7,7 @@
 //! * [`frames`] — frames of the world, built with another's packet builder
 //! * [`sockets`] — sockets in its namespaces, and bytes that tell where they belong
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
+//! * [`drops`] — what is dropped, by reason, and what it was
 //! * [`fast_path`] — the same of flows that the programs know
 //! * [`xdp`] — the same tables over a wire, with and without XDP
 //! * [`model`] — the programs against a model of them; [`inputs`] and [`comparison`] are shared with the fuzzer
@@ -33,6 +34,7 @@ mod bypass;
 mod certificates;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
+mod drops;
 mod encapsulation;
 mod fast_path;
 mod frames;

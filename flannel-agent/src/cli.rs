@@ -97,6 +97,15 @@ pub enum Command {
     Cleanup,
     /// Print what became of the packets, by reason; also when the agent is not running
     Counters,
+    /// Print what was dropped, by reason, with the latest packets of each; also when the agent is not running
+    Drops {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+        /// How many packets of each reason are shown
+        #[arg(long, value_name = "COUNT", default_value_t = 8)]
+        samples: usize,
+    },
     /// Print what this host leases, how it stands with etcd, and what is to be looked at; exit code 3 where something is
     Status {
         /// Form of the output

@@ -37,6 +37,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         None => daemon::run(cli).await?,
         Some(Command::Cleanup) => cleanup::run(cli).await?,
         Some(Command::Counters) => operator::print_counters(cli)?,
+        Some(Command::Drops { output, samples }) => operator::print_drops(cli, *output, *samples)?,
         Some(Command::Status { output }) => {
             let is_well = operator::print_status(cli, *output)?;
             return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });

@@ -11,12 +11,14 @@
 //! * [`generator`] — what the benchmarks' frame generator sends
 //! * [`noted`] — how tests put notes on packets
 //! * [`maps`] — names, keys, values and sizes of the BPF maps, and the programs' constants
+//! * [`drops`] — samples of dropped packets, and how many there may be
 //! * [`event`] — what can become of a packet: drop reason, counter, metric label and documentation in one enum
 //! * `model` (with the feature) — what the programs must make of a packet, said a second time
 #![cfg_attr(not(any(test, feature = "model")), no_std)]
 
 pub mod admission;
 pub mod checksum;
+pub mod drops;
 pub mod event;
 pub mod flow;
 pub mod generator;

@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -30,11 +30,13 @@ pub const HEARD: &str = "HEARD";
 pub const FLOWS: &str = "FLOWS";
 /// Per-CPU array: [`Event`](crate::event::Event) -> [`Counter`].
 pub const COUNTERS: &str = "COUNTERS";
+/// Per-CPU array: [`Event`](crate::event::Event) -> [`Drops`](crate::drops::Drops): samples of what was dropped.
+pub const DROPS: &str = "DROPS";
 /// The read-only global that holds [`Config`].
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 7] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, COUNTERS];
+pub const PINNED: [&str; 8] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, COUNTERS, DROPS];
 
 /// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
 pub const MAX_SLOTS: u32 = 1 << 22;
@@ -181,7 +183,10 @@ const _: () = {
 #[cfg(feature = "user")]
 mod user {
     use super::{Config, Counter, Vtep};
-    use crate::flow::{Flow, FlowKey};
+    use crate::{
+        drops::Drops,
+        flow::{Flow, FlowKey},
+    };
 
     // SAFETY: #[repr(C)], integers and byte arrays only, no padding (the sizes are asserted above).
     unsafe impl aya::Pod for Config {}
@@ -189,6 +194,8 @@ mod user {
     unsafe impl aya::Pod for Vtep {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Counter {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Drops {}
     // SAFETY: as above.
     unsafe impl aya::Pod for FlowKey {}
     // SAFETY: as above.

@@ -6,7 +6,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta, bpf_xdp_get_buff_len, bpf_xdp_load_bytes},
     programs::XdpContext,
 };
-use flannel_common::{maps::Decapsulated, vxlan};
+use flannel_common::{drops::FRAME_LEN, maps::Decapsulated, vxlan};
 
 use crate::packet::{Header, Headers};
 
@@ -64,6 +64,18 @@ impl Headers for Frame<'_> {
     fn is_aggregate(&self) -> bool {
         // Can't be told in generic mode; in native mode none is.
         false
+    }
+
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        self.ctx.ingress_ifindex() as u32
+    }
+
+    #[inline(always)]
+    fn copy_to(&self, bytes: &mut [u8; FRAME_LEN], len: u32) -> Result<(), ()> {
+        // SAFETY: the context is valid, and no more is written than fits, which the verifier checks again.
+        let result = unsafe { bpf_xdp_load_bytes(self.ctx.ctx, 0, bytes.as_mut_ptr().cast(), len) };
+        if result == 0 { Ok(()) } else { Err(()) }
     }
 
     #[inline(always)]

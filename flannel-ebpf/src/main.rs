@@ -20,7 +20,7 @@
 //! * [`flows`] — what may pass the stack by; `to_pod`
 //! * [`leases`] — the maps, asked as the lease table
 //! * [`packet`], [`frame`] — the only places that touch packet memory and call helpers on it
-//! * [`maps`], [`count`] — what the agent shares with the programs
+//! * [`maps`], [`count`], [`sample`] — what the agent shares with the programs
 #![no_std]
 #![no_main]
 
@@ -33,6 +33,7 @@ mod frame;
 mod leases;
 mod maps;
 mod packet;
+mod sample;
 
 use aya_ebpf::{
     bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
@@ -41,10 +42,13 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::trace;
 use flannel_common::event::{Event, Outcome};
+use network_types::eth::EthHdr;
 
 use crate::{
     frame::Frame,
+    maps::CONFIG,
     packet::{Headers as _, Packet},
+    sample::sample,
 };
 
 /// Egress of `flannel.<VNI>`: encapsulates what the host's stack routed to the overlay.
@@ -68,7 +72,7 @@ pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
 pub(crate) fn from_underlay(ctx: TcContext) -> i32 {
     let packet = Packet::new(&ctx);
     let len = packet.len();
-    conclude(&ctx, decap::from_underlay(&packet), len)
+    conclude_with(&ctx, decap::from_underlay(&packet), len, CONFIG.load().underlay_header_len)
 }
 
 /// Ingress of the host's side of a pod's veth: encapsulates what may pass the stack by.
@@ -110,20 +114,32 @@ fn decapsulate(ctx: &XdpContext) -> u32 {
     count::count(event, len);
     match event.outcome() {
         Outcome::Forward | Outcome::Pass => xdp_action::XDP_PASS,
-        Outcome::Drop => xdp_action::XDP_DROP,
+        Outcome::Drop => {
+            sample(&frame, event, EthHdr::LEN as u16);
+            xdp_action::XDP_DROP
+        }
     }
+}
+
+/// At a device with Ethernet headers.
+#[inline(always)]
+fn conclude(ctx: &TcContext, event: Event, len: u32) -> i32 {
+    conclude_with(ctx, event, len, EthHdr::LEN as u16)
 }
 
 /// The only place where an outcome becomes a TC verdict. The redirect itself was noted by the helper that named the
 /// device.
 #[inline(always)]
-fn conclude(ctx: &TcContext, event: Event, len: u32) -> i32 {
+fn conclude_with(ctx: &TcContext, event: Event, len: u32, link_header_len: u16) -> i32 {
     count::count(event, len);
     trace!(ctx, "event {}, {} bytes", event as u32, len);
     match event.outcome() {
         Outcome::Forward => TC_ACT_REDIRECT,
         Outcome::Pass => TC_ACT_UNSPEC,
-        Outcome::Drop => TC_ACT_SHOT,
+        Outcome::Drop => {
+            sample(&Packet::new(ctx), event, link_header_len);
+            TC_ACT_SHOT
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
 use flannel_common::{
+    drops::Drops,
     event::Event,
     flow::{Flow, FlowKey, SourcePorts},
     maps::{Config, Counter, MAX_FLOWS, MAX_PREFIXES, Vtep},
@@ -31,6 +32,9 @@ pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entrie
 
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(Event::COUNT, 0);
+
+#[map]
+pub(crate) static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(Event::COUNT, 0);
 
 /// Patched at load; constant to the verifier.
 #[unsafe(no_mangle)]

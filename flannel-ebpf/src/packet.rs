@@ -11,11 +11,11 @@ use aya_ebpf::{
     },
     helpers::{
         bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
-        bpf_skb_adjust_room, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_skb_adjust_room, bpf_skb_load_bytes, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use flannel_common::{flow::FlowKey, maps::Decapsulated, packet::OuterHeader, vxlan};
+use flannel_common::{drops::FRAME_LEN, flow::FlowKey, maps::Decapsulated, packet::OuterHeader, vxlan};
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
@@ -72,6 +72,10 @@ pub(crate) trait Headers {
     fn len(&self) -> u32;
     /// Whether the kernel made one of several, with lengths of its own in the headers.
     fn is_aggregate(&self) -> bool;
+    /// The device that it is at.
+    fn device(&self) -> u32;
+    /// Copies its first bytes. [`Err`] where there are fewer.
+    fn copy_to(&self, bytes: &mut [u8; FRAME_LEN], len: u32) -> Result<(), ()>;
     /// The header at `offset`, a constant; [`None`] beyond the end.
     fn header<T: Header>(&self, offset: usize) -> Option<T>;
     /// The same at an offset that is not a constant.
@@ -250,13 +254,6 @@ impl<'a> Packet<'a> {
         unsafe { bpf_redirect_peer(ifindex, 0) };
     }
 
-    /// The device that the packet is at.
-    #[inline(always)]
-    pub(crate) fn device(&self) -> u32 {
-        // SAFETY: as above.
-        unsafe { (*self.skb()).ifindex }
-    }
-
     /// Bytes of payload in each segment; 0 where it is not to be segmented.
     #[inline(always)]
     pub(crate) fn segment_size(&self) -> u32 {
@@ -346,6 +343,19 @@ impl Headers for Packet<'_> {
     #[inline(always)]
     fn is_aggregate(&self) -> bool {
         self.is_gso()
+    }
+
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        // SAFETY: the context is valid for the program's run.
+        unsafe { (*self.skb()).ifindex }
+    }
+
+    #[inline(always)]
+    fn copy_to(&self, bytes: &mut [u8; FRAME_LEN], len: u32) -> Result<(), ()> {
+        // SAFETY: the context is valid, and no more is written than fits, which the verifier checks again.
+        let result = unsafe { bpf_skb_load_bytes(self.skb().cast(), 0, bytes.as_mut_ptr().cast(), len) };
+        if result == 0 { Ok(()) } else { Err(()) }
     }
 
     #[inline(always)]

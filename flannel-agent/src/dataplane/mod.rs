@@ -5,6 +5,7 @@
 //! of each link in one step, so that no packet meets a hook without a program.
 
 mod attach;
+mod drops;
 #[cfg(feature = "generator")]
 pub mod generator;
 mod peers;
@@ -23,6 +24,7 @@ use aya::{
     maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray},
     programs::{ProgramError, SchedClassifier},
 };
+pub use drops::{Dropped, pinned_drops};
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey},

@@ -7,11 +7,12 @@ use std::{
 
 use aya::maps::{MapInfo, MapType};
 use flannel_common::{
+    drops::Drops,
     event::Event,
     flow::{Flow, FlowKey},
     maps::{
-        ABI_VERSION, COUNTERS, Counter, FLOWS, HEARD, MAX_FLOWS, MAX_PREFIXES, PREFIXES, SUBNETS, VTEP_ADDRESSES,
-        VTEPS, Vtep,
+        ABI_VERSION, COUNTERS, Counter, DROPS, FLOWS, HEARD, MAX_FLOWS, MAX_PREFIXES, PREFIXES, SUBNETS,
+        VTEP_ADDRESSES, VTEPS, Vtep,
     },
     vxlan::Vni,
 };
@@ -41,7 +42,7 @@ pub(super) struct Layout {
 }
 
 /// The layout of every pinned map.
-pub(super) fn layout(capacity: Capacity) -> [Layout; 7] {
+pub(super) fn layout(capacity: Capacity) -> [Layout; 8] {
     let Capacity { slots, vteps } = capacity;
     let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
         name,
@@ -59,6 +60,7 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 7] {
         map(HEARD, MapType::Array, 4, 4, vteps),
         map(FLOWS, MapType::LruHash, size_of::<FlowKey>() as u32, size_of::<Flow>(), MAX_FLOWS),
         map(COUNTERS, MapType::PerCpuArray, 4, size_of::<Counter>(), Event::COUNT),
+        map(DROPS, MapType::PerCpuArray, 4, size_of::<Drops>(), Event::COUNT),
     ]
 }
 

@@ -1,11 +1,17 @@
 //! The operator's commands. They read what the agent pinned and wrote, so that all but requests work without one.
 
+mod decode;
+mod drops;
 mod metrics;
 mod status;
 
 use flannel_common::vxlan::Vni;
+use tabled::{
+    builder::Builder,
+    settings::{Padding, Style},
+};
 
-pub use self::{metrics::print as print_metrics, status::print as print_status};
+pub use self::{drops::print as print_drops, metrics::print as print_metrics, status::print as print_status};
 use crate::{
     cli::Cli,
     control::{self, ControlError, Reply, Request},
@@ -74,4 +80,14 @@ pub fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
 /// Whether an agent serves that overlay now.
 fn is_running(cli: &Cli, vni: Vni) -> bool {
     Lock::is_held(&cli.run_dir, vni)
+}
+
+/// Rows in columns.
+fn rows<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {
+    let mut builder = Builder::default();
+    rows.into_iter().for_each(|row| builder.push_record(row));
+    let mut table = builder.build();
+    table.with(Style::empty()).with(Padding::new(0, 2, 0, 0));
+    // Every line is as wide as the widest.
+    table.to_string().lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }

@@ -1,12 +1,8 @@
 //! `flannel-agent status`.
 
 use serde_json::json;
-use tabled::{
-    builder::Builder,
-    settings::{Padding, Style, object::Columns},
-};
 
-use super::{OperatorError, is_running};
+use super::{OperatorError, is_running, rows};
 use crate::{
     cli::{Cli, Output},
     status::{API_VERSION, Status, time},
@@ -46,12 +42,11 @@ pub fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
 
 fn table(status: &Status, troubles: &[String]) -> String {
     let Status { lease, store, held, .. } = status;
-    let mut rows = Builder::default();
-    rows.push_record([
+    let mut lines = vec![[
         format!("flannel.{}", status.vni),
         format!("{} by {} as {}, MTU {}", status.network, status.external_interface, status.public_ip, status.mtu),
-    ]);
-    rows.push_record([
+    ]];
+    lines.push([
         "lease".to_owned(),
         format!("{} {}, {} renewals, {} losses", lease.subnet, lease.state.label(), lease.renewals, lease.losses),
     ]);
@@ -64,10 +59,10 @@ fn table(status: &Status, troubles: &[String]) -> String {
         0 => "off".to_owned(),
         time => format!("on, through the stack every {time} ms, {conntrack}"),
     };
-    rows.push_record(["bypass".to_owned(), bypass]);
-    rows.push_record(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
+    lines.push(["bypass".to_owned(), bypass]);
+    lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
     let following = if store.following { "followed" } else { "away" };
-    rows.push_record([
+    lines.push([
         "etcd".to_owned(),
         format!(
             "{following} for {}, cluster {}, revision {}, {} events",
@@ -78,20 +73,17 @@ fn table(status: &Status, troubles: &[String]) -> String {
         ),
     ]);
     let resyncs: Vec<_> = store.resyncs.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
-    rows.push_record(["snapshots".to_owned(), resyncs.join(", ")]);
-    rows.push_record(["peers".to_owned(), format!("{}, of which {} held", status.peers, held.len())]);
+    lines.push(["snapshots".to_owned(), resyncs.join(", ")]);
+    lines.push(["peers".to_owned(), format!("{}, of which {} held", status.peers, held.len())]);
     for peer in held {
         let reason = format!("{} at {}, {} for {}", peer.subnet, peer.public_ip, peer.reason.label(), time(peer.since));
-        rows.push_record(["held".to_owned(), reason]);
+        lines.push(["held".to_owned(), reason]);
     }
     if troubles.is_empty() {
-        rows.push_record(["state".to_owned(), "all is well".to_owned()]);
+        lines.push(["state".to_owned(), "all is well".to_owned()]);
     }
     for trouble in troubles {
-        rows.push_record(["look at".to_owned(), trouble.clone()]);
+        lines.push(["look at".to_owned(), trouble.clone()]);
     }
-    let mut table = rows.build();
-    table.with(Style::empty()).modify(Columns::first(), Padding::new(0, 1, 0, 0));
-    // Every line is as wide as the widest.
-    table.to_string().lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+    rows(lines)
 }

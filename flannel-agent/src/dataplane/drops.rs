@@ -1,0 +1,65 @@
+//! Samples of what the programs dropped, as they are pinned.
+
+use std::time::Duration;
+
+use aya::maps::{Map, MapData, PerCpuArray};
+use flannel_common::{
+    drops::{Drops, Sample},
+    event::{Event, Outcome},
+    maps::DROPS,
+};
+use nix::time::{ClockId, clock_gettime};
+
+use super::{DataplaneError, PinDirectory};
+
+/// A packet that was dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// How long ago.
+    pub ago: Duration,
+    /// The number of the interface that it was at.
+    pub ifindex: u32,
+    /// Bytes of it, from the link-layer header on.
+    pub len: u32,
+    /// Bytes of its link-layer header.
+    pub link_header_len: usize,
+    /// Its first bytes.
+    pub frame: Vec<u8>,
+}
+
+/// The latest packets that were dropped for each reason, latest first, by a dataplane whose agent may be gone.
+///
+/// # Errors
+/// [`DataplaneError::Map`] where there is none.
+pub fn pinned_drops(pins: &PinDirectory) -> Result<Vec<(Event, Vec<Dropped>)>, DataplaneError> {
+    let map = MapData::from_pin(pins.map(DROPS)).map_err(DataplaneError::map("open", DROPS))?;
+    let map = Map::PerCpuArray(map).try_into().map_err(DataplaneError::map("open", DROPS))?;
+    read(&map)
+}
+
+fn read(map: &PerCpuArray<MapData, Drops>) -> Result<Vec<(Event, Vec<Dropped>)>, DataplaneError> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?.into();
+    let reasons = Event::ALL.iter().filter(|event| event.outcome() == Outcome::Drop);
+    reasons
+        .map(|event| {
+            let values = map.get(&(*event as u32), 0).map_err(DataplaneError::map("read", DROPS))?;
+            let samples = values.iter().flat_map(|drops| &drops.samples);
+            let mut dropped: Vec<_> = samples.filter_map(|sample| Dropped::new(sample, now)).collect();
+            dropped.sort_by_key(|dropped| dropped.ago);
+            Ok((*event, dropped))
+        })
+        .collect()
+}
+
+impl Dropped {
+    fn new(sample: &Sample, now: Duration) -> Option<Self> {
+        Some(Self {
+            frame: sample.frame()?.to_vec(),
+            // The program's clock is behind by up to a tick, never ahead.
+            ago: now.saturating_sub(Duration::from_nanos(sample.time)),
+            ifindex: sample.ifindex,
+            len: sample.len,
+            link_header_len: sample.link_header_len.into(),
+        })
+    }
+}
