@@ -26,6 +26,7 @@
 //! * [`guard`] — what a store that forgets can and can't do
 //! * [`store_faults`] — etcd restarted, wiped, rolled back, compacted, full, without a leader, and away at the start
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
+//! * [`health`] — probes, and what the service manager is told
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
@@ -39,6 +40,7 @@ mod encapsulation;
 mod fast_path;
 mod frames;
 mod guard;
+mod health;
 #[path = "fuzz/inputs.rs"]
 mod inputs;
 mod interoperation;

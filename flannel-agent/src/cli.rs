@@ -1,6 +1,11 @@
 //! The command line: flannel's flags and `FLANNELD_*` variables (flannel: main.go), and ours beside them.
 
-use std::{ffi::OsString, net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{
+    ffi::OsString,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use regex::Regex;
@@ -64,6 +69,12 @@ pub struct Cli {
     /// For how many seconds etcd keeps the lease of a host that is silent
     #[arg(long, value_name = "SECONDS", default_value_t = 86400, value_parser = clap::value_parser!(u32).range(5..))]
     subnet_lease_ttl: u32,
+    /// Address that /healthz and /readyz are answered at
+    #[arg(long, value_name = "IP", default_value = "0.0.0.0")]
+    healthz_ip: IpAddr,
+    /// Port that /healthz and /readyz are answered at; 0 for none
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    healthz_port: u16,
     /// For how many seconds peers are kept that vanish from etcd all at once, unless `lease release-guard` says otherwise
     #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     lease_guard_grace: u32,
@@ -242,6 +253,11 @@ impl Cli {
         }
     }
 
+    /// Where health probes are answered; [`None`] for nowhere.
+    pub fn healthz(&self) -> Option<SocketAddr> {
+        (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port))
+    }
+
     /// How the external interface is chosen.
     pub fn selection(&self) -> Selection {
         Selection {
@@ -302,6 +318,15 @@ mod tests {
         assert_eq!(cli.etcd().endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
         assert_eq!(cli.etcd().prefix, "/coreos.com/network");
         assert_eq!(cli.subnet_file().to_str(), Some("/run/flannel/subnet.env"));
+        assert_eq!(cli.healthz(), None);
+    }
+
+    #[test]
+    fn health_probes_are_answered_at_a_port_and_anywhere() {
+        let healthz = |args: &[&str]| cli(args, &[]).healthz().map(|address| address.to_string());
+        assert_eq!(healthz(&["-healthz-port=8081"]).as_deref(), Some("0.0.0.0:8081"));
+        assert_eq!(healthz(&["--healthz-ip=::1", "--healthz-port=8081"]).as_deref(), Some("[::1]:8081"));
+        assert_eq!(healthz(&["--healthz-ip=127.0.0.1"]), None);
     }
 
     #[test]

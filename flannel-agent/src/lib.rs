@@ -16,6 +16,7 @@
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
 //! * [`last_known`] — what was last known of the store, for when it is away
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
+//! * [`health`] — whether it is alive and ready, for probes and the service manager
 //! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
 //! * [`cleanup`] — taking all of it away again
@@ -34,6 +35,7 @@ pub mod control;
 pub mod daemon;
 pub mod dataplane;
 pub mod device;
+pub mod health;
 pub mod last_known;
 pub mod lease;
 pub mod lock;

@@ -32,6 +32,7 @@ use crate::{
         offload::Offloads,
         vxlan::{Existing, VxlanDevice},
     },
+    health::{self, Health},
     lease::{LeaseTable, PeerChange},
     registry::{OwnLease, ResyncCause, Update, etcd::Registry},
     status::LeaseState,
@@ -48,11 +49,16 @@ const SETTLE_TIME: Duration = Duration::from_millis(10);
 const RECORD_PERIOD: Duration = Duration::from_millis(500);
 
 /// Makes everything. Where that fails half-way, what was not there before is taken away again.
-pub(super) async fn set_up<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent<'a>, DaemonError> {
+pub(super) async fn set_up<'a>(
+    cli: &'a Cli,
+    netlink: Netlink,
+    prepared: Prepared,
+    health: &Health,
+) -> Result<Agent<'a>, DaemonError> {
     let vni = prepared.network.backend.vni;
     let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
     let had_device = netlink.link_by_name(&prepared.device.name).await?.is_some();
-    let result = make(cli, netlink.clone(), prepared).await;
+    let result = make(cli, netlink.clone(), prepared, health).await;
     if result.is_err() {
         let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;
         if let Err(error) = undone {
@@ -62,7 +68,12 @@ pub(super) async fn set_up<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepare
     result
 }
 
-async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<Agent<'a>, DaemonError> {
+async fn make<'a>(
+    cli: &'a Cli,
+    netlink: Netlink,
+    prepared: Prepared,
+    health: &Health,
+) -> Result<Agent<'a>, DaemonError> {
     let Prepared { registry, network, config, external, device, request, lease, known, snapshot } = prepared;
     let endpoint = Endpoint {
         external: external.clone(),
@@ -100,6 +111,7 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
         tenancy,
         doubt: Arc::clone(&doubt),
         requests,
+        health: health.clone(),
     };
     // Peers before programs: none that is attached may meet empty maps.
     if let Some(snapshot) = snapshot {
@@ -121,7 +133,8 @@ async fn make<'a>(cli: &'a Cli, netlink: Netlink, prepared: Prepared) -> Result<
     agent.watch(ResyncCause::Start);
     let renew_interval = cli.renew_interval()?;
     let network = agent.network.clone();
-    let tenant = Tenant { registry, request, network, renew_interval, doubt, events: tenancy_sender };
+    let heartbeat = health.heartbeat("lease");
+    let tenant = Tenant { registry, request, network, renew_interval, doubt, events: tenancy_sender, heartbeat };
     tokio::spawn(tenant.keep((lease_state == LeaseState::Held).then_some(lease)));
     Ok(agent)
 }
@@ -179,6 +192,7 @@ pub(super) struct Agent<'a> {
     /// Has the tenant look at how it stands with the lease.
     pub(super) doubt: Arc<Notify>,
     pub(super) requests: mpsc::Receiver<Pending>,
+    health: Health,
 }
 
 impl Agent<'_> {
@@ -194,12 +208,17 @@ impl Agent<'_> {
         compare.reset();
         let mut record = interval(RECORD_PERIOD);
         record.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let heartbeat = self.health.heartbeat("agent");
+        let mut alive = interval(health::PERIOD);
+        alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pending = None;
         // What was there when the programs were attached may not be all that is there now.
         let mut pods_pending = true;
         let mut not_before = Instant::now();
         loop {
+            heartbeat.beat();
             tokio::select! {
+                _ = alive.tick() => {}
                 () = shutdown.requested() => {
                     info!("stopped as asked; the datapath goes on");
                     break;
@@ -302,7 +321,7 @@ impl Agent<'_> {
         let (sender, updates) = mpsc::channel(1024);
         // The watch before ends when nobody receives from it.
         self.updates = updates;
-        tokio::spawn(self.registry.clone().watch(cause, sender));
+        tokio::spawn(self.registry.clone().watch(cause, sender, self.health.heartbeat("watch")));
     }
 
     async fn serve(&mut self, request: Request) -> Reply {

@@ -22,6 +22,7 @@ use crate::{
     cli::{Cli, InvalidMargin},
     dataplane::{self, DataplaneError},
     device::{DeviceError, Netlink, external::SelectError},
+    health::{self, Health, ServeError},
     lock::{Lock, LockError},
     operator::OperatorError,
     preflight::{self, PreflightError},
@@ -61,6 +62,9 @@ pub enum DaemonError {
     /// No signal handler.
     #[error("wait for signals: {0}")]
     Signal(io::Error),
+    /// Health probes.
+    #[error(transparent)]
+    Health(#[from] ServeError),
     /// A flag that is out of range.
     #[error(transparent)]
     Margin(#[from] InvalidMargin),
@@ -102,13 +106,20 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     preflight::check()?;
     dataplane::require_bpffs(&cli.bpf_pin_dir)?;
     let (netlink, device_events, _connection) = Netlink::open()?;
+    let health = Health::default();
+    if let Some(address) = cli.healthz() {
+        health::serve(address, health.clone()).await?;
+    }
 
     let prepared = tokio::select! {
         prepared = start::prepare(cli, &netlink) => prepared?,
         () = shutdown.requested() => return Ok(()),
     };
     let _lock = Lock::take(&cli.run_dir, prepared.network.backend.vni)?;
-    let agent = agent::set_up(cli, netlink, prepared).await?;
+    let agent = agent::set_up(cli, netlink, prepared, &health).await?;
+    health.set_ready();
+    health::ready();
+    tokio::spawn(health::keep_watchdog(health));
     agent.follow(device_events, shutdown).await
 }
 

@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use crate::{
     config::NetworkConfig,
+    health::Heartbeat,
     registry::{
         LeaseRequest, OwnLease, Standing,
         etcd::{Registry, RegistryError},
@@ -43,6 +44,7 @@ pub(super) struct Tenant {
     /// Somebody saw in the table what does not go with holding the lease.
     pub(super) doubt: Arc<Notify>,
     pub(super) events: mpsc::Sender<TenancyEvent>,
+    pub(super) heartbeat: Heartbeat,
 }
 
 impl Tenant {
@@ -73,6 +75,7 @@ impl Tenant {
     async fn take(&mut self) -> Option<OwnLease> {
         let mut back_off = retry::BackOff::default();
         loop {
+            self.heartbeat.beat();
             match self.try_take().await {
                 Ok(Some(lease)) => {
                     self.tell(TenancyEvent::Taken(lease.clone())).await;
@@ -99,10 +102,11 @@ impl Tenant {
         let mut delay = self.renew_interval;
         loop {
             tokio::select! {
-                () = sleep(delay) => {}
+                () = self.heartbeat.during(sleep(delay)) => {}
                 () = self.doubt.notified() => {}
                 () = self.events.closed() => return Standing::Held,
             }
+            self.heartbeat.beat();
             match self.registry.standing(lease, &self.request).await {
                 Ok(Standing::Held) => {
                     debug!("lease {} renewed", lease.key);

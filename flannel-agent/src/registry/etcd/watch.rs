@@ -6,6 +6,7 @@ use tracing::{debug, warn};
 
 use super::{MAX_ANSWER, Read, Registry, RegistryError};
 use crate::{
+    health::Heartbeat,
     registry::{ResyncCause, Update},
     retry,
 };
@@ -28,14 +29,16 @@ struct Position {
 impl Registry {
     /// Reports the whole table and then every change to it, for ever. Each gap in the changes, whatever its cause, ends
     /// in a fresh snapshot. Returns when nobody receives any more.
-    pub async fn watch(mut self, cause: ResyncCause, updates: mpsc::Sender<Update>) {
+    pub async fn watch(mut self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
         let mut back_off = retry::BackOff::default();
         let mut position = None;
         // Why the next snapshot is read. The first failure after one explains the gap; those that follow only say that
         // nothing has come back yet.
         let mut cause = Some(cause);
         loop {
-            let gap = match self.watch_once(&updates, &mut cause, &mut position, &mut back_off).await {
+            heartbeat.beat();
+            let once = self.watch_once(&updates, &mut cause, &mut position, &mut back_off, &heartbeat);
+            let gap = match once.await {
                 Ok(()) => return,
                 Err(gap) => gap,
             };
@@ -55,6 +58,7 @@ impl Registry {
         cause: &mut Option<ResyncCause>,
         position: &mut Option<Position>,
         back_off: &mut retry::BackOff,
+        heartbeat: &Heartbeat,
     ) -> Result<(), Gap> {
         let snapshot = self.snapshot().await.map_err(|error| Gap { cause: error.resync_cause(), error })?;
         let (cluster_id, revision) = (snapshot.cluster_id, snapshot.revision);
@@ -84,7 +88,7 @@ impl Registry {
         back_off.reset();
         loop {
             let next = tokio::select! {
-                next = stream.message() => next,
+                next = heartbeat.during(stream.message()) => next,
                 () = updates.closed() => return Ok(()),
             };
             let response = match next {

@@ -1,0 +1,48 @@
+//! `/healthz` and `/readyz` (flannel: main.go, `mustRunHealthz`), with flannel's answers where all is well.
+
+use std::{io, net::SocketAddr};
+
+use axum::{Router, extract::State, http::StatusCode, routing::any};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tracing::info;
+
+use super::Health;
+
+/// Probes can't be answered.
+#[derive(Debug, thiserror::Error)]
+#[error("listen at {address} for health probes: {source}; check --healthz-ip and --healthz-port")]
+pub struct ServeError {
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// Answers probes as long as the process lives.
+///
+/// # Errors
+/// [`ServeError`] where the address can't be had.
+pub async fn serve(address: SocketAddr, health: Health) -> Result<JoinHandle<()>, ServeError> {
+    let listener = TcpListener::bind(address).await.map_err(|source| ServeError { address, source })?;
+    info!("/healthz and /readyz are answered at {address}");
+    let router = Router::new().route("/healthz", any(healthz)).route("/readyz", any(readyz)).with_state(health);
+    Ok(tokio::spawn(async move {
+        // It tries again by itself what fails.
+        let _never = axum::serve(listener, router).await;
+    }))
+}
+
+async fn healthz(State(health): State<Health>) -> (StatusCode, String) {
+    match health.silent() {
+        None => (StatusCode::OK, "flanneld is running".to_owned()),
+        Some(silent) => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("the loop {:?} hangs: it was not heard for {} s", silent.name, silent.silence.as_secs()),
+        ),
+    }
+}
+
+async fn readyz(State(health): State<Health>) -> (StatusCode, &'static str) {
+    match health.is_ready() {
+        true => (StatusCode::OK, "flanneld is ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "flanneld is not ready yet"),
+    }
+}
