@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::{bench, check, fuzz, run, setup, test};
+use xtask::{bench, chaos, check, fuzz, run, setup, test};
 
 /// The project's commands.
 #[derive(Parser)]
@@ -27,6 +27,8 @@ enum Command {
     Check,
     /// Feed the agent's parsers, and the eBPF programs beside a model, with what a fuzzer comes up with
     Fuzz(fuzz::Options),
+    /// Let agents, etcd and network fail under traffic, by a schedule that a seed replays, and check what must hold
+    Chaos(chaos::Options),
     /// Measure against the kernel's own vxlan path
     Bench(bench::Options),
 }
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Check => check::run(),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Chaos(options) => chaos::run(&options),
         Command::Bench(options) => bench::run(&options),
     };
     match result {

@@ -19,7 +19,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 23] = [
+const PROGRAMS: [(&str, &str); 24] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -40,6 +40,7 @@ const PROGRAMS: [(&str, &str); 23] = [
     ("openssl", "openssl"),
     ("bpftool", "bpftool"),
     ("iptables", "iptables"),
+    ("ebtables", "iptables"),
     ("conntrack", "conntrack"),
     ("cc", "gcc"),
     ("c++", "g++"),

@@ -151,16 +151,34 @@ impl Host {
     /// # Errors
     /// Where a link can't be made.
     pub fn add_pod_in(&mut self, subnet: &Subnet) -> Result<&Pod> {
-        let Subnet { gateway, len, mtu } = subnet;
         if self.pods.is_empty() {
-            // A MAC made from the address, as the bridge plugin sets it, so that it stays when pods come.
-            let [a, b, c, d] = gateway.octets();
-            self.netns.ip(&format!("link add cni0 address 0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x} type bridge"))?;
-            self.netns.ip(&format!("address add {gateway}/{len} dev cni0"))?;
-            self.netns.ip(&format!("link set cni0 mtu {mtu} up"))?;
+            self.add_bridge(subnet)?;
         }
         let number = u32::try_from(self.pods.len())? + 1;
-        let address = Ipv4Addr::from_bits(gateway.to_bits() + number);
+        let pod = self.make_pod(subnet, number, Ipv4Addr::from_bits(subnet.gateway.to_bits() + number))?;
+        self.pods.push(pod);
+        self.pods.last().context("a pod was just added")
+    }
+
+    /// Makes the bridge of the host's pods, `cni0`.
+    ///
+    /// # Errors
+    /// Where there is one.
+    pub fn add_bridge(&self, subnet: &Subnet) -> Result<()> {
+        let Subnet { gateway, len, mtu } = subnet;
+        // A MAC made from the address, as the bridge plugin sets it, so that it stays when pods come.
+        let [a, b, c, d] = gateway.octets();
+        self.netns.ip(&format!("link add cni0 address 0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x} type bridge"))?;
+        self.netns.ip(&format!("address add {gateway}/{len} dev cni0"))?;
+        self.netns.ip(&format!("link set cni0 mtu {mtu} up")).map(drop)
+    }
+
+    /// Makes a pod that is none of [`Host::pods`], at `pod<number>` of the bridge.
+    ///
+    /// # Errors
+    /// Where a link can't be made.
+    pub fn make_pod(&self, subnet: &Subnet, number: u32, address: Ipv4Addr) -> Result<Pod> {
+        let Subnet { gateway, len, mtu } = subnet;
         let netns = Netns::create(&format!("{}-pod{number}", self.netns.name()))?;
         self.netns.ip(&format!("link add pod{number} mtu {mtu} type veth peer name eth0 netns {}", netns.name()))?;
         self.netns.ip(&format!("link set pod{number} master cni0 up"))?;
@@ -168,8 +186,12 @@ impl Host {
         netns.ip(&format!("address add {address}/{len} dev eth0"))?;
         netns.ip(&format!("link set eth0 mtu {mtu} up"))?;
         netns.ip(&format!("route add default via {gateway}"))?;
-        self.pods.push(Pod { netns, address });
-        self.pods.last().context("a pod was just added")
+        Ok(Pod { netns, address })
+    }
+
+    /// The bridge's end of its cable: a namespace, and a port there.
+    pub const fn port(&self) -> &(String, String) {
+        &self.port
     }
 
     /// Switches segmentation at the underlay on or off, at both ends of the host's cable. On: as a veth is made. Off: every
