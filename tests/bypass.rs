@@ -127,6 +127,25 @@ fn bulk_tcp_passes_the_stack_by_on_both_hosts() {
 }
 
 #[test]
+fn a_pod_whose_port_the_bridge_does_not_know_gets_what_is_its_own() {
+    let mut world = World::with_agents(2);
+    for _ in 0..2 {
+        world.hosts[1].add_pod().unwrap();
+    }
+    world.wait_connected(0, 1);
+    // From now on the bridge floods what is for the first of the three.
+    let host = &world.hosts[1].netns;
+    host.exec("bridge link set dev pod1 learning off").unwrap();
+    host.ip("link set pod1 type bridge_slave fdb_flush").unwrap();
+    let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    wait_for("some of the stream", SOON, || stream.count() > 2000).unwrap();
+    let (sent, received) = stream.end();
+    assert_eq!(received.len(), sent as usize);
+    // Nobody's veth is known to be its.
+    assert_eq!(world.counter(1, "delivered"), 0);
+}
+
+#[test]
 fn nothing_is_lost_or_reordered_between_the_two_ways() {
     let mut world = World::new(2);
     for host in 0..2 {

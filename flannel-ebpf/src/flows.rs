@@ -31,6 +31,10 @@ use crate::{
 const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
 const FRAGMENT_MASK: u16 = 0x2000 | FRAGMENT_OFFSET_MASK;
 
+/// The veth of a flow that came out at several. A bridge floods what is for a MAC that it does not know the port of, so that
+/// a copy for each pod passes [`to_pod`]: none of them tells where the pod is, and for a while all is left to the stack.
+const AMBIGUOUS: u32 = 0;
+
 /// What a packet is to its flow.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -171,16 +175,20 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     let Some(ethernet) = packet.header::<EthHdr>(0) else {
         return Event::PodUnnoted;
     };
-    let flow = Flow {
-        ingress: now(),
-        veth: packet.device(),
-        pod_mac: ethernet.dst_addr,
-        gateway_mac: ethernet.src_addr,
-        ..known(&place.key).unwrap_or(Flow::new(place.key))
+    let (now, veth) = (now(), packet.device());
+    let before = known(&place.key).unwrap_or(Flow::new(place.key));
+    let age = now.wrapping_sub(before.ingress);
+    let flow = if before.veth == AMBIGUOUS && age < 2 * config.bypass_time {
+        return Event::PodUnnoted;
+    } else if before.veth != veth && age < config.bypass_time {
+        // Too old already for `fresh`.
+        Flow { ingress: now.wrapping_sub(config.bypass_time), veth: AMBIGUOUS, ..before }
+    } else {
+        Flow { ingress: now, veth, pod_mac: ethernet.dst_addr, gateway_mac: ethernet.src_addr, ..before }
     };
     match FLOWS.insert(place.key, flow, 0) {
-        Ok(()) => Event::PodReleased,
-        Err(_) => Event::PodUnnoted,
+        Ok(()) if flow.veth == veth => Event::PodReleased,
+        _ => Event::PodUnnoted,
     }
 }
 
