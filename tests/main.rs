@@ -27,12 +27,14 @@
 //! * [`store_faults`] — etcd restarted, wiped, rolled back, compacted, full, without a leader, and away at the start
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
 //! * [`health`] — probes, and what the service manager is told
+//! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
 mod bad_input;
 mod bypass;
 mod certificates;
+mod chaos;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
 mod drops;
