@@ -19,3 +19,4 @@ pub mod run;
 pub mod setup;
 pub mod test;
 pub mod transfer;
+pub mod vm;

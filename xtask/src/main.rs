@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::{bench, chaos, check, fuzz, run, setup, test};
+use xtask::{bench, chaos, check, fuzz, run, setup, test, vm};
 
 /// The project's commands.
 #[derive(Parser)]
@@ -23,6 +23,8 @@ enum Command {
     Lab(run::LabOptions),
     /// Run the tests
     Test(test::Options),
+    /// Run the tests on another kernel, in a virtual machine
+    Vm(vm::Options),
     /// Format, lints and documentation, for the eBPF programs too
     Check,
     /// Feed the agent's parsers, and the eBPF programs beside a model, with what a fuzzer comes up with
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Command::Run(options) => run::run(&options),
         Command::Lab(options) => run::lab(&options),
         Command::Test(options) => test::run(&options),
+        Command::Vm(options) => vm::run(&options),
         Command::Check => check::run(),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Chaos(options) => chaos::run(&options),

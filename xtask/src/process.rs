@@ -13,6 +13,8 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::progress::patience;
+
 /// Runs a command to its end and returns what it printed.
 ///
 /// # Errors
@@ -123,9 +125,9 @@ impl Process {
     /// Waits for its end.
     ///
     /// # Errors
-    /// After `limit`.
+    /// After `limit` (times [`patience`]).
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
-        let start = Instant::now();
+        let (start, limit) = (Instant::now(), limit * patience());
         loop {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);

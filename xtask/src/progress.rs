@@ -25,12 +25,17 @@ pub fn heading(text: &str) {
     println!("\n── {text} ──");
 }
 
+/// What limits are multiplied by where the machine is slow: the variable `LAB_PATIENCE`, 1 without.
+pub fn patience() -> u32 {
+    std::env::var("LAB_PATIENCE").ok().and_then(|factor| factor.parse().ok()).filter(|factor| *factor > 0).unwrap_or(1)
+}
+
 /// Waits until `condition` holds.
 ///
 /// # Errors
-/// After `limit`, naming what was waited for.
+/// After `limit` (times [`patience`]), naming what was waited for.
 pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> Result<Duration> {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), limit * patience());
     while !condition() {
         anyhow::ensure!(start.elapsed() < limit, "waited {limit:?} in vain for {what}");
         std::thread::sleep(Duration::from_millis(2));

@@ -2,6 +2,7 @@
 //! install, and installs it with the system's package manager; where it does not know that, it prints the list.
 
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -19,7 +20,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 24] = [
+pub(crate) const PROGRAMS: [(&str, &str); 24] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -45,6 +46,9 @@ const PROGRAMS: [(&str, &str); 24] = [
     ("cc", "gcc"),
     ("c++", "g++"),
 ];
+
+/// Those of them that only the build calls.
+pub(crate) const BUILD_ONLY: [&str; 3] = ["protoc", "cc", "c++"];
 
 /// The well-known types that etcd's interface files import.
 const PROTO_INCLUDE: (&str, &str) = ("google/protobuf/descriptor.proto", "libprotobuf-dev");
@@ -97,6 +101,18 @@ pub fn ensure() -> Result<()> {
     }
 }
 
+/// The same, and for further programs, each with its package.
+///
+/// # Errors
+/// Where something can't be installed.
+pub(crate) fn ensure_programs(programs: &[(&str, &'static str)]) -> Result<()> {
+    ensure()?;
+    match packages_of(programs) {
+        packages if packages.is_empty() => Ok(()),
+        packages => install(&packages.into_iter().map(Missing::Package).collect::<Vec<_>>()),
+    }
+}
+
 /// A command of the toolchain that builds the eBPF programs, and whether it has to build `core` itself.
 pub fn ebpf_cargo() -> (Command, bool) {
     if which::which("rustup").is_err() {
@@ -111,14 +127,11 @@ pub fn ebpf_cargo() -> (Command, bool) {
 
 fn missing() -> Vec<Missing> {
     let mut missing = Vec::new();
-    let mut packages: Vec<_> =
-        PROGRAMS.iter().filter(|(program, _)| which::which(program).is_err()).map(|(_, package)| *package).collect();
+    let mut packages = packages_of(&PROGRAMS);
     let includes = ["/usr/include", "/usr/local/include"];
     if !includes.iter().any(|folder| Path::new(folder).join(PROTO_INCLUDE.0).exists()) {
         packages.push(PROTO_INCLUDE.1);
     }
-    packages.sort_unstable();
-    packages.dedup();
     missing.extend(packages.into_iter().map(Missing::Package));
     if !has_compiler() {
         missing.push(Missing::Compiler);
@@ -127,6 +140,12 @@ fn missing() -> Vec<Missing> {
         missing.push(Missing::Linker);
     }
     missing
+}
+
+/// The packages of those programs that are not there.
+fn packages_of(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
+    let missing = programs.iter().filter(|(program, _)| which::which(program).is_err());
+    missing.map(|(_, package)| *package).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn describe(item: &Missing) -> String {

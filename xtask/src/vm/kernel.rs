@@ -1,0 +1,120 @@
+//! Debian's kernel images for clouds: small, and with everything that the dataplane needs.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::process::output;
+
+/// An unpacked kernel image.
+pub(super) struct Kernel {
+    /// As `uname -r` says it.
+    pub(super) release: String,
+    /// What is booted.
+    pub(super) image: PathBuf,
+    /// `lib/modules/<release>`.
+    pub(super) modules: PathBuf,
+}
+
+impl Kernel {
+    /// The newest image of a kernel, as `6.1`. It is downloaded once.
+    ///
+    /// # Errors
+    /// Where the package lists have none, or it can't be had.
+    pub(super) fn get(name: &str, directory: &Path) -> Result<Self> {
+        let package = newest(&packages()?, name).with_context(|| {
+            format!(
+                "the package lists have no linux-image-{name}.*-cloud-amd64 (`cargo xtask vm --list` says which they \
+                 have). 6.1 is in Debian's bookworm, 6.12 in bookworm-security, bookworm-backports and trixie: name one \
+                 of them in /etc/apt/sources.list and run apt-get update"
+            )
+        })?;
+        let unpacked = directory.join(&package);
+        if !unpacked.exists() {
+            // Under another name until it is whole.
+            let partial = directory.join(format!("{package}.partial"));
+            let _rest = fs::remove_dir_all(&partial);
+            fs::create_dir_all(&partial).with_context(|| format!("create {partial:?}"))?;
+            download(&package, &partial)?;
+            fs::rename(&partial, &unpacked).with_context(|| format!("rename {partial:?}"))?;
+        }
+        let release = package.trim_start_matches(PREFIX).to_owned();
+        let kernel = Self {
+            image: unpacked.join("boot").join(format!("vmlinuz-{release}")),
+            // With /usr merged or not.
+            modules: ["lib", "usr/lib"]
+                .map(|lib| unpacked.join(lib).join("modules").join(&release))
+                .into_iter()
+                .find(|modules| modules.exists())
+                .with_context(|| format!("{unpacked:?} has no modules"))?,
+            release,
+        };
+        anyhow::ensure!(kernel.image.exists(), "{:?} does not exist", kernel.image);
+        Ok(kernel)
+    }
+}
+
+const PREFIX: &str = "linux-image-";
+const SUFFIX: &str = "-cloud-amd64";
+
+/// Prints the newest image of each kernel that the package lists have.
+pub(super) fn list() -> Result<()> {
+    let packages = packages()?;
+    let mut names: Vec<_> = packages.iter().map(|package| numbers(package)[..2].to_vec()).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names.iter().map(|name| format!("{}.{}", name[0], name[1])) {
+        println!("{name:<6} {}", newest(&packages, &name).unwrap_or_default());
+    }
+    Ok(())
+}
+
+/// All signed images in the package lists.
+fn packages() -> Result<Vec<String>> {
+    let pattern = format!("^{PREFIX}[0-9]+[.][0-9]+[.].*{SUFFIX}$");
+    let found = output(Command::new("apt-cache").args(["search", "--names-only", &pattern]))?;
+    Ok(found.lines().filter_map(|line| Some(line.split_whitespace().next()?.to_owned())).collect())
+}
+
+fn newest(packages: &[String], name: &str) -> Option<String> {
+    let prefix = format!("{PREFIX}{name}.");
+    packages.iter().filter(|package| package.starts_with(&prefix)).max_by_key(|package| numbers(package)).cloned()
+}
+
+/// The numbers in a package's name, for which a longer one is the greater.
+fn numbers(package: &str) -> Vec<u32> {
+    package.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
+}
+
+fn download(package: &str, directory: &Path) -> Result<()> {
+    let get = || output(Command::new("apt-get").args(["download", "-q", package]).current_dir(directory));
+    // Lists may be older than what the archive has.
+    if get().is_err() {
+        println!("+ apt-get update");
+        output(Command::new("apt-get").args(["update", "-q"]))?;
+        get()?;
+    }
+    let files = fs::read_dir(directory)?.flatten().map(|entry| entry.path());
+    let archive = files.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    let archive = archive.with_context(|| format!("apt-get downloaded no {package}"))?;
+    output(Command::new("dpkg-deb").arg("--extract").arg(&archive).arg(directory))?;
+    fs::remove_file(&archive).with_context(|| format!("remove {archive:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_is_by_number() {
+        let packages = ["6.1.0-9", "6.1.0-56", "6.12.101+deb12", "6.12.9+deb12", "6.12.101+deb13"]
+            .map(|release| format!("{PREFIX}{release}{SUFFIX}"));
+        assert_eq!(newest(&packages, "6.1").unwrap(), packages[1]);
+        assert_eq!(newest(&packages, "6.12").unwrap(), packages[4]);
+        assert_eq!(newest(&packages, "6.2"), None);
+    }
+}
