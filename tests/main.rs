@@ -14,6 +14,7 @@
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`large_packets`] — every size, whole or segmented, on small frames and large
+//! * [`kernels`] — what differs from kernel to kernel, and the verifier's work on each
 //! * [`certificates`] — TLS to the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
@@ -46,6 +47,7 @@ mod health;
 #[path = "fuzz/inputs.rs"]
 mod inputs;
 mod interoperation;
+mod kernels;
 mod large_packets;
 mod leases;
 mod lifecycle;

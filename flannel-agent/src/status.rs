@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     atomic_file::{self, WriteError},
+    dataplane::Features,
     lease::{HoldReason, MacAddress},
 };
 
@@ -47,6 +48,9 @@ pub struct Status {
     pub public_ip: Ipv4Addr,
     /// MTU of the overlay, in bytes.
     pub mtu: u32,
+    /// What the kernel has of what the dataplane calls for.
+    #[serde(default)]
+    pub features: Features,
     /// Flows past the host's stack.
     #[serde(default)]
     pub bypass: BypassStatus,

@@ -25,7 +25,7 @@ use crate::{
     config::NetworkConfig,
     conntrack::{self, Liberal},
     control::{self, Pending, Reply, Request},
-    dataplane::{Capacity, Dataplane, Hook, PinDirectory},
+    dataplane::{Capacity, Dataplane, Features, Hook, PinDirectory},
     device::{
         self, Changed, DeviceEvent, Link, Netlink,
         external::External,
@@ -53,12 +53,13 @@ pub(super) async fn set_up<'a>(
     cli: &'a Cli,
     netlink: Netlink,
     prepared: Prepared,
+    features: Features,
     health: &Health,
 ) -> Result<Agent<'a>, DaemonError> {
     let vni = prepared.network.backend.vni;
     let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
     let had_device = netlink.link_by_name(&prepared.device.name).await?.is_some();
-    let result = make(cli, netlink.clone(), prepared, health).await;
+    let result = make(cli, netlink.clone(), prepared, features, health).await;
     if result.is_err() {
         let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;
         if let Err(error) = undone {
@@ -72,6 +73,7 @@ async fn make<'a>(
     cli: &'a Cli,
     netlink: Netlink,
     prepared: Prepared,
+    features: Features,
     health: &Health,
 ) -> Result<Agent<'a>, DaemonError> {
     let Prepared { registry, network, config, external, device, request, lease, known, snapshot } = prepared;
@@ -113,6 +115,7 @@ async fn make<'a>(
         requests,
         health: health.clone(),
     };
+    agent.record.features(features);
     // Peers before programs: none that is attached may meet empty maps.
     if let Some(snapshot) = snapshot {
         agent.take_peers(&snapshot);

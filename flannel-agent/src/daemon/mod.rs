@@ -15,6 +15,7 @@ mod tenancy;
 use std::io;
 
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
 
 use crate::{
     atomic_file::WriteError,
@@ -103,7 +104,8 @@ impl DaemonError {
 pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     let mut shutdown = Shutdown::listen()?;
     cli.renew_interval()?;
-    preflight::check()?;
+    let features = preflight::check()?;
+    info!("this kernel {features}");
     dataplane::require_bpffs(&cli.bpf_pin_dir)?;
     let (netlink, device_events, _connection) = Netlink::open()?;
     let health = Health::default();
@@ -116,7 +118,7 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
         () = shutdown.requested() => return Ok(()),
     };
     let _lock = Lock::take(&cli.run_dir, prepared.network.backend.vni)?;
-    let agent = agent::set_up(cli, netlink, prepared, &health).await?;
+    let agent = agent::set_up(cli, netlink, prepared, features, &health).await?;
     health.set_ready();
     health::ready();
     tokio::spawn(health::keep_watchdog(health));

@@ -12,6 +12,7 @@ use tracing::warn;
 use crate::{
     cli::Cli,
     config::NetworkConfig,
+    dataplane::Features,
     device::{external::External, vxlan::VxlanDevice},
     last_known::LastKnown,
     lease::LeaseTable,
@@ -56,6 +57,7 @@ impl Record {
             external_interface: external.link.name.clone(),
             public_ip: external.public_ip,
             mtu: device.mtu,
+            features: Features::default(),
             bypass: BypassStatus::default(),
             xdp: XdpStatus::default(),
             lease: LeaseStatus { subnet: lease.key.subnet, vtep_mac: lease.vtep_mac, state, renewals: 0, losses: 0 },
@@ -75,6 +77,11 @@ impl Record {
             leases_are_due: true,
             writing: None,
         }
+    }
+
+    pub(super) const fn features(&mut self, features: Features) {
+        self.status.features = features;
+        self.status_is_due = true;
     }
 
     pub(super) fn xdp(&mut self, choice: &Choice) {

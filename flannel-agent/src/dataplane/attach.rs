@@ -15,6 +15,7 @@ use tracing::debug;
 
 use super::{
     DataplaneError, Hook,
+    features::has_tcx,
     pins::{PinDirectory, failed},
 };
 
@@ -66,7 +67,7 @@ pub(super) fn attach(
             Ok(id) => {
                 pin_link(program.take_link(id).map_err(refused("attach"))?, &pin)?;
             }
-            Err(error) if lacks_tcx(&error) => {
+            Err(error) if !has_tcx(interface) => {
                 debug!("no TCX here ({error}); attaching to clsact");
                 attach_filter(program, hook, interface, pins.vni()).map_err(refused("attach"))?;
             }
@@ -154,9 +155,4 @@ pub fn detach_filters(interface: &str, vni: Vni) {
             debug!("removed the filter {} from {interface}", hook.program());
         }
     }
-}
-
-/// Whether the kernel does not know TCX links: it then takes the attach type for invalid.
-fn lacks_tcx(error: &ProgramError) -> bool {
-    errno(error) == Some(nix::libc::EINVAL)
 }

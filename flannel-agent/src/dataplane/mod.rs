@@ -6,6 +6,7 @@
 
 mod attach;
 mod drops;
+mod features;
 #[cfg(feature = "generator")]
 pub mod generator;
 mod peers;
@@ -25,6 +26,7 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 pub use drops::{Dropped, pinned_drops};
+pub use features::Features;
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey},
