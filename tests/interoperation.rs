@@ -43,7 +43,7 @@ fn tcp_passes_both_ways_whole_and_segmented() {
         for (from, to) in [(0, 1), (1, 0)] {
             let (from, to) = (&world.hosts[from].pods[0], &world.hosts[to].pods[0]);
             let transfer = tcp_transfer(&from.netns, &to.netns, to.address, 1, world.lab.directory()).unwrap();
-            assert!(transfer.gbits > 0.1, "{} Gb/s with GSO {gso}", transfer.gbits);
+            assert!(transfer.is_flowing(), "{} Gb/s with GSO {gso}", transfer.gbits);
         }
     }
 }

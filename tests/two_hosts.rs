@@ -58,7 +58,7 @@ fn bulk_tcp_is_not_segmented_before_the_underlay() {
     };
     let (packets, bytes) = sent_by_programs();
     let transfer = tcp_transfer(&from.netns, &to.netns, to.address, 1, world.lab.directory()).unwrap();
-    assert!(transfer.gbits > 0.1, "{} Gb/s", transfer.gbits);
+    assert!(transfer.is_flowing(), "{} Gb/s", transfer.gbits);
     let (packets_after, bytes_after) = sent_by_programs();
     let mean = (bytes_after - bytes) / (packets_after - packets);
     // Segmented, none would be larger than the MTU.
@@ -78,7 +78,7 @@ fn bulk_tcp_passes_when_the_underlay_segments() {
     }
     let (from, to) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
     let transfer = tcp_transfer(&from.netns, &to.netns, to.address, 1, world.lab.directory()).unwrap();
-    assert!(transfer.gbits > 0.1, "{} Gb/s", transfer.gbits);
+    assert!(transfer.is_flowing(), "{} Gb/s", transfer.gbits);
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn tunnels_of_pods_pass() {
     let ping = pods[0].netns.exec("ping -c 3 -i 0.2 -W 2 -s 1300 10.99.0.2").unwrap();
     assert!(ping.contains("3 received"), "{ping}");
     let transfer = tcp_transfer(&pods[0].netns, &pods[1].netns, [10, 99, 0, 2].into(), 1, world.lab.directory());
-    assert!(transfer.unwrap().gbits > 0.1);
+    assert!(transfer.unwrap().is_flowing());
     // To be segmented with two tunnels around it is what the kernel has no note for.
     assert!(world.counter(0, "encap_nested") > 0);
     assert_eq!(world.counter(0, "encap_impossible"), 0);

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     lab::Netns,
     process::{Process, output},
-    progress::wait_for,
+    progress::{patience, wait_for},
 };
 
 /// What `iperf3` reports of bulk TCP.
@@ -28,6 +28,12 @@ impl Transfer {
     #[must_use]
     pub fn cpu_seconds_per_gb(&self) -> f64 {
         self.cpu_seconds / (self.bytes / 1e9)
+    }
+
+    /// Whether it went on without stalling: at a tenth of a gigabit a second, as far as the machine is not a slow one
+    /// ([`patience`]). Paths that lose large packets are far below; how fast it can be, the benchmark says.
+    pub fn is_flowing(&self) -> bool {
+        self.gbits * f64::from(patience()) > 0.1
     }
 }
 
