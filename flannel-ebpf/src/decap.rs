@@ -16,13 +16,13 @@ use network_types::{
 };
 
 use crate::{
-    admit::admit,
+    admit::{Admitted, admit},
     encap::{HOP_LEN, next_hop_header},
-    flows::{self, Direction, place},
+    flows::{self, Direction, Place, place},
     frame::Frame,
     leases::overlay_device,
     maps::CONFIG,
-    packet::{Headers as _, Note, Packet},
+    packet::{Headers, Note, Packet, Unframed},
 };
 
 #[inline(always)]
@@ -34,28 +34,38 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     if !packet.is_ipv4() || !packet.is_for_device() {
         return Event::NotTunnel;
     }
-    // The header is absent or Ethernet's: two constants rather than one number for the verifier to bound.
-    let ip_offset = if config.underlay_header_len == 0 { 0 } else { EthHdr::LEN };
     let now = flows::now();
-    let admitted = match admit(packet, &config, ip_offset, now) {
-        Ok(admitted) => admitted,
+    let is_framed = config.underlay_header_len != 0;
+    // One offset in two values would be a number in a register, which may not be added to a pointer into a packet where the
+    // agent lacks CAP_PERFMON (`sanitize_ptr_alu`). The verifier leaves one of the two out.
+    let looked =
+        if is_framed { look(packet, &config, EthHdr::LEN, now) } else { look(&Unframed(packet), &config, 0, now) };
+    let (admitted, place) = match looked {
+        Ok(looked) => looked,
         Err(event) => return event,
     };
     let inner = admitted.inner;
-    let place = place(packet, &inner, admitted.inner_offset, Direction::Ingress);
     // The kernel would go on segmenting it as a tunnel packet (`udp4_ufo_fragment`): what adjusts the room leaves the type.
     let is_stale = packet.is_gso() && inner.proto == IpProto::Udp as u8;
     if let Some(flow) = place.fresh(&config, Direction::Ingress, now)
         && !admitted.needs_kernel
         && !is_stale
         && inner.ttl > 1
-        && ip_offset != 0
+        && is_framed
         && packet.remove_tunnel().is_ok()
     {
         return deliver(packet, &inner, &flow);
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     Event::Admitted
+}
+
+/// Whether the packet at `ip_offset` is admitted, and its flow.
+#[inline(always)]
+fn look(packet: &impl Headers, config: &Config, ip_offset: usize, now: u64) -> Result<(Admitted, Place), Event> {
+    let admitted = admit(packet, config, ip_offset, now)?;
+    let place = place(packet, &admitted.inner, admitted.inner_offset, Direction::Ingress);
+    Ok((admitted, place))
 }
 
 /// What `xdp_decap` took out of the tunnel.

@@ -24,7 +24,7 @@ use network_types::{
 
 use crate::{
     maps::{CONFIG, FLOWS, VTEP_ADDRESSES},
-    packet::{Headers as _, Note, Packet},
+    packet::{Headers, Note, Packet},
 };
 
 /// The fragment offset within `Ipv4Hdr::frags`, and more fragments with it (RFC 791).
@@ -66,7 +66,7 @@ pub(crate) enum Direction {
 
 /// Reads the flow of the IPv4 packet at `offset`, a constant.
 #[inline(always)]
-pub(crate) fn place(packet: &Packet<'_>, ip: &Ipv4Hdr, offset: usize, direction: Direction) -> Place {
+pub(crate) fn place(packet: &impl Headers, ip: &Ipv4Hdr, offset: usize, direction: Direction) -> Place {
     let is_plain = ip.vihl == 0x45 && u16::from_be_bytes(ip.frags) & FRAGMENT_MASK == 0;
     let transport = offset + Ipv4Hdr::LEN;
     let mut ports = ([0; 2], [0; 2]);

@@ -1,6 +1,9 @@
 //! The packet: the only place that touches its memory, and that calls helpers which change or redirect it.
 
-use core::{mem::offset_of, ptr};
+use core::{
+    mem::{MaybeUninit, offset_of},
+    ptr,
+};
 
 use aya_ebpf::{
     bindings::{
@@ -297,10 +300,16 @@ impl<'a> Packet<'a> {
     fn forget_route(&self) {
         // Up to `local_ipv4`, which came with 5.19: older kernels refuse a longer key.
         const KEY_LEN: u32 = offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
-        // SAFETY: an all-zero key is valid.
-        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+        const WORDS: usize = (KEY_LEN as usize).div_ceil(8);
+        let mut key = MaybeUninit::<[u64; WORDS]>::uninit();
+        // An all-zero key. Word by word, since the compiler's `memset` is a loop that the kernel refuses to agents without
+        // CAP_PERFMON (`sanitize_check_bounds`).
+        for word in 0..WORDS {
+            // SAFETY: within the key.
+            unsafe { key.as_mut_ptr().cast::<u64>().add(word).write_volatile(0) };
+        }
         // SAFETY: the context and the key are valid for the call, with a size within the key.
-        unsafe { bpf_skb_set_tunnel_key(self.skb(), &raw mut key, KEY_LEN, 0) };
+        unsafe { bpf_skb_set_tunnel_key(self.skb(), key.as_mut_ptr().cast::<bpf_tunnel_key>(), KEY_LEN, 0) };
     }
 
     /// Leaves a note for a later program.
@@ -374,6 +383,31 @@ impl Headers for Packet<'_> {
     #[inline(always)]
     fn header_at<T: Header>(&self, offset: usize) -> Option<T> {
         self.ctx.load(offset).ok()
+    }
+}
+
+/// A packet of a device without a link-layer header, read by offsets that the compiler need not know.
+pub(crate) struct Unframed<'a>(pub(crate) &'a Packet<'a>);
+
+impl Headers for Unframed<'_> {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn is_aggregate(&self) -> bool {
+        self.0.is_aggregate()
+    }
+
+    #[inline(always)]
+    fn header<T: Header>(&self, offset: usize) -> Option<T> {
+        self.0.header_at(offset)
+    }
+
+    #[inline(always)]
+    fn header_at<T: Header>(&self, offset: usize) -> Option<T> {
+        self.0.header_at(offset)
     }
 }
 
