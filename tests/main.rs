@@ -29,6 +29,8 @@
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
 //! * [`health`] — probes, and what the service manager is told
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
+//! * [`numbered`] — numbered datagrams at a high rate, and which of them were lost
+//! * [`restart`] — crashes and restarts under them
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
@@ -53,7 +55,9 @@ mod leases;
 mod lifecycle;
 mod loaded;
 mod model;
+mod numbered;
 mod path_mtu;
+mod restart;
 mod retransmissions;
 mod routers;
 mod services;
