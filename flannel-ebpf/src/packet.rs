@@ -396,6 +396,16 @@ impl Headers for Unframed<'_> {
     }
 
     #[inline(always)]
+    fn device(&self) -> u32 {
+        self.0.device()
+    }
+
+    #[inline(always)]
+    fn copy_to(&self, bytes: &mut [u8; FRAME_LEN], len: u32) -> Result<(), ()> {
+        self.0.copy_to(bytes, len)
+    }
+
+    #[inline(always)]
     fn is_aggregate(&self) -> bool {
         self.0.is_aggregate()
     }

@@ -50,7 +50,7 @@ fn table(status: &Status, troubles: &[String]) -> String {
         "lease".to_owned(),
         format!("{} {}, {} renewals, {} losses", lease.subnet, lease.state.label(), lease.renewals, lease.losses),
     ]);
-    rows.push_record(["kernel".to_owned(), status.features.to_string()]);
+    lines.push(["kernel".to_owned(), status.features.to_string()]);
     let conntrack = match status.bypass.conntrack_liberal {
         Some(true) => "conntrack liberal",
         Some(false) => "conntrack strict",
