@@ -28,6 +28,7 @@
 //! * [`store_faults`] — etcd restarted, wiped, rolled back, compacted, full, without a leader, and away at the start
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
 //! * [`health`] — probes, and what the service manager is told
+//! * [`status`] — what the operator is shown of the dataplane
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`numbered`] — numbered datagrams at a high rate, and which of them were lost
 //! * [`restart`] — crashes and restarts under them
@@ -63,6 +64,7 @@ mod routers;
 mod services;
 mod short_frames;
 mod sockets;
+mod status;
 mod store_faults;
 mod tenancy;
 mod two_hosts;

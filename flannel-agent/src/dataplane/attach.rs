@@ -30,7 +30,7 @@ fn filter_handle(vni: Vni) -> TcHandle {
 }
 
 impl Hook {
-    const fn attach_type(self) -> TcAttachType {
+    pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
             Self::ToOverlay | Self::ToPod => TcAttachType::Egress,
             Self::FromOverlay | Self::FromUnderlay | Self::FromPod => TcAttachType::Ingress,
@@ -155,4 +155,10 @@ pub fn detach_filters(interface: &str, vni: Vni) {
             debug!("removed the filter {} from {interface}", hook.program());
         }
     }
+}
+
+/// Whether it is that the kernel does not know TCX links: it then takes the attach type for invalid. (What it may refuse
+/// besides, looking at the programs there, needs more privileges.)
+pub(super) fn lacks_tcx(error: &ProgramError) -> bool {
+    errno(error) == Some(nix::libc::EINVAL)
 }

@@ -9,10 +9,9 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use flannel_common::vxlan;
-use nix::libc::EINVAL;
 use serde::{Deserialize, Serialize};
 
-use super::{DataplaneError, attach::errno};
+use super::{DataplaneError, attach::lacks_tcx};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/probe"));
 
@@ -108,12 +107,11 @@ impl fmt::Display for Features {
     }
 }
 
-/// Whether the kernel knows TCX links at this interface's hooks: else it takes the attach type for invalid. (What it may
-/// refuse besides, looking at the programs there, needs more privileges.)
+/// Whether the kernel knows TCX links at this interface's hooks.
 pub(super) fn has_tcx(interface: &str) -> bool {
     match SchedClassifier::query_tcx(interface, TcAttachType::Ingress) {
         Ok(_) => true,
-        Err(error) => errno(&error) != Some(EINVAL),
+        Err(error) => !lacks_tcx(&error),
     }
 }
 

@@ -5,6 +5,7 @@
 //! of each link in one step, so that no packet meets a hook without a program.
 
 mod attach;
+mod attached;
 mod drops;
 mod features;
 #[cfg(feature = "generator")]
@@ -18,6 +19,7 @@ mod xdp;
 use std::{collections::BTreeSet, io, path::PathBuf};
 
 pub use attach::detach_filters;
+pub use attached::{Attachment, AttachmentState, attached_xdp, attachments};
 /// Runs a program on a packet of one's own.
 pub use aya::programs::{TestRun, TestRunOptions};
 use aya::{

@@ -109,7 +109,7 @@ fn is_taken(error: &ProgramError) -> bool {
 }
 
 /// The mode is in the name, since a link can't be asked for it.
-fn pin_name(mode: XdpMode) -> String {
+pub(super) fn pin_name(mode: XdpMode) -> String {
     format!("{PIN}-{}", mode.label())
 }
 

@@ -25,27 +25,27 @@ use crate::{
 /// A reason, and what was dropped for it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Reason {
-    reason: &'static str,
+pub(super) struct Reason {
+    pub(super) reason: &'static str,
     description: &'static str,
-    packets: u64,
+    pub(super) packets: u64,
     bytes: u64,
     /// Latest first.
-    samples: Vec<Sample>,
+    pub(super) samples: Vec<Sample>,
 }
 
 /// One of the packets.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Sample {
-    age_ms: u64,
+pub(super) struct Sample {
+    pub(super) age_ms: u64,
     ifindex: u32,
     /// [`None`] where it is gone.
     interface: Option<String>,
     /// In bytes.
     length: u32,
     /// In one line.
-    summary: String,
+    pub(super) summary: String,
     #[serde(flatten)]
     decoded: Decoded,
     /// Its first bytes, in hexadecimal digits.
@@ -76,7 +76,8 @@ pub fn print(cli: &Cli, output: Output, samples: usize) -> Result<(), OperatorEr
     Ok(())
 }
 
-fn reasons(pins: &PinDirectory, samples: usize) -> Result<Vec<Reason>, OperatorError> {
+/// Everything that packets are dropped for, with so many samples of each.
+pub(super) fn reasons(pins: &PinDirectory, samples: usize) -> Result<Vec<Reason>, OperatorError> {
     let counters = dataplane::pinned_counters(pins)?;
     let mut dropped = dataplane::pinned_drops(pins)?;
     let reasons = counters.into_iter().filter(|(event, _)| event.outcome() == Outcome::Drop);
@@ -134,7 +135,8 @@ fn table(vni: Vni, running: bool, reasons: &[Reason]) -> String {
     text + &rows([["age", "reason", "interface", "bytes", "packet"].map(str::to_owned)].into_iter().chain(samples))
 }
 
-fn age(age: Duration) -> String {
+/// In words.
+pub(super) fn age(age: Duration) -> String {
     match age.as_secs() {
         0..10 => format!("{:.1} s", age.as_secs_f64()),
         10..120 => format!("{} s", age.as_secs()),

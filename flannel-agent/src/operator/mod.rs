@@ -1,5 +1,6 @@
 //! The operator's commands. They read what the agent pinned and wrote, so that all but requests work without one.
 
+mod dataplane;
 mod decode;
 mod drops;
 mod metrics;
@@ -15,7 +16,7 @@ pub use self::{drops::print as print_drops, metrics::print as print_metrics, sta
 use crate::{
     cli::Cli,
     control::{self, ControlError, Reply, Request},
-    dataplane::{self, DataplaneError, PinDirectory},
+    dataplane::{DataplaneError, PinDirectory, pinned_counters, pinned_vnis},
     lock::Lock,
     status::{ReadError, Status},
 };
@@ -50,13 +51,13 @@ pub enum OperatorError {
 /// # Errors
 /// [`OperatorError::NoDataplane`] or [`OperatorError::Dataplane`].
 pub fn print_counters(cli: &Cli) -> Result<(), OperatorError> {
-    let vnis = dataplane::pinned_vnis(&cli.bpf_pin_dir);
+    let vnis = pinned_vnis(&cli.bpf_pin_dir);
     if vnis.is_empty() {
         return Err(OperatorError::NoDataplane(cli.bpf_pin_dir.clone()));
     }
     for vni in vnis {
         println!("{:<28}{:>12}{:>16}  flannel.{vni}", "event", "packets", "bytes");
-        for (event, counter) in dataplane::pinned_counters(&PinDirectory::new(&cli.bpf_pin_dir, vni))? {
+        for (event, counter) in pinned_counters(&PinDirectory::new(&cli.bpf_pin_dir, vni))? {
             println!("{:<28}{:>12}{:>16}  {}", event.label(), counter.packets, counter.bytes, event.description());
         }
     }

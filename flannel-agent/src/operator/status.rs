@@ -2,11 +2,21 @@
 
 use serde_json::json;
 
-use super::{OperatorError, is_running, rows};
+use super::{OperatorError, dataplane::Dataplane, is_running, rows};
 use crate::{
     cli::{Cli, Output},
     status::{API_VERSION, Status, time},
 };
+
+/// What is known of an overlay.
+struct Overlay {
+    status: Status,
+    is_running: bool,
+    /// [`None`] where it can't be read.
+    dataplane: Option<Dataplane>,
+    /// In words.
+    troubles: Vec<String>,
+}
 
 /// Prints the state of every overlay of this host. `false` where something is to be looked at.
 ///
@@ -22,25 +32,30 @@ pub fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
                 // What it wrote last may be over.
                 troubles.insert(0, format!("no agent is running; this is from {} ago", time(status.written)));
             }
-            (status, is_running, troubles)
+            let dataplane = Dataplane::read(cli, vni, &status);
+            match &dataplane {
+                Ok(dataplane) => troubles.extend(dataplane.troubles(&status)),
+                Err(error) => troubles.push(format!("the dataplane can't be read: {error}")),
+            }
+            Overlay { status, is_running, dataplane: dataplane.ok(), troubles }
         })
         .collect();
     match output {
-        Output::Table => all.iter().for_each(|(status, _, troubles)| print!("{}", table(status, troubles))),
+        Output::Table => all.iter().for_each(|overlay| print!("{}", table(overlay))),
         Output::Json => {
-            let overlays: Vec<_> = all
-                .iter()
-                .map(
-                    |(status, running, troubles)| json!({ "running": running, "troubles": troubles, "status": status }),
-                )
-                .collect();
+            let overlays = all.iter().map(|Overlay { status, is_running, dataplane, troubles }| {
+                let dataplane = dataplane.as_ref().map(Dataplane::json);
+                json!({ "running": is_running, "troubles": troubles, "status": status, "dataplane": dataplane })
+            });
+            let overlays: Vec<_> = overlays.collect();
             println!("{:#}", json!({ "apiVersion": API_VERSION, "overlays": overlays }));
         }
     }
-    Ok(all.iter().all(|(_, _, troubles)| troubles.is_empty()))
+    Ok(all.iter().all(|overlay| overlay.troubles.is_empty()))
 }
 
-fn table(status: &Status, troubles: &[String]) -> String {
+fn table(overlay: &Overlay) -> String {
+    let Overlay { status, dataplane, troubles, .. } = overlay;
     let Status { lease, store, held, .. } = status;
     let mut lines = vec![[
         format!("flannel.{}", status.vni),
@@ -80,6 +95,7 @@ fn table(status: &Status, troubles: &[String]) -> String {
         let reason = format!("{} at {}, {} for {}", peer.subnet, peer.public_ip, peer.reason.label(), time(peer.since));
         lines.push(["held".to_owned(), reason]);
     }
+    lines.extend(dataplane.iter().flat_map(Dataplane::rows));
     if troubles.is_empty() {
         lines.push(["state".to_owned(), "all is well".to_owned()]);
     }

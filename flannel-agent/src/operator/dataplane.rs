@@ -1,0 +1,94 @@
+//! The dataplane as the kernel has it, for `status`: what is attached, and what was dropped.
+
+use std::time::Duration;
+
+use flannel_common::vxlan::Vni;
+use serde_json::{Value, json};
+
+use super::drops::{self, Reason};
+use crate::{
+    cli::Cli,
+    dataplane::{Attachment, AttachmentState, DataplaneError, PinDirectory, XdpMode, attached_xdp, attachments},
+    operator::OperatorError,
+    status::Status,
+};
+
+/// The kernel's part of an overlay.
+pub(super) struct Dataplane {
+    attachments: Vec<Attachment>,
+    xdp: Option<XdpMode>,
+    /// Those that have dropped something.
+    drops: Vec<Reason>,
+}
+
+impl Dataplane {
+    pub(super) fn read(cli: &Cli, vni: Vni, status: &Status) -> Result<Self, OperatorError> {
+        let pins = PinDirectory::new(&cli.bpf_pin_dir, vni);
+        let read = || -> Result<_, DataplaneError> {
+            Ok((attachments(&pins, vni, &status.external_interface)?, attached_xdp(&pins)?))
+        };
+        let (attachments, xdp) = read()?;
+        let mut drops = drops::reasons(&pins, 1)?;
+        drops.retain(|reason| reason.packets > 0);
+        Ok(Self { attachments, xdp, drops })
+    }
+
+    /// What is not as it should be.
+    pub(super) fn troubles(&self, status: &Status) -> Vec<String> {
+        let missing = self.attachments.iter().filter(|attachment| attachment.state == AttachmentState::Missing);
+        let mut troubles: Vec<_> = missing
+            .map(|Attachment { hook, interface, .. }| {
+                format!("{} is not attached to {interface}; a running agent attaches it again", hook.program())
+            })
+            .collect();
+        let xdp = self.xdp();
+        if !status.xdp.mode.is_empty() && status.xdp.mode != xdp {
+            troubles.push(format!("XDP is {xdp}, and should be {}", status.xdp.mode));
+        }
+        troubles
+    }
+
+    pub(super) fn rows(&self) -> Vec<[String; 2]> {
+        let words = |attachment: &Attachment| {
+            let state = match &attachment.state {
+                AttachmentState::Attached => "attached".to_owned(),
+                AttachmentState::Missing => "MISSING".to_owned(),
+                AttachmentState::Unknown(reason) => format!("unknown: {reason}"),
+            };
+            format!("{} at {}: {state}", attachment.hook.program(), attachment.interface)
+        };
+        let mut rows: Vec<_> =
+            self.attachments.iter().map(|attachment| ["hook".to_owned(), words(attachment)]).collect();
+        rows.extend(self.drops.iter().map(|reason| {
+            let last = reason.samples.first().map(|sample| {
+                format!(", last {} ago: {}", drops::age(Duration::from_millis(sample.age_ms)), sample.summary)
+            });
+            let count = format!("{} {}{}", reason.packets, reason.reason, last.unwrap_or_default());
+            ["dropped".to_owned(), count]
+        }));
+        rows
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let hooks = self.attachments.iter().map(|Attachment { hook, interface, state }| {
+            let (state, problem) = match state {
+                AttachmentState::Attached => ("attached", None),
+                AttachmentState::Missing => ("missing", None),
+                AttachmentState::Unknown(reason) => ("unknown", Some(reason)),
+            };
+            json!({ "program": hook.program(), "interface": interface, "state": state, "problem": problem })
+        });
+        json!({
+            "hooks": hooks.collect::<Vec<_>>(),
+            "xdp": self.xdp(),
+            "drops": self.drops,
+        })
+    }
+
+    const fn xdp(&self) -> &'static str {
+        match self.xdp {
+            Some(mode) => mode.label(),
+            None => "off",
+        }
+    }
+}
