@@ -29,6 +29,8 @@ const ARGUMENTS: [&str; 2] = ["--subnet-lease-ttl=6", "--lease-guard-grace=5"];
 const LAST_NUMBER: u8 = 199;
 /// As an init system does.
 pub(super) const RESTART_AFTER: Duration = Duration::from_secs(1);
+/// The kernel may take its time to take a killed process apart.
+const END_LIMIT: Duration = Duration::from_secs(30);
 /// So much of an agent's log is evidence.
 const LOG_LINES: usize = 12;
 
@@ -93,6 +95,8 @@ pub(super) struct Cluster<'a> {
     pub store: Store,
     /// Whether it is meant to be there.
     pub store_is_up: bool,
+    /// When it was last started again.
+    pub(super) store_restarted: Option<Duration>,
     /// The faults so far.
     pub timeline: Timeline,
     /// What the faults were, from when to when.
@@ -169,6 +173,7 @@ impl<'a> Cluster<'a> {
             history: History::watch(&lab.underlay, &store, &logs)?,
             store,
             store_is_up: true,
+            store_restarted: None,
             timeline: Timeline::default(),
             log: Vec::new(),
             lab,
@@ -244,7 +249,7 @@ impl<'a> Cluster<'a> {
         let Some(agent) = place.host.as_mut().and_then(|host| host.agent.as_mut()) else { return Ok(()) };
         if agent.status()?.is_none() {
             agent.signal(nix::sys::signal::Signal::SIGKILL)?;
-            agent.wait(Duration::from_secs(5))?;
+            agent.wait(END_LIMIT)?;
         }
         Ok(())
     }

@@ -106,6 +106,7 @@ impl Cluster<'_> {
                 self.save_store_log();
                 self.store.resume()?;
                 self.store_is_up = true;
+                self.store_restarted = Some(self.now());
             }
             Kind::EtcdCut | Kind::EtcdCutOneWay => self.cut_from_etcd("-D", &fault)?,
             Kind::HostsCut | Kind::HostsCutOneWay => {

@@ -15,6 +15,8 @@ pub(super) type PodId = u32;
 /// A packet that has not come by then is lost: longer than the kernel keeps one for a next hop that it resolves (three
 /// requests, a second apart).
 pub(super) const LOST_AFTER: Duration = Duration::from_secs(5);
+/// So many packets are numbered at once, so that each leaves soon after.
+pub(super) const BATCH: usize = 32;
 /// A pause between two packets of a pair that is worth a look.
 const PAUSE: Duration = Duration::from_millis(300);
 
@@ -177,13 +179,16 @@ impl Ledger {
         });
     }
 
-    /// What is to be sent now, with the address, when each pair sends once in a period.
+    /// What is to be sent now, or some of it, with the address, when each pair sends once in a period.
     pub(super) fn due(&mut self, now: Duration, period: Duration, run: u32) -> Vec<(Stamp, Ipv4Addr)> {
         let mut due = Vec::new();
         for ((from, to), pair) in &mut self.pairs {
             let Some(member) = self.members.get(to) else { continue };
             if pair.due > now {
                 continue;
+            }
+            if due.len() == BATCH {
+                break;
             }
             pair.due = (pair.due + period).max(now);
             pair.outstanding.push_back((pair.sent, Some(now)));

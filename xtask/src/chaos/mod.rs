@@ -92,6 +92,9 @@ pub struct Options {
     /// For how long
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     minutes: u32,
+    /// The agent; built for release without
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
     /// Print the schedule and do nothing
     #[arg(long)]
     print_schedule: bool,
@@ -137,8 +140,14 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn run_in(options: &Options, schedule: Schedule, directory: &Path, interrupted: &AtomicBool) -> Result<Report> {
-    step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
-    let agent = workspace().join("target/release/flannel-agent");
+    let agent = match &options.agent {
+        Some(agent) => std::path::absolute(agent)?,
+        None => {
+            let release = ["build", "--release", "--package", "flannel-agent"];
+            step("build the agent", || inherit(cargo().args(release)))?;
+            workspace().join("target/release/flannel-agent")
+        }
+    };
     let lab = Lab::new(NAME, directory)?;
     let logs = std::path::absolute(&options.logs)?;
     run_on(&lab, schedule, &agent, &logs, interrupted)

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 /// Traffic may take so long to come back after a fault of the network.
 pub(super) const RECOVERY: Duration = Duration::from_secs(5);
-/// A packet that was just on its way when the fault began.
-const EARLY: Duration = Duration::from_millis(50);
+/// A packet that was just on its way when the fault began, or whose sender had to wait for a core after it was numbered.
+const EARLY: Duration = Duration::from_millis(500);
 
 /// A host from its coming to its leaving; whoever comes to its place is another.
 pub(super) type HostId = u32;

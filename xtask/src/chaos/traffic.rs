@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result};
 use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 
 use super::{
-    ledger::{Delivery, Ledger, PodId, Stamp},
+    ledger::{BATCH, Delivery, Ledger, PodId, Stamp},
     timeline::HostId,
 };
 use crate::lab::Pod;
@@ -154,6 +154,8 @@ impl Shared {
                 let period = Duration::from_secs(1) * ledger.pairs() as u32 / PACKETS_PER_SECOND;
                 ledger.due(self.start.elapsed(), period.max(SHORTEST_PERIOD), self.run)
             };
+            // There may be more.
+            let is_full = due.len() == BATCH;
             for (stamp, address) in due {
                 let socket = lock(&self.sockets).get(&stamp.from).cloned();
                 let sent = socket
@@ -163,7 +165,9 @@ impl Shared {
                     lock(&self.ledger).refused(stamp);
                 }
             }
-            thread::sleep(TICK);
+            if !is_full {
+                thread::sleep(TICK);
+            }
         }
     }
 

@@ -22,6 +22,8 @@ use crate::lab::PREFIX;
 
 /// What an agent knows may be known here a moment later: the history is told by another watch.
 const HISTORY_LAG: Duration = Duration::from_secs(3);
+/// `etcdctl` looks at growing intervals whether an etcd that went is back.
+const HISTORY_BACK: Duration = Duration::from_secs(15);
 /// An agent holds a peer that it heard within 30 s.
 const HEARD_WITHIN: Duration = Duration::from_secs(20);
 /// What the store has named for so long is nobody's old knowledge any more.
@@ -111,7 +113,9 @@ impl Watcher {
             place.map_or_else(|| format!("host {id}"), |place| place.name().to_owned())
         };
         self.unknown.retain(|(_, named), _| !was_named(*named, table));
-        let is_due = |since: &Duration| cluster.store_is_up && now.saturating_sub(*since) > HISTORY_LAG;
+        let is_whole = cluster.store_is_up
+            && cluster.store_restarted.is_none_or(|restarted| now.saturating_sub(restarted) > HISTORY_BACK);
+        let is_due = |since: &Duration| is_whole && now.saturating_sub(*since) > HISTORY_LAG;
         for ((id, named), _) in self.unknown.extract_if(.., |_, since| is_due(since)) {
             let evidence = format!("the maps have {named}; {}", cluster.what_was_on(now, now));
             report.violation(now, Invariant::OnlyNamed, &name_of(id), evidence);
