@@ -22,10 +22,13 @@ impl Liberal {
         Self { kept: kept(run_dir), complained: false }
     }
 
-    /// Makes conntrack liberal, where the host has it and it is not; the former value is kept first.
-    pub fn ensure(&mut self) {
+    /// Makes conntrack liberal, where the host has it and it is not; the former value is kept first. Whether it did.
+    pub fn ensure(&mut self) -> bool {
         match self.try_ensure() {
-            Ok(()) => self.complained = false,
+            Ok(changed) => {
+                self.complained = false;
+                return changed;
+            }
             Err(error) if self.complained => drop(error),
             Err(error) => {
                 warn!(
@@ -34,17 +37,18 @@ impl Liberal {
                 self.complained = true;
             }
         }
+        false
     }
 
-    fn try_ensure(&self) -> io::Result<()> {
+    fn try_ensure(&self) -> io::Result<bool> {
         let before = match fs::read_to_string(SETTING) {
             Ok(value) => value,
             // conntrack is not loaded: nobody calls anything INVALID.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         };
         if before.trim() != "0" {
-            return Ok(());
+            return Ok(false);
         }
         if !self.kept.exists() {
             crate::atomic_file::write(&self.kept, before.as_bytes(), 0o600).map_err(io::Error::other)?;
@@ -53,7 +57,7 @@ impl Liberal {
         info!(
             "conntrack takes TCP packets outside their window for valid ({SETTING} = 1): it sees few of a bypassed flow"
         );
-        Ok(())
+        Ok(true)
     }
 }
 

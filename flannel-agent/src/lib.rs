@@ -20,6 +20,7 @@
 //! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
 //! * [`cleanup`] — taking all of it away again
+//! * [`repair`] — what somebody else changed and the agent made right again
 //! * [`retry`] — back-off
 //!
 //! The daemon decides, `lease` and `underlay` calculate, and `registry`, `device` and `dataplane` act. What is in the
@@ -42,6 +43,7 @@ pub mod lock;
 pub mod operator;
 pub mod preflight;
 pub mod registry;
+pub mod repair;
 pub mod retry;
 pub mod status;
 pub mod subnet_env;

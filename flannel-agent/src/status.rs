@@ -69,6 +69,27 @@ pub struct Status {
     pub held: Vec<HeldPeer>,
     /// How often the guard held peers back, in peers, by [`HoldReason::label`].
     pub held_total: BTreeMap<String, u64>,
+    /// What somebody else changed.
+    #[serde(default)]
+    pub drift: DriftStatus,
+}
+
+/// What somebody else changed on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriftStatus {
+    /// What was made right again, by [`Repair::label`](crate::repair::Repair::label).
+    pub repaired: BTreeMap<String, Repaired>,
+    /// What can't be, in words, by what it is about.
+    pub waiting: BTreeMap<String, String>,
+}
+
+/// Repairs of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repaired {
+    /// How many.
+    pub count: u64,
+    /// When the last one was.
+    pub last: u64,
 }
 
 /// Flows past the host's stack.
@@ -254,6 +275,7 @@ impl Status {
                     .to_owned(),
             );
         }
+        troubles.extend(self.drift.waiting.values().cloned());
         if !self.held.is_empty() {
             let count = self.held.len();
             troubles.push(format!(

@@ -2,7 +2,7 @@
 //! maps.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::Ipv4Addr,
 };
 
@@ -42,6 +42,8 @@ pub struct Underlay {
     /// [`None`] for a peer that the underlay has no way to.
     next_hops: HashMap<Ipv4Addr, Option<NextHop>>,
     neighbours: HashMap<NextHop, Mac>,
+    /// The MAC that each next hop in use had last, which its entry of the neighbour cache may forget meanwhile.
+    last_macs: HashMap<NextHop, Mac>,
     /// What was said of peers without a way, so that it is said once.
     complaints: HashMap<Ipv4Addr, String>,
 }
@@ -54,6 +56,7 @@ impl Underlay {
             links: HashMap::new(),
             next_hops: HashMap::new(),
             neighbours: HashMap::new(),
+            last_macs: HashMap::new(),
             complaints: HashMap::new(),
         }
     }
@@ -63,14 +66,14 @@ impl Underlay {
         self.endpoint.overlay = ifindex;
     }
 
+    /// Takes note of another external interface, or of what is different about it.
+    pub fn set_external(&mut self, external: External) {
+        self.endpoint.external = external;
+    }
+
     /// Takes note of another MAC of this host's vxlan device.
     pub const fn set_vtep_mac(&mut self, mac: MacAddress) {
         self.endpoint.vtep_mac = mac;
-    }
-
-    /// Whether a link was there when the kernel was last asked.
-    pub fn has_link(&self, ifindex: u32) -> bool {
-        self.links.contains_key(&ifindex)
     }
 
     /// Whether a link is this host's vxlan device.
@@ -110,11 +113,16 @@ impl Underlay {
         None
     }
 
-    /// Asks anew for what may have changed.
+    /// Asks anew for what may have changed. The next hops that turned out to have another MAC.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn refresh(&mut self, netlink: &Netlink, table: &LeaseTable, event: Changed) -> Result<(), DeviceError> {
+    pub async fn refresh(
+        &mut self,
+        netlink: &Netlink,
+        table: &LeaseTable,
+        event: Changed,
+    ) -> Result<Vec<NextHop>, DeviceError> {
         self.neighbours = netlink.neighbours().await?;
         if event == Changed::Topology {
             self.links = netlink.links().await?.into_iter().map(|link| (link.index, link.mac)).collect();
@@ -126,7 +134,17 @@ impl Underlay {
         for address in wanted {
             self.look_up(netlink, address).await;
         }
-        Ok(())
+        Ok(self.changed_macs())
+    }
+
+    fn changed_macs(&mut self) -> Vec<NextHop> {
+        let in_use: HashSet<NextHop> = self.next_hops.values().flatten().copied().collect();
+        self.last_macs.retain(|next_hop, _| in_use.contains(next_hop));
+        let neighbours = self.neighbours.iter().filter(|(next_hop, _)| in_use.contains(next_hop));
+        let is_other = |(next_hop, mac): &(&NextHop, &Mac)| {
+            self.last_macs.insert(**next_hop, **mac).is_some_and(|before| before != **mac)
+        };
+        neighbours.filter(is_other).map(|(next_hop, _)| *next_hop).collect()
     }
 
     /// What the maps should say. A peer without a way stays in them: what comes from it is still its own.

@@ -1,19 +1,21 @@
 //! The running agent: makes the datapath, and keeps maps, kernel and lease table in step.
 
 use std::{
+    net::Ipv4Addr,
     sync::Arc,
     time::{Duration, Instant as Clock},
 };
 
 use flannel_common::maps::Config;
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{info, warn};
 
 use super::{
     DaemonError, Shutdown,
+    drift::{LOOK_PERIOD, ROUTES_PERIOD},
     record::Record,
     start::Prepared,
     store::{Course, is_heard},
@@ -21,20 +23,16 @@ use super::{
 };
 use crate::{
     cleanup,
-    cli::{Cli, Switch},
+    cli::Cli,
     config::NetworkConfig,
-    conntrack::{self, Liberal},
+    conntrack::Liberal,
     control::{self, Pending, Reply, Request},
-    dataplane::{Capacity, Dataplane, Features, Hook, PinDirectory},
-    device::{
-        self, Changed, DeviceEvent, Link, Netlink,
-        external::External,
-        offload::Offloads,
-        vxlan::{Existing, VxlanDevice},
-    },
+    dataplane::{Capacity, Dataplane, Features, PinDirectory},
+    device::{self, Changed, DeviceEvent, Netlink, external::External, offload::Offloads, vxlan::VxlanDevice},
     health::{self, Health},
     lease::{LeaseTable, PeerChange},
     registry::{OwnLease, ResyncCause, Update, etcd::Registry},
+    repair::Repair,
     status::LeaseState,
     subnet_env::SubnetEnv,
     underlay::{Endpoint, Underlay},
@@ -42,7 +40,7 @@ use crate::{
 };
 
 /// How often everything is compared without an event.
-const COMPARE_PERIOD: Duration = Duration::from_secs(10);
+pub(super) const COMPARE_PERIOD: Duration = Duration::from_secs(10);
 /// The least time between two looks at the kernel, so that a burst of events costs one.
 const SETTLE_TIME: Duration = Duration::from_millis(10);
 /// The least time between two writes of the agent's files.
@@ -88,6 +86,7 @@ async fn make<'a>(
     let xdp = xdp::choose(cli.xdp, &external.link, &Offloads::of(&external.link).await);
     let (tenancy_sender, tenancy) = mpsc::channel(8);
     let doubt = Arc::new(Notify::new());
+    let (public_ip, followed_ip) = watch::channel(external.public_ip);
     // Pods do not hang on what an operator may ask.
     let requests = control::listen(&control::path(&cli.run_dir, request.vni)).unwrap_or_else(|error| {
         warn!("no requests can be taken: {error}");
@@ -99,6 +98,10 @@ async fn make<'a>(
         netlink,
         dataplane,
         conntrack: Liberal::new(&cli.run_dir),
+        public_ip,
+        has_external: true,
+        is_rebuild_due: false,
+        other_since: None,
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
@@ -123,7 +126,8 @@ async fn make<'a>(
     agent.compare(Changed::Topology).await?;
 
     device::enable_forwarding()?;
-    let link = agent.ensure_datapath(Existing::Replace).await?;
+    agent.ensure_conntrack();
+    let (link, _made) = agent.ensure_datapath().await?;
     agent.dataplane.discard_other_versions()?;
     agent.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
@@ -137,13 +141,15 @@ async fn make<'a>(
     let renew_interval = cli.renew_interval()?;
     let network = agent.network.clone();
     let heartbeat = health.heartbeat("lease");
-    let tenant = Tenant { registry, request, network, renew_interval, doubt, events: tenancy_sender, heartbeat };
+    let public_ip = followed_ip;
+    let events = tenancy_sender;
+    let tenant = Tenant { registry, request, public_ip, network, renew_interval, doubt, events, heartbeat };
     tokio::spawn(tenant.keep((lease_state == LeaseState::Held).then_some(lease)));
     Ok(agent)
 }
 
 /// Loads the programs for a lease.
-fn load(
+pub(super) fn load(
     cli: &Cli,
     network: &NetworkConfig,
     external: &External,
@@ -177,11 +183,19 @@ pub(super) struct Agent<'a> {
     pub(super) cli: &'a Cli,
     pub(super) netlink: Netlink,
     pub(super) dataplane: Dataplane,
-    conntrack: Liberal,
+    pub(super) conntrack: Liberal,
+    /// Tells the tenant of this host's VTEP address.
+    pub(super) public_ip: watch::Sender<Ipv4Addr>,
+    /// Whether the external interface was there when it was last looked for.
+    pub(super) has_external: bool,
+    /// What depends on it is still to be brought in step.
+    pub(super) is_rebuild_due: bool,
+    /// Since when another interface is the right one.
+    pub(super) other_since: Option<Clock>,
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
     pub(super) record: Record,
-    xdp: xdp::Choice,
+    pub(super) xdp: xdp::Choice,
     pub(super) network: NetworkConfig,
     pub(super) external: External,
     pub(super) device: VxlanDevice,
@@ -209,6 +223,9 @@ impl Agent<'_> {
         let mut compare = interval(COMPARE_PERIOD);
         compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
         compare.reset();
+        let mut look = interval(LOOK_PERIOD);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut routes_asked = Instant::now();
         let mut record = interval(RECORD_PERIOD);
         record.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let heartbeat = self.health.heartbeat("agent");
@@ -255,11 +272,13 @@ impl Agent<'_> {
                     }
                 }
                 () = sleep_until(not_before), if pending.is_some() => {
-                    self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await?;
+                    self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await;
                     not_before = Instant::now() + SETTLE_TIME;
                 }
                 () = sleep_until(not_before), if pods_pending => {
                     pods_pending = false;
+                    // It may also be the external interface, made anew.
+                    self.follow_external().await;
                     self.attach_pods_or_say().await;
                     not_before = Instant::now() + SETTLE_TIME;
                 }
@@ -267,9 +286,20 @@ impl Agent<'_> {
                     let changes = self.table.review(is_heard(&self.dataplane.peers), Clock::now());
                     self.apply(changes).await;
                     self.finish_move().await;
-                    self.compare_or_say(Changed::Topology).await?;
+                    if let Err(error) = self.dataplane.peers.verify_keys() {
+                        warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
+                    }
+                    if routes_asked.elapsed() >= ROUTES_PERIOD {
+                        routes_asked = Instant::now();
+                        self.compare_or_say(Changed::Topology).await;
+                    } else {
+                        self.follow_external().await;
+                        self.ensure_or_say().await;
+                        self.compare_or_say(Changed::Neighbour).await;
+                    }
                     self.record.refresh(&self.table);
                 }
+                _ = look.tick() => self.look().await,
                 _ = record.tick(), if self.record.is_due() => self.write_record(),
             }
         }
@@ -305,14 +335,10 @@ impl Agent<'_> {
     }
 
     async fn remake(&mut self, lease: OwnLease) -> Result<(), DaemonError> {
-        // The maps with the peers are adopted, and the programs swapped in one step each.
-        self.dataplane = load(self.cli, &self.network, &self.external, &self.device, &lease)?;
         self.own = lease;
         self.table.exclude(self.own.key.subnet);
         self.underlay.set_vtep_mac(self.own.vtep_mac);
-        self.compare(Changed::Topology).await?;
-        let link = self.ensure_datapath(Existing::Replace).await?;
-        self.write_subnet_env()?;
+        let link = self.rebuild().await?;
         info!("{} carries {} to {} peers", link.name, self.own.key.subnet, self.dataplane.peers.len());
         // What overlapped the subnet that it had was passed over.
         self.watch(ResyncCause::Moved);
@@ -320,7 +346,7 @@ impl Agent<'_> {
     }
 
     /// Follows the table from a fresh snapshot on.
-    fn watch(&mut self, cause: ResyncCause) {
+    pub(super) fn watch(&mut self, cause: ResyncCause) {
         let (sender, updates) = mpsc::channel(1024);
         // The watch before ends when nobody receives from it.
         self.updates = updates;
@@ -341,28 +367,8 @@ impl Agent<'_> {
         }
     }
 
-    /// Makes the device, what leads into it and what is attached to it, or what of that is not there.
-    async fn ensure_datapath(&mut self, existing: Existing) -> Result<Link, DaemonError> {
-        let Self { cli, netlink, dataplane, conntrack, underlay, record, external, device, own, network, .. } = self;
-        let link = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
-        underlay.set_overlay(link.index);
-        dataplane.peers.set_overlay_device(link.index)?;
-        dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
-        dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
-        dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
-        netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
-        netlink.ensure_route(&link, device, network.network, existing).await?;
-        if cli.bypass == Switch::On {
-            conntrack.ensure();
-        }
-        record.bypass(cli.bypass_time(), conntrack::is_liberal());
-        self.attach_pods_or_say().await;
-        self.ensure_xdp()?;
-        Ok(link)
-    }
-
     /// Last: it leaves its packets to the programs before it, and nothing else hangs on it.
-    fn ensure_xdp(&mut self) -> Result<(), DaemonError> {
+    pub(super) fn ensure_xdp(&mut self) -> Result<(), DaemonError> {
         let Self { cli, dataplane, xdp, record, external, .. } = self;
         match dataplane.set_xdp(xdp.mode, external.link.index) {
             Err(error) if cli.xdp == XdpFlag::Auto => {
@@ -377,7 +383,7 @@ impl Agent<'_> {
     }
 
     /// A pod that gets no programs goes through the stack, as all packets once did.
-    async fn attach_pods_or_say(&mut self) {
+    pub(super) async fn attach_pods_or_say(&mut self) {
         let attached = match self.netlink.pods(self.own.key.subnet).await {
             Ok(pods) => self.dataplane.attach_pods(&pods).map_err(DaemonError::from),
             Err(error) => Err(error.into()),
@@ -387,7 +393,7 @@ impl Agent<'_> {
         }
     }
 
-    fn write_subnet_env(&self) -> Result<(), DaemonError> {
+    pub(super) fn write_subnet_env(&self) -> Result<(), DaemonError> {
         let (network, subnet, mtu) = (self.network.network, self.own.key.subnet, self.device.mtu);
         Ok(SubnetEnv { network, subnet, mtu, ip_masq: false }.write(&self.cli.subnet_file())?)
     }
@@ -396,24 +402,11 @@ impl Agent<'_> {
         self.record.write(&self.own, &self.table);
     }
 
-    /// Repairs and compares. What fails is said, and tried again at the next event or period; an external interface that
-    /// is gone is nothing to repair.
-    async fn compare_or_say(&mut self, event: Changed) -> Result<(), DaemonError> {
-        if event == Changed::Topology
-            && let Err(error) = self.ensure_datapath(Existing::Keep).await
-        {
-            warn!("{error}; trying again in {COMPARE_PERIOD:?}");
-        }
-        if let Err(error) = self.compare(event).await {
-            warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
-        }
-        let External { link, .. } = &self.external;
-        if self.underlay.has_link(link.index) { Ok(()) } else { Err(DaemonError::InterfaceGone(link.name.clone())) }
-    }
-
     /// Brings the maps to what lease table and kernel say now.
-    async fn compare(&mut self, event: Changed) -> Result<(), DaemonError> {
-        self.underlay.refresh(&self.netlink, &self.table, event).await?;
+    pub(super) async fn compare(&mut self, event: Changed) -> Result<(), DaemonError> {
+        for next_hop in self.underlay.refresh(&self.netlink, &self.table, event).await? {
+            self.record.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
+        }
         self.dataplane.peers.sync(&self.underlay.desired(&self.table))?;
         Ok(())
     }

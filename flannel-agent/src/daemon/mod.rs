@@ -3,10 +3,12 @@
 //! * `start` — what is known before anything is touched: from the store, or where that is away, from the last run
 //! * `agent` — making the datapath, and keeping it in step with store and kernel
 //! * `store` — what the agent makes of what the store says
+//! * `drift` — bringing back in step what somebody else changed
 //! * `record` — what it writes into its run directory
 //! * `tenancy` — keeping this host's own lease, and taking another where it is lost
 
 mod agent;
+mod drift;
 mod record;
 mod start;
 mod store;
@@ -39,9 +41,6 @@ pub enum DaemonError {
     /// No interface to the other hosts.
     #[error(transparent)]
     Interface(#[from] SelectError),
-    /// The interface to the other hosts was deleted; one of the same name is another.
-    #[error("the external interface {0} is gone; start the agent again when there is one")]
-    InterfaceGone(String),
     /// The kernel's network.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -7,7 +7,7 @@ use std::{
 
 use flannel_common::vxlan::Vni;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     cli::Cli,
@@ -17,7 +17,10 @@ use crate::{
     last_known::LastKnown,
     lease::LeaseTable,
     registry::{OwnLease, PassedOver, ResyncCause, Snapshot},
-    status::{API_VERSION, BypassStatus, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, XdpStatus, now},
+    repair::Repair,
+    status::{
+        API_VERSION, BypassStatus, DriftStatus, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, XdpStatus, now,
+    },
     xdp::Choice,
 };
 
@@ -66,6 +69,7 @@ impl Record {
             peers: 0,
             held: Vec::new(),
             held_total: Default::default(),
+            drift: DriftStatus::default(),
         };
         Self {
             run_dir: cli.run_dir.clone(),
@@ -94,6 +98,40 @@ impl Record {
         let bypass = BypassStatus { revalidate_ms: time.as_millis() as u64, conntrack_liberal };
         self.status_is_due |= self.status.bypass != bypass;
         self.status.bypass = bypass;
+    }
+
+    /// Somebody else changed something, and it is as it should be again.
+    pub(super) fn repaired(&mut self, repair: Repair, what: &str) {
+        warn!("repaired ({}): {what}", repair.label());
+        let repaired = self.status.drift.repaired.entry(repair.label().to_owned()).or_default();
+        (repaired.count, repaired.last) = (repaired.count + 1, now());
+        self.status_is_due = true;
+    }
+
+    /// How it stands with something that only others can repair; said when it changes.
+    pub(super) fn waiting(&mut self, about: &str, problem: Option<String>) {
+        let waiting = &mut self.status.drift.waiting;
+        if waiting.get(about) == problem.as_ref() {
+            return;
+        }
+        self.status_is_due = true;
+        match problem {
+            Some(problem) => {
+                warn!("{problem}");
+                waiting.insert(about.to_owned(), problem);
+            }
+            None => {
+                info!("the {about} is well again");
+                waiting.remove(about);
+            }
+        }
+    }
+
+    /// The external interface is another one, or has another address or MTU.
+    pub(super) fn external(&mut self, external: &External, device: &VxlanDevice) {
+        self.status.external_interface.clone_from(&external.link.name);
+        (self.status.public_ip, self.status.mtu) = (external.public_ip, device.mtu);
+        (self.status_is_due, self.leases_are_due) = (true, true);
     }
 
     pub(super) const fn lease_state(&self) -> LeaseState {

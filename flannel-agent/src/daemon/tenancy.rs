@@ -1,13 +1,13 @@
 //! Keeping this host's own lease: renewing it while it is its own, and taking another where it is lost. Never taking
 //! back what another host has by then.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     time::sleep,
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     config::NetworkConfig,
@@ -38,6 +38,8 @@ pub(super) enum TenancyEvent {
 pub(super) struct Tenant {
     pub(super) registry: Registry,
     pub(super) request: LeaseRequest,
+    /// This host's VTEP address, which may become another one.
+    pub(super) public_ip: watch::Receiver<Ipv4Addr>,
     /// The config that the datapath is made for.
     pub(super) network: NetworkConfig,
     pub(super) renew_interval: Duration,
@@ -89,6 +91,7 @@ impl Tenant {
     }
 
     async fn try_take(&mut self) -> Result<Option<OwnLease>, RegistryError> {
+        self.request.public_ip = *self.public_ip.borrow_and_update();
         let (now, _) = self.registry.network_config().await?;
         if now != self.network {
             return Ok(None);
@@ -104,9 +107,16 @@ impl Tenant {
             tokio::select! {
                 () = self.heartbeat.during(sleep(delay)) => {}
                 () = self.doubt.notified() => {}
+                Ok(()) = self.public_ip.changed() => {}
                 () = self.events.closed() => return Standing::Held,
             }
             self.heartbeat.beat();
+            // First: a lease that names the address before looks like another host's.
+            if let Err(error) = self.announce(lease).await {
+                delay = back_off.delay();
+                warn!("{error}; announcing this host's other address again in {delay:?}");
+                continue;
+            }
             match self.registry.standing(lease, &self.request).await {
                 Ok(Standing::Held) => {
                     debug!("lease {} renewed", lease.key);
@@ -121,6 +131,21 @@ impl Tenant {
                 }
             }
         }
+    }
+
+    /// Has the lease name this host's address, where that has become another one.
+    async fn announce(&mut self, lease: &OwnLease) -> Result<(), RegistryError> {
+        let public_ip = *self.public_ip.borrow_and_update();
+        if public_ip == self.request.public_ip {
+            return Ok(());
+        }
+        self.registry.disconnect();
+        if self.registry.announce(lease, &self.request, public_ip).await? {
+            info!("the lease {} names {public_ip} from now on", lease.key);
+        }
+        // Where it was not as it should be, how it stands with it is looked at next.
+        self.request.public_ip = public_ip;
+        Ok(())
     }
 
     async fn tell(&self, event: TenancyEvent) {

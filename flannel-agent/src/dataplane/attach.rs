@@ -16,6 +16,7 @@ use tracing::debug;
 use super::{
     DataplaneError, Hook,
     features::has_tcx,
+    held::{Attachment, Held, Place},
     pins::{PinDirectory, failed},
 };
 
@@ -46,54 +47,74 @@ impl Hook {
     }
 }
 
+/// Whether it had been detached since this process attached it.
 pub(super) fn attach(
     program: &mut SchedClassifier,
     hook: Hook,
     pins: &PinDirectory,
+    held: &mut Held,
     interface: &str,
     ifindex: u32,
-) -> Result<(), DataplaneError> {
+) -> Result<bool, DataplaneError> {
     let pin = pins.link(hook.program(), ifindex);
     let refused = |call| move |source| DataplaneError::Program { call, program: hook.program(), source };
+    let attachment = |link| Attachment { place: Place::Tc(hook), ifindex, link };
 
-    if !swap_pinned(program, &pin) {
+    let before = held.remove(&pin);
+    let was_held = before.is_some();
+    let is_filter = before.as_ref().is_some_and(|before| before.link.is_none());
+    if !is_filter {
+        let link = before.and_then(|before| before.link).or_else(|| pinned_link(&pin));
+        if let Some(link) = link.and_then(|link| swap(program, link, &pin)) {
+            held.insert(pin, attachment(Some(link)));
+            return Ok(false);
+        }
         if !Hook::OF_PODS.contains(&hook) {
             // What an agent pinned for another interface, or one that is gone.
-            unpin_all_but(hook, pins, &[])?;
+            release_all_but(hook, pins, held, &[])?;
         }
         remove_if_there(&pin)?;
         let options = TcAttachOptions::TcxOrder(hook.order());
         match program.attach_with_options(interface, hook.attach_type(), options) {
             Ok(id) => {
-                pin_link(program.take_link(id).map_err(refused("attach"))?, &pin)?;
+                let link = program.take_link(id).map_err(refused("attach"))?;
+                let link = link.try_into().map_err(|_| DataplaneError::Missing("link of an attached program"))?;
+                // Where the file system of the pins is gone, the program is held until that is back.
+                let link = if pins.exists() { pin_link(link, &pin)? } else { link };
+                held.insert(pin, attachment(Some(link)));
+                return Ok(was_held);
             }
-            Err(error) if !has_tcx(interface) => {
-                debug!("no TCX here ({error}); attaching to clsact");
-                attach_filter(program, hook, interface, pins.vni()).map_err(refused("attach"))?;
-            }
+            Err(error) if !has_tcx(interface) => debug!("no TCX here ({error}); attaching to clsact"),
             Err(error) => return Err(refused("attach")(error)),
         }
     }
-    Ok(())
+    let was_there = attach_filter(program, hook, interface, pins.vni()).map_err(refused("attach"))?;
+    held.insert(pin, attachment(None));
+    Ok(was_held && !was_there)
 }
 
 /// Detaches a hook's program from all interfaces but these.
-pub(super) fn unpin_all_but(hook: Hook, pins: &PinDirectory, ifindexes: &[u32]) -> Result<(), DataplaneError> {
+pub(super) fn release_all_but(
+    hook: Hook,
+    pins: &PinDirectory,
+    held: &mut Held,
+    ifindexes: &[u32],
+) -> Result<(), DataplaneError> {
+    let is_hook = |place| matches!(place, Place::Tc(of) if of == hook);
+    held.retain(|_, attachment| !is_hook(attachment.place) || ifindexes.contains(&attachment.ifindex));
     let wanted: Vec<_> = ifindexes.iter().map(|ifindex| pins.link(hook.program(), *ifindex)).collect();
     pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_if_there(pin))
 }
 
-/// Pins a link, so that the attachment stays when the agent goes.
-pub(super) fn pin_link(link: impl TryInto<FdLink>, pin: &Path) -> Result<(), DataplaneError> {
-    // Only what older kernels have is no link of its own.
-    let link = link.try_into().map_err(|_| DataplaneError::Missing("link of an attached program"))?;
-    link.pin(pin).map_err(|error| failed("pin", pin)(io::Error::other(error)))?;
-    Ok(())
+/// Pins a link, so that the attachment stays when the agent goes. Where that fails, the link is gone.
+pub(super) fn pin_link(link: FdLink, pin: &Path) -> Result<FdLink, DataplaneError> {
+    let pinned = link.pin(pin).map_err(|error| failed("pin", pin)(io::Error::other(error)))?;
+    Ok(pinned.into())
 }
 
-/// What is pinned there. [`None`] where there is nothing, or something else.
-pub(super) fn pinned_link<L: TryFrom<FdLink>>(pin: &Path) -> Option<L> {
-    L::try_from(FdLink::from(PinnedLink::from_pin(pin).ok()?)).ok()
+/// The link that is pinned there. [`None`] where there is none.
+pub(super) fn pinned_link(pin: &Path) -> Option<FdLink> {
+    PinnedLink::from_pin(pin).ok().map(FdLink::from)
 }
 
 /// The kernel's reason against a call of the program's.
@@ -111,20 +132,20 @@ pub(super) fn remove_if_there(pin: &Path) -> Result<(), DataplaneError> {
     }
 }
 
-/// Puts the program into the link that an earlier agent pinned. `false` where there is none, or its interface is gone.
-fn swap_pinned(program: &mut SchedClassifier, pin: &Path) -> bool {
-    let Some(link) = pinned_link::<SchedClassifierLink>(pin) else { return false };
+/// Puts the program into a link. [`None`] where the link is detached, or none of TCX.
+fn swap(program: &mut SchedClassifier, link: FdLink, pin: &Path) -> Option<FdLink> {
+    let link = SchedClassifierLink::try_from(link).ok()?;
     match program.attach_to_link(link) {
-        // The pin holds the link; this handle may go.
-        Ok(id) => program.take_link(id).is_ok(),
+        Ok(id) => program.take_link(id).ok()?.try_into().ok(),
         Err(error) => {
             debug!("the link {} can't be used any more: {error}", pin.display());
-            false
+            None
         }
     }
 }
 
-fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str, vni: Vni) -> Result<(), ProgramError> {
+/// Whether there was a filter, which is replaced.
+fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str, vni: Vni) -> Result<bool, ProgramError> {
     let handle = filter_handle(vni);
     // Fails where it is there already, and then attaching works.
     if let Err(error) = qdisc_add_clsact(interface) {
@@ -132,17 +153,17 @@ fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str, vni
     }
     let existing = SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, handle, None);
     let replaced = existing.map_err(aya::programs::tc::TcError::IoError)?;
-    let id = match program.attach_to_link(replaced) {
-        Ok(id) => id,
+    let (id, was_there) = match program.attach_to_link(replaced) {
+        Ok(id) => (id, true),
         Err(error) => {
             debug!("no filter to replace on {interface}: {error}");
             let options = NlOptions { priority: FILTER_PRIORITY, handle, classid: None };
-            program.attach_with_options(interface, hook.attach_type(), TcAttachOptions::Netlink(options))?
+            (program.attach_with_options(interface, hook.attach_type(), TcAttachOptions::Netlink(options))?, false)
         }
     };
     // A filter has no pin: it stays as long as nobody removes it, so the handle must not detach it when dropped.
     std::mem::forget(program.take_link(id)?);
-    Ok(())
+    Ok(was_there)
 }
 
 /// Removes an overlay's filters, as kernels without TCX have them, from an interface. Links go with their pins.

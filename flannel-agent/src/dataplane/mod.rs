@@ -6,10 +6,12 @@
 
 mod attach;
 mod attached;
+mod batch;
 mod drops;
 mod features;
 #[cfg(feature = "generator")]
 pub mod generator;
+mod held;
 mod peers;
 mod pins;
 #[cfg(feature = "generator")]
@@ -34,6 +36,7 @@ use flannel_common::{
     flow::{Flow, FlowKey},
     maps::{CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS},
 };
+pub use held::Repaired;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
 pub use xdp::XdpMode;
@@ -194,6 +197,12 @@ pub struct Dataplane {
     pins: PinDirectory,
     counters: PerCpuArray<MapData, Counter>,
     flows: BpfHashMap<MapData, FlowKey, Flow>,
+    /// The pinned maps.
+    maps: Vec<(&'static str, MapData)>,
+    /// What this process has attached.
+    held: held::Held,
+    /// How much of that it has attached again.
+    repaired: u32,
     /// The pods' links that this process attached its programs to.
     pods: BTreeSet<u32>,
     /// The peers in the maps.
@@ -239,7 +248,20 @@ impl Dataplane {
         let counters = take_map(&mut ebpf, COUNTERS)?;
         let counters = counters.try_into().map_err(DataplaneError::map("open", COUNTERS))?;
         let flows = take_map(&mut ebpf, FLOWS)?.try_into().map_err(DataplaneError::map("open", FLOWS))?;
-        Ok(Self { ebpf, pins, counters, flows, pods: BTreeSet::new(), peers })
+        let pinned = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
+        let maps = layout.iter().map(|map| Ok((map.name, pinned(map.name)?)));
+        let maps = maps.collect::<Result<_, DataplaneError>>()?;
+        Ok(Self {
+            ebpf,
+            pins,
+            counters,
+            flows,
+            maps,
+            held: held::Held::new(),
+            repaired: 0,
+            pods: BTreeSet::new(),
+            peers,
+        })
     }
 
     /// Attaches a program to a link, or swaps the one that an earlier agent left there. The attachment stays when
@@ -248,11 +270,14 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError`].
     pub fn attach(&mut self, hook: Hook, interface: &str, ifindex: u32) -> Result<(), DataplaneError> {
-        attach::attach(program(&mut self.ebpf, hook)?, hook, &self.pins, interface, ifindex)
+        let Self { ebpf, pins, held, repaired, .. } = self;
+        let is_repair = attach::attach(program(ebpf, hook)?, hook, pins, held, interface, ifindex)?;
+        *repaired += u32::from(is_repair);
+        Ok(())
     }
 
     /// Attaches the pods' programs to these links (name and number), and detaches them from all others. What this process
-    /// attached already is left alone as long as it is pinned.
+    /// attached already is left to [`repair`](Self::repair).
     ///
     /// # Errors
     /// [`DataplaneError`] of the last link that failed; the others have their programs.
@@ -261,9 +286,7 @@ impl Dataplane {
         let indexes: Vec<u32> = links.iter().map(|(_, ifindex)| *ifindex).collect();
         let gone: Vec<u32> = self.pods.iter().filter(|ifindex| !indexes.contains(ifindex)).copied().collect();
         for (name, ifindex) in links {
-            if self.pods.contains(ifindex)
-                && Hook::OF_PODS.iter().all(|hook| self.pins.link(hook.program(), *ifindex).exists())
-            {
+            if self.pods.contains(ifindex) {
                 continue;
             }
             match Hook::OF_PODS.iter().try_for_each(|hook| self.attach(*hook, name, *ifindex)) {
@@ -272,7 +295,7 @@ impl Dataplane {
             }
         }
         for hook in Hook::OF_PODS {
-            attach::unpin_all_but(hook, &self.pins, &indexes)?;
+            attach::release_all_but(hook, &self.pins, &mut self.held, &indexes)?;
         }
         if !gone.is_empty() {
             self.pods.retain(|ifindex| !gone.contains(ifindex));

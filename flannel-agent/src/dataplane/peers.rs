@@ -3,6 +3,8 @@
 //! A VTEP that packets may be on their way to is never rewritten: its value goes into a free entry, the slots are
 //! turned to it one by one with 4-byte stores, and the old entry is free again after a while.
 
+mod verify;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::Ipv4Addr,
@@ -47,6 +49,10 @@ pub struct PeerMaps {
     /// How many subnets each address in `VTEP_ADDRESSES` has.
     address_users: HashMap<u32, usize>,
     ids: FreeIds,
+    /// The entry that names `flannel.<VNI>`.
+    overlay_device: Vtep,
+    /// The first slot that is looked at next.
+    window: u32,
 }
 
 /// A VTEP in use.
@@ -111,7 +117,10 @@ impl PeerMaps {
             id_of,
             address_users,
             ids,
+            overlay_device: Vtep::UNUSED,
+            window: 0,
         };
+        maps.overlay_device = maps.vteps.get(&Vtep::OVERLAY_DEVICE, 0).map_err(DataplaneError::map("read", VTEPS))?;
         maps.correct_addresses()?;
         Ok(maps)
     }
@@ -122,6 +131,7 @@ impl PeerMaps {
     /// [`DataplaneError::Map`].
     pub fn set_overlay_device(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
         let device = Vtep { ifindex, ..Vtep::UNUSED };
+        self.overlay_device = device;
         self.vteps.set(Vtep::OVERLAY_DEVICE, device, 0).map_err(DataplaneError::map("write", VTEPS))
     }
 
@@ -250,22 +260,25 @@ impl PeerMaps {
         Ok(())
     }
 
-    /// Brings `VTEP_ADDRESSES` to the published VTEPs, where an earlier agent ended between the two.
-    fn correct_addresses(&mut self) -> Result<(), DataplaneError> {
+    /// Brings `VTEP_ADDRESSES` to the published VTEPs, where an earlier agent ended between the two. How many it wrote.
+    fn correct_addresses(&mut self) -> Result<usize, DataplaneError> {
+        let mut wrong = 0;
         let present: BTreeSet<[u8; 4]> =
             self.addresses.keys().collect::<Result<_, _>>().map_err(DataplaneError::map("read", VTEP_ADDRESSES))?;
         for entry in self.entries.iter().filter(|(_, entry)| !present.contains(&entry.vtep.address.to_be_bytes())) {
             let (id, Entry { vtep, .. }) = entry;
             let added = self.addresses.insert(vtep.address.to_be_bytes(), id, 0);
             added.map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
+            wrong += 1;
         }
         for address in present {
             if !self.address_users.contains_key(&u32::from_be_bytes(address)) {
                 absent_is_fine(self.addresses.remove(&address))
                     .map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
+                wrong += 1;
             }
         }
-        Ok(())
+        Ok(wrong)
     }
 }
 

@@ -178,7 +178,11 @@ pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
 
 fn links(overlay: &Path, program: &str) -> Result<Vec<PathBuf>, DataplaneError> {
     let prefix = format!("{program}-");
-    let entries = fs::read_dir(overlay).map_err(failed("list", overlay))?;
+    let entries = match fs::read_dir(overlay) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed("list", overlay)(error)),
+    };
     let names = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
     Ok(names.map(|entry| entry.path()).collect())
 }

@@ -2,13 +2,14 @@
 
 use std::{thread, time::Duration};
 
-use aya::programs::{ProgramError, Xdp, XdpMode as Flags, xdp::XdpLink};
+use aya::programs::{ProgramError, Xdp, XdpMode as Flags, links::FdLink, xdp::XdpLink};
 use nix::libc::{EBUSY, EEXIST};
 use tracing::debug;
 
 use super::{
     Dataplane, DataplaneError,
     attach::{errno, pin_link, pinned_link, remove_if_there},
+    held::{Attachment, Place},
 };
 
 /// How often a device that is just becoming free is tried, and the time in between.
@@ -79,13 +80,19 @@ impl Dataplane {
         let wanted = mode.map(|mode| self.pins.link(&pin_name(mode), ifindex));
         let mut has_detached = false;
         for pin in self.pins.links(PIN)?.iter().filter(|pin| Some(*pin) != wanted.as_ref()) {
+            self.held.remove(pin);
             remove_if_there(pin)?;
             has_detached = true;
         }
         let (Some(mode), Some(pin)) = (mode, wanted) else { return Ok(()) };
+        let attachment = |link| Attachment { place: Place::Xdp(mode), ifindex, link: Some(link) };
+        let before = self.held.remove(&pin);
+        let was_held = before.is_some();
         let program = self.xdp_program(mode)?;
         let refused = |call| move |source| DataplaneError::Program { call, program: mode.program(), source };
-        if swap_pinned(program, &pin) {
+        let link = before.and_then(|before| before.link).or_else(|| pinned_link(&pin));
+        if let Some(link) = link.and_then(|link| swap(program, link, &pin)) {
+            self.held.insert(pin, attachment(link));
             return Ok(());
         }
         remove_if_there(&pin)?;
@@ -99,7 +106,12 @@ impl Dataplane {
             result = program.attach_to_if_index(ifindex, mode.flags());
         }
         let id = result.map_err(refused("attach"))?;
-        pin_link(program.take_link(id).map_err(refused("attach"))?, &pin)
+        let link = program.take_link(id).map_err(refused("attach"))?;
+        let link = link.try_into().map_err(|_| DataplaneError::Missing("link of an attached program"))?;
+        let link = if self.pins.exists() { pin_link(link, &pin)? } else { link };
+        self.held.insert(pin, attachment(link));
+        self.repaired += u32::from(was_held);
+        Ok(())
     }
 }
 
@@ -113,15 +125,14 @@ pub(super) fn pin_name(mode: XdpMode) -> String {
     format!("{PIN}-{}", mode.label())
 }
 
-/// Puts the program into the link that an earlier agent pinned. `false` where there is none, or its interface is gone.
-fn swap_pinned(program: &mut Xdp, pin: &std::path::Path) -> bool {
-    let Some(link) = pinned_link::<XdpLink>(pin) else { return false };
+/// Puts the program into a link. [`None`] where the link is detached, or none of XDP.
+fn swap(program: &mut Xdp, link: FdLink, pin: &std::path::Path) -> Option<FdLink> {
+    let link = XdpLink::try_from(link).ok()?;
     match program.attach_to_link(link) {
-        // The pin holds the link; this handle may go.
-        Ok(id) => program.take_link(id).is_ok(),
+        Ok(id) => program.take_link(id).ok()?.try_into().ok(),
         Err(error) => {
             debug!("the link {} can't be used any more: {error}", pin.display());
-            false
+            None
         }
     }
 }

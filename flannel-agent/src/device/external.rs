@@ -25,6 +25,13 @@ pub struct Selection {
     pub public_ip: Option<Ipv4Addr>,
 }
 
+impl Selection {
+    /// Whether the operator named none.
+    const fn is_default_route(&self) -> bool {
+        self.interfaces.is_empty() && self.patterns.is_empty() && self.can_reach.is_none() && self.public_ip.is_none()
+    }
+}
+
 /// The interface that carries the tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct External {
@@ -83,6 +90,39 @@ impl Netlink {
             return Err(SelectError::NoMatch(format!("{} has no MTU", link.name)));
         }
         Ok(External { public_ip: selection.public_ip.unwrap_or(address), link, address })
+    }
+
+    /// Chooses again, where there was a choice before. The link stays chosen, by number or, made anew, by name, as long as it
+    /// has the tunnel's address. Where it has another, the same rule says which; a default route that is gone, as it is when
+    /// an interface goes down, is no reason to leave.
+    ///
+    /// # Errors
+    /// [`SelectError`], with what was looked for.
+    pub async fn external_interface_again(
+        &self,
+        selection: &Selection,
+        before: &External,
+    ) -> Result<External, SelectError> {
+        let links = self.links().await?;
+        let same = links.iter().find(|link| link.index == before.link.index);
+        let same = same.or_else(|| links.iter().find(|link| link.name == before.link.name));
+        let Some(link) = same.filter(|link| link.mtu > 0) else { return self.external_interface(selection).await };
+        let addresses = self.addresses().await?;
+        let of = |address: Ipv4Addr| External {
+            public_ip: selection.public_ip.unwrap_or(address),
+            link: link.clone(),
+            address,
+        };
+        let has_published = selection.public_ip == Some(before.address);
+        if addresses.iter().any(|(owner, ip)| *ip == before.address && (*owner == link.index || has_published)) {
+            return Ok(of(before.address));
+        }
+        let by_rule = self.external_interface(selection).await;
+        let first = addresses.iter().find(|(owner, _)| *owner == link.index);
+        match (by_rule, first) {
+            (Err(SelectError::NoMatch(_)), Some((_, address))) if selection.is_default_route() => Ok(of(*address)),
+            (by_rule, _) => by_rule,
+        }
     }
 
     /// The way that a packet to `destination` would take.

@@ -6,6 +6,7 @@
 pub mod external;
 pub mod next_hop;
 pub mod offload;
+mod overlay_route;
 mod pods;
 pub mod vxlan;
 
@@ -151,10 +152,14 @@ impl Netlink {
         let connection = tokio::spawn(async move {
             let forward = async {
                 while let Some((message, _)) = messages.next().await {
-                    if let NetlinkPayload::InnerMessage(message) = message.payload {
-                        // Where the queue is full, the periodic comparison makes up for it.
-                        let _lost = sender.try_send(DeviceEvent::of(&message));
-                    }
+                    let event = match message.payload {
+                        NetlinkPayload::InnerMessage(message) => DeviceEvent::of(&message),
+                        // The kernel had more to say than the socket holds.
+                        NetlinkPayload::Overrun(_) => DeviceEvent { kind: Changed::Topology, ifindex: None },
+                        _ => continue,
+                    };
+                    // Where the queue is full, the periodic comparison makes up for it.
+                    let _lost = sender.try_send(event);
                 }
             };
             tokio::join!(connection, forward);
@@ -221,17 +226,18 @@ fn usable_address(message: &AddressMessage) -> Option<((bool, bool), u32, Ipv4Ad
     Some((rank, message.header.index, address))
 }
 
-/// Lets the host forward between pods and overlay.
+/// Lets the host forward between pods and overlay. `false` where it did already.
 ///
 /// # Errors
 /// [`DeviceError::Sysctl`].
-pub fn enable_forwarding() -> Result<(), DeviceError> {
+pub fn enable_forwarding() -> Result<bool, DeviceError> {
     const PATH: &str = "/proc/sys/net/ipv4/ip_forward";
     // Read first: where it is on already, a read-only /proc/sys is no obstacle.
     if std::fs::read_to_string(PATH).is_ok_and(|value| value.trim() == "1") {
-        return Ok(());
+        return Ok(false);
     }
-    std::fs::write(PATH, "1").map_err(|source| DeviceError::Sysctl { path: PATH, value: "1", source })
+    let written = std::fs::write(PATH, "1");
+    written.map(|()| true).map_err(|source| DeviceError::Sysctl { path: PATH, value: "1", source })
 }
 
 /// The range that the kernel takes source ports from (`net.ipv4.ip_local_port_range`); its default where it can't be

@@ -9,19 +9,19 @@ use flannel_common::{
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
-    LinkUnspec, LinkVxlan, RouteMessageBuilder,
+    LinkMessageBuilder, LinkUnspec, LinkVxlan, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
         link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-        neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage},
+        neighbour::{NeighbourAttribute, NeighbourMessage},
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
     },
 };
 use tracing::{info, warn};
 
 use super::{DeviceError, Link, Netlink, external::External};
-use crate::{config::VxlanConfig, lease::MacAddress};
+use crate::{config::VxlanConfig, lease::MacAddress, repair::Repair};
 
 /// The next hop of the one route into the overlay. It is nobody's: being link-local, it is no address of any lease, and
 /// the programs replace its MAC by that of the peer's vxlan device.
@@ -64,6 +64,11 @@ impl VxlanDevice {
         }
     }
 
+    /// Which device, and where it sends from.
+    fn endpoint(&self) -> LinkMessageBuilder<LinkVxlan> {
+        LinkVxlan::new(&self.name, self.vni.get()).dev(self.link).local(self.local)
+    }
+
     /// The name of a VNI's device.
     pub fn name_of(vni: Vni) -> String {
         format!("flannel.{vni}")
@@ -71,11 +76,21 @@ impl VxlanDevice {
 
     /// Whether an existing device is this one, MTU and MAC aside, which can be changed.
     fn matches(&self, message: &LinkMessage) -> bool {
+        self.has_endpoint(message) && self.can_become(message)
+    }
+
+    /// Whether an existing device sends from where this one does.
+    fn has_endpoint(&self, message: &LinkMessage) -> bool {
+        let has = |wanted: InfoVxlan| vxlan_options(message).is_some_and(|options| options.contains(&wanted));
+        has(InfoVxlan::Link(self.link)) && has(InfoVxlan::Local(self.local))
+    }
+
+    /// Whether an existing device can become this one: the kernel changes the endpoint, and none of the rest
+    /// (`vxlan_changelink`).
+    fn can_become(&self, message: &LinkMessage) -> bool {
         let Some(options) = vxlan_options(message) else { return false };
         let has = |wanted: InfoVxlan| options.contains(&wanted);
         has(InfoVxlan::Id(self.vni.get()))
-            && has(InfoVxlan::Link(self.link))
-            && has(InfoVxlan::Local(self.local))
             && has(InfoVxlan::Port(self.port))
             && has(InfoVxlan::Learning(self.learning))
             && !options.iter().any(|option| {
@@ -101,28 +116,6 @@ fn vxlan_options(message: &LinkMessage) -> Option<&Vec<InfoVxlan>> {
     })
 }
 
-/// What becomes of an object that is there already.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Existing {
-    /// It is made what it should be.
-    Replace,
-    /// It stays, and nobody is told of a change.
-    Keep,
-}
-
-impl Existing {
-    fn accept(self, result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
-        match result {
-            Err(rtnetlink::Error::NetlinkError(error))
-                if self == Self::Keep && error.raw_code() == -nix::libc::EEXIST =>
-            {
-                Ok(())
-            }
-            other => other,
-        }
-    }
-}
-
 impl Netlink {
     /// The MAC of an existing device that can be kept.
     ///
@@ -133,14 +126,21 @@ impl Netlink {
         Ok(existing.filter(|message| device.matches(message)).and_then(|message| Link::from_message(&message).mac))
     }
 
-    /// Makes the device, or what it differs in, and sets it up.
+    /// Makes the device, or what it differs in, and sets it up. The device, and what was done.
     ///
     /// # Errors
     /// [`DeviceError`] with the request that failed.
-    pub async fn ensure_vxlan(&self, device: &VxlanDevice, mac: Mac) -> Result<Link, DeviceError> {
+    pub async fn ensure_vxlan(&self, device: &VxlanDevice, mac: Mac) -> Result<(Link, Option<Repair>), DeviceError> {
         let name = device.name.as_str();
+        let mut repair = None;
         let existing = match self.link_by_name(name).await? {
             Some(message) if device.matches(&message) => Some(message),
+            Some(message) if device.can_become(&message) => {
+                let change = device.endpoint().build();
+                self.handle.link().change(change).execute().await.map_err(DeviceError::call("change", name))?;
+                repair = Some(Repair::DeviceSettings);
+                Some(message)
+            }
             Some(message) => {
                 info!("{name} is of another kind or has other settings; it is made anew");
                 self.delete_link(name, message.header.index).await?;
@@ -150,21 +150,28 @@ impl Netlink {
         };
         let message = match existing {
             Some(message) => message,
-            None => self.create_vxlan(device, mac).await?,
+            None => {
+                repair = Some(Repair::Device);
+                self.create_vxlan(device, mac).await?
+            }
         };
         let link = Link::from_message(&message);
         let is_up = message.header.flags.contains(LinkFlags::Up);
         if link.mtu != device.mtu || link.mac != Some(mac) || !is_up {
-            let change = LinkUnspec::new_with_index(link.index).mtu(device.mtu).address(mac.to_vec()).up().build();
-            self.handle.link().set(change).execute().await.map_err(DeviceError::call("set up", name))?;
+            let mut change = LinkUnspec::new_with_index(link.index).mtu(device.mtu).up();
+            if link.mac != Some(mac) {
+                // Even the same one again would cost the device its neighbours (`neigh_changeaddr`).
+                change = change.address(mac.to_vec());
+            }
+            self.handle.link().set(change.build()).execute().await.map_err(DeviceError::call("set up", name))?;
+            repair = repair.or(Some(Repair::DeviceSettings));
         }
-        Ok(Link { mtu: device.mtu, mac: Some(mac), ..link })
+        Ok((Link { mtu: device.mtu, mac: Some(mac), ..link }, repair))
     }
 
     async fn create_vxlan(&self, device: &VxlanDevice, mac: Mac) -> Result<LinkMessage, DeviceError> {
-        let message = LinkVxlan::new(&device.name, device.vni.get())
-            .dev(device.link)
-            .local(device.local)
+        let message = device
+            .endpoint()
             .port(device.port)
             .learning(device.learning)
             // Set at creation, so that no network manager sees the device with another one and "corrects" it.
@@ -186,10 +193,11 @@ impl Netlink {
     }
 
     /// Gives the device this host's address on the overlay, `<subnet>.0/32`, and takes away others within the Network.
+    /// Whether there was something to do.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn ensure_address(&self, link: &Link, network: Ipv4Net, address: Ipv4Addr) -> Result<(), DeviceError> {
+    pub async fn ensure_address(&self, link: &Link, network: Ipv4Net, address: Ipv4Addr) -> Result<bool, DeviceError> {
         let existing: Vec<_> = self
             .handle
             .address()
@@ -199,7 +207,7 @@ impl Netlink {
             .try_collect()
             .await
             .map_err(DeviceError::call("list the addresses of", &link.name))?;
-        let mut is_there = false;
+        let (mut is_there, mut is_other) = (false, false);
         for message in existing {
             let local = message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),
@@ -211,6 +219,7 @@ impl Netlink {
                     warn!("{} had the address {local}/{}; removed", link.name, message.header.prefix_len);
                     let removal = self.handle.address().del(message).execute().await;
                     removal.map_err(DeviceError::call("remove an address of", &link.name))?;
+                    is_other = true;
                 }
                 _ => {}
             }
@@ -219,34 +228,7 @@ impl Netlink {
             let addition = self.handle.address().add(link.index, address.into(), 32).execute().await;
             addition.map_err(DeviceError::call("give an address to", &link.name))?;
         }
-        Ok(())
-    }
-
-    /// Routes the Network into the device through the one next hop with its one neighbour, and has the kernel send what
-    /// is addressed to that neighbour's MAC, and not encapsulated by the programs, back to this host's own device.
-    ///
-    /// # Errors
-    /// [`DeviceError::Call`].
-    pub async fn ensure_route(
-        &self,
-        link: &Link,
-        device: &VxlanDevice,
-        network: Ipv4Net,
-        existing: Existing,
-    ) -> Result<(), DeviceError> {
-        let mut neighbour = self.handle.neighbours().add(link.index, NEXT_HOP.into());
-        neighbour = neighbour.link_layer_address(&NEXT_HOP_MAC.0);
-        let mut forwarding = self.handle.neighbours().add_bridge(link.index, &NEXT_HOP_MAC.0);
-        forwarding = forwarding.destination(device.local.into()).flags(NeighbourFlags::Own);
-        let mut route = self.handle.route().add(overlay_route(link, network));
-        if existing == Existing::Replace {
-            (neighbour, forwarding, route) = (neighbour.replace(), forwarding.replace(), route.replace());
-        }
-        existing.accept(neighbour.execute().await).map_err(DeviceError::call("set the neighbour of", &link.name))?;
-        existing
-            .accept(forwarding.execute().await)
-            .map_err(DeviceError::call("set the forwarding entry of", &link.name))?;
-        existing.accept(route.execute().await).map_err(DeviceError::call("route into", &link.name))
+        Ok(is_other || !is_there)
     }
 
     /// Removes the route through the one next hop, and that next hop, from a device that stays.
@@ -328,13 +310,4 @@ impl Netlink {
 
 fn is_next_hop(entry: &NeighbourMessage) -> bool {
     entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.0.to_vec()))
-}
-
-fn overlay_route(link: &Link, network: Ipv4Net) -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(network.network(), network.prefix_len())
-        .gateway(NEXT_HOP)
-        .output_interface(link.index)
-        .onlink()
-        .build()
 }

@@ -91,6 +91,12 @@ fn table(overlay: &Overlay) -> String {
     let resyncs: Vec<_> = store.resyncs.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
     lines.push(["snapshots".to_owned(), resyncs.join(", ")]);
     lines.push(["peers".to_owned(), format!("{}, of which {} held", status.peers, held.len())]);
+    let repaired = &status.drift.repaired;
+    if !repaired.is_empty() {
+        let repaired: Vec<_> =
+            repaired.iter().map(|(what, of)| format!("{what} {} (last {} ago)", of.count, time(of.last))).collect();
+        lines.push(["repaired".to_owned(), repaired.join(", ")]);
+    }
     for peer in held {
         let reason = format!("{} at {}, {} for {}", peer.subnet, peer.public_ip, peer.reason.label(), time(peer.since));
         lines.push(["held".to_owned(), reason]);

@@ -159,6 +159,11 @@ impl Registry {
         Ok(client)
     }
 
+    /// Makes the next call on a fresh connection: one from an address that this host no longer has hangs.
+    pub fn disconnect(&mut self) {
+        self.client = None;
+    }
+
     /// A call failed: the next one is made on a fresh connection.
     fn failed(&mut self, call: &'static str, error: &etcd_client::Error) -> RegistryError {
         let cause = explain(error);

@@ -1,7 +1,7 @@
 //! Taking, keeping and losing this host's own lease. Every write is a transaction on the key's being what was read, so
 //! that a host which slept can't take back what another has by then.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
 use tracing::{info, warn};
@@ -66,6 +66,27 @@ impl Registry {
         let is_same =
             entry.etcd_lease == lease.etcd_lease && entry.value == self.value(request, lease.vtep_mac).as_bytes();
         Ok(if is_same && self.keep_alive(lease.etcd_lease).await? { Standing::Held } else { Standing::Expired })
+    }
+
+    /// Has the lease name another address of this host. `false` where it is not as this host wrote it, and left so.
+    ///
+    /// # Errors
+    /// [`RegistryError::Call`].
+    pub async fn announce(
+        &mut self,
+        lease: &OwnLease,
+        request: &LeaseRequest,
+        public_ip: Ipv4Addr,
+    ) -> Result<bool, RegistryError> {
+        let key = self.lease_key(&lease.key);
+        let before = self.value(request, lease.vtep_mac);
+        let unchanged = [
+            Compare::value(key.as_str(), CompareOp::Equal, before),
+            Compare::lease(key.as_str(), CompareOp::Equal, lease.etcd_lease),
+        ];
+        let request = LeaseRequest { public_ip, ..request.clone() };
+        let value = self.value(&request, lease.vtep_mac);
+        self.put_if(&unchanged, key, value, lease.etcd_lease).await
     }
 
     /// Keeps an etcd lease for another term. `false` where etcd no longer has it.
