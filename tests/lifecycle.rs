@@ -148,15 +148,6 @@ fn what_somebody_else_breaks_is_made_again() {
 }
 
 #[test]
-fn an_external_interface_that_is_gone_ends_the_agent() {
-    let mut world = World::with_agents(1);
-    world.hosts[0].netns.ip("link delete eth0").unwrap();
-    let status = world.hosts[0].agent.as_mut().unwrap().wait(SOON).unwrap();
-    assert_eq!(status.code(), Some(1));
-    world.wait_log(0, "the external interface eth0 is gone");
-}
-
-#[test]
 fn cleanup_takes_everything_away_and_only_when_no_agent_runs() {
     let mut world = World::with_agents(2);
     world.wait_connected(0, 1);

@@ -32,6 +32,7 @@
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`numbered`] — numbered datagrams at a high rate, and which of them were lost
 //! * [`restart`] — crashes and restarts under them
+//! * [`drift`], [`drift_external`] — what somebody else changes on a host while pods talk
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
@@ -41,6 +42,8 @@ mod certificates;
 mod chaos;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
+mod drift;
+mod drift_external;
 mod drops;
 mod encapsulation;
 mod fast_path;
