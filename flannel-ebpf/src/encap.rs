@@ -67,10 +67,12 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
         return Event::NotAdmitted;
     };
     let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
-    match packet.has_note(Note::Admitted(place.key.tag(vni))) {
-        true => Event::Received,
-        false => Event::NotAdmitted,
+    let tag = place.key.tag(vni);
+    if !packet.has_note(Note::Admitted(tag)) {
+        return Event::NotAdmitted;
     }
+    packet.write_note(Note::Received(tag));
+    Event::Received
 }
 
 #[inline(always)]

@@ -166,7 +166,7 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
         return Event::PodUnnoted;
     };
     let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
-    let is_unchanged = packet.has_note(Note::Admitted(place.key.tag(config.vni)));
+    let is_unchanged = packet.has_note(Note::Received(place.key.tag(config.vni)));
     // The note has served: the pod may send the packet on.
     packet.forget_note();
     if place.kind != Kind::Data || !is_unchanged || !config.is_local(u32::from_be_bytes(ip.dst_addr)) {

@@ -44,6 +44,9 @@ pub(crate) enum Note {
     HandedOn(u32),
     /// `from_underlay` let a packet with this tag through.
     Admitted(u32),
+    /// `from_overlay` saw it come out of the tunnel. Another note than before, since what it holds may be a tunnel packet to
+    /// this host itself, of which the inner one comes with the same note.
+    Received(u32),
 }
 
 impl Note {
@@ -54,6 +57,7 @@ impl Note {
             Self::FromPod(tag) => 0x8000 | tag & FlowKey::TAG_MASK,
             Self::HandedOn(tag) => 0xa000 | tag & FlowKey::TAG_MASK,
             Self::Admitted(tag) => 0xc000 | tag & FlowKey::TAG_MASK,
+            Self::Received(tag) => 0xe000 | tag & FlowKey::TAG_MASK,
         }
     }
 }

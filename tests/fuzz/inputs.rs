@@ -93,11 +93,12 @@ impl<'a> Input<'a> {
     }
 
     pub fn note(&self, world: &World) -> u16 {
-        let note = match self.head[3] % 5 {
+        let note = match self.head[3] % 6 {
             0 => Note::None,
             1 => model::flow_of(self.frame, 14, true).map_or(Note::None, Note::FromPod),
             2 => model::flow_of(self.frame, 14, false).map_or(Note::None, Note::Admitted),
             3 => Note::HandedOn,
+            4 => model::flow_of(self.frame, 14, false).map_or(Note::None, Note::Received),
             _ => return u16::from_be_bytes([self.head[4], self.head[5]]),
         };
         world.note(note)

@@ -6,6 +6,7 @@
 #[path = "../frames.rs"]
 mod frames;
 
+#[expect(dead_code, reason = "the tests use the rest")]
 mod comparison;
 mod inputs;
 

@@ -40,12 +40,15 @@ impl World {
             };
             return Fate { event, note: 0, ..fate };
         }
-        let is_admitted = is_ipv4(packet.frame)
-            && Ipv4::at(packet.frame, ETHERNET).is_some_and(|ip| {
-                let (_, key) = flow(packet.frame, ip, ETHERNET, End::Destination);
-                packet.note == self.note(Note::Admitted(key))
-            });
-        Fate::unchanged(if is_admitted { Event::Received } else { Event::NotAdmitted }, packet)
+        let not_admitted = Fate::unchanged(Event::NotAdmitted, packet);
+        let ip = Ipv4::at(packet.frame, ETHERNET).filter(|_| is_ipv4(packet.frame));
+        let Some(ip) = ip else { return not_admitted };
+        let (_, key) = flow(packet.frame, ip, ETHERNET, End::Destination);
+        match packet.note == self.note(Note::Admitted(key)) {
+            // Once: what is in it, if that is a tunnel packet too, was not admitted.
+            true => Fate { event: Some(Event::Received), note: self.note(Note::Received(key)), ..not_admitted },
+            false => not_admitted,
+        }
     }
 
     /// A tunnel carries every IPv4 packet that has a peer and a size.

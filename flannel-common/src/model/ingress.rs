@@ -160,7 +160,7 @@ impl World {
         let ip = Ipv4::at(frame, ETHERNET).filter(|_| is_ipv4(frame) && self.may_bypass());
         let (Some(ip), Some(pod), Some(gateway)) = (ip, bytes(frame, 0), bytes(frame, 6)) else { return unnoted };
         let (kind, key) = flow(frame, ip, ETHERNET, End::Destination);
-        let is_unchanged = packet.note == self.note(Note::Admitted(key));
+        let is_unchanged = packet.note == self.note(Note::Received(key));
         if kind != Kind::Data || !is_unchanged || !self.is_of_own_subnet(ip.destination()) {
             return unnoted;
         }

@@ -155,6 +155,8 @@ pub enum Note {
     HandedOn,
     /// `from_underlay` let a packet of this flow in.
     Admitted(FlowKey),
+    /// `from_overlay` saw a packet of this flow come out of the tunnel.
+    Received(FlowKey),
 }
 
 impl World {
@@ -178,6 +180,7 @@ impl World {
             Note::FromPod(key) => (0b100, key.tag(self.config.vni)),
             Note::HandedOn => (0b101, self.config.vni),
             Note::Admitted(key) => (0b110, key.tag(self.config.vni)),
+            Note::Received(key) => (0b111, key.tag(self.config.vni)),
         };
         kind << 13 | (tag % (1 << 13)) as u16
     }
