@@ -7,6 +7,7 @@
 //! * [`frames`] — frames of the world, built with another's packet builder
 //! * [`sockets`] — sockets in its namespaces, and bytes that tell where they belong
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
+//! * [`attacks`] — hostile packets through the programs and over wires, and who refuses each
 //! * [`drops`] — what is dropped, by reason, and what it was
 //! * [`fast_path`] — the same of flows that the programs know
 //! * [`xdp`] — the same tables over a wire, with and without XDP
@@ -36,6 +37,7 @@
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
+mod attacks;
 mod bad_input;
 mod bypass;
 mod certificates;

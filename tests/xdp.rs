@@ -21,13 +21,13 @@ use crate::{
 const MODES: [Option<XdpMode>; 3] = [None, Some(XdpMode::Native), Some(XdpMode::Generic)];
 
 /// All that is received on one device of a namespace.
-struct Capture {
+pub struct Capture {
     socket: std::os::fd::OwnedFd,
     ifindex: usize,
 }
 
 impl Capture {
-    fn on(netns: &Netns, device: &str) -> Self {
+    pub fn on(netns: &Netns, device: &str) -> Self {
         let path = format!("/run/netns/{}", netns.name());
         let ifindex = index_of(netns, device) as usize;
         let opened = std::thread::spawn(move || {
@@ -40,7 +40,7 @@ impl Capture {
     }
 
     /// The IPv4 frames that came in until one that ends as `last` does, without that.
-    fn until(&self, what: &str, last: &[u8]) -> Vec<Vec<u8>> {
+    pub fn until(&self, what: &str, last: &[u8]) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         let mut buffer = [0; 4096];
         wait_for(what, SOON, || {
