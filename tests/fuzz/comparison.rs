@@ -31,8 +31,8 @@ use crate::{
 
 /// For how long a flow is fresh in these worlds: longer than this process is ever kept waiting.
 pub const BYPASS_TIME: Duration = Duration::from_secs(60);
-/// Longer ago than the coarse clock of the programs is behind.
-const A_MOMENT: Duration = Duration::from_millis(20);
+/// Longer ago than the coarse clock of the programs is behind, also where a busy machine is late with its ticks.
+const A_MOMENT: Duration = Duration::from_secs(1);
 const POD_MAC: Mac = [0x0a, 0x58, 0, 0, 0, 2];
 const GATEWAY_MAC: Mac = [0x0a, 0x58, 0, 0, 0, 1];
 /// How often what is seldom wrong is looked at.

@@ -31,7 +31,7 @@ impl World {
     }
 
     /// The kernel's vxlan device gives back what was handed to it, or what came in a tunnel: that only with a note.
-    pub(super) fn from_overlay(&self, packet: Packet<'_>) -> Fate {
+    pub(super) fn ingress_of_overlay(&self, packet: Packet<'_>) -> Fate {
         if packet.note == self.note(Note::HandedOn) {
             let fate = self.encapsulated(packet);
             let event = match fate.event {
@@ -77,7 +77,7 @@ impl World {
     }
 
     /// A pod sent it.
-    pub(super) fn from_pod(&self, packet: Packet<'_>) -> Fate {
+    pub(super) fn ingress_of_pod(&self, packet: Packet<'_>) -> Fate {
         // Whatever note it bears, the pod may have made it.
         let packet = Packet { note: 0, ..packet };
         let other = Fate::unchanged(Event::PodOther, packet);

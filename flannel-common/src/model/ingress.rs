@@ -27,7 +27,7 @@ struct Admitted {
 }
 
 impl World {
-    pub(super) fn from_underlay(&self, packet: Packet<'_>) -> Fate {
+    pub(super) fn ingress_of_underlay(&self, packet: Packet<'_>) -> Fate {
         let frame = packet.frame;
         let to_another = frame[0] & 1 == 0 && frame[..6] != self.config.underlay_mac;
         if !is_ipv4(frame) || to_another {

@@ -165,9 +165,9 @@ impl World {
     pub fn fate(&self, program: Program, packet: Packet<'_>) -> Fate {
         match program {
             Program::ToOverlay => self.to_overlay(packet),
-            Program::FromOverlay => self.from_overlay(packet),
-            Program::FromUnderlay => self.from_underlay(packet),
-            Program::FromPod => self.from_pod(packet),
+            Program::FromOverlay => self.ingress_of_overlay(packet),
+            Program::FromUnderlay => self.ingress_of_underlay(packet),
+            Program::FromPod => self.ingress_of_pod(packet),
             Program::ToPod => self.to_pod(packet),
             Program::XdpDecap => self.xdp_decap(packet),
         }
