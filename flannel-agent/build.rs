@@ -1,4 +1,5 @@
 //! Compiles the eBPF programs, so that the object embedded in the agent is never stale.
+#![expect(clippy::disallowed_types, reason = "cargo's program, not the agent")]
 
 use std::process::{Command, Stdio};
 
@@ -11,7 +12,12 @@ const DISTRIBUTION_TOOLCHAIN: &str = "ebpf";
 fn main() -> anyhow::Result<()> {
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../flannel-ebpf");
     println!("cargo:rerun-if-changed={manifest}/../flannel-common/src");
-    let programs = Package { name: "flannel-ebpf", root_dir: manifest, ..Package::default() };
+    let features: Vec<&str> =
+        [("CARGO_FEATURE_NEXT_LAYOUT", "next-layout"), ("CARGO_FEATURE_NEXT_PROGRAMS", "next-programs")]
+            .into_iter()
+            .filter_map(|(variable, feature)| std::env::var_os(variable).map(|_| feature))
+            .collect();
+    let programs = Package { name: "flannel-ebpf", root_dir: manifest, features: &features, ..Package::default() };
     build_ebpf([programs], toolchain())
         .context("the eBPF programs were not built; `cargo xtask setup` installs what that needs")
 }

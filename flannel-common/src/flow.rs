@@ -56,16 +56,29 @@ pub struct Flow {
     pub pod_mac: Mac,
     /// The MAC that the pod's packets come from, as of `ingress`.
     pub gateway_mac: Mac,
+    /// Room for what a later version notes.
+    #[cfg(feature = "next-layout")]
+    pub reserved: [u64; 2],
 }
 
 impl Flow {
     /// Nothing is known yet.
     pub const fn new(key: FlowKey) -> Self {
-        Self { key, egress: 0, ingress: 0, veth: 0, pod_mac: [0; 6], gateway_mac: [0; 6] }
+        Self {
+            key,
+            egress: 0,
+            ingress: 0,
+            veth: 0,
+            pod_mac: [0; 6],
+            gateway_mac: [0; 6],
+            #[cfg(feature = "next-layout")]
+            reserved: [0; 2],
+        }
     }
 }
 
-const _: () = assert!(size_of::<FlowKey>() == 16 && size_of::<Flow>() == 48);
+const _: () =
+    assert!(size_of::<FlowKey>() == 16 && size_of::<Flow>() == if cfg!(feature = "next-layout") { 64 } else { 48 });
 
 /// The range of UDP source ports for encapsulated packets, host order: `net.ipv4.ip_local_port_range`, as the
 /// kernel's vxlan device takes it when it has no range of its own.

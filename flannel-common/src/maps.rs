@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 5 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -118,6 +118,7 @@ impl Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Vtep {
     /// What goes in front of each packet to it.
+    #[cfg(not(feature = "next-layout"))]
     pub header: OuterHeader,
     /// Its VTEP address, host order.
     pub address: u32,
@@ -127,6 +128,9 @@ pub struct Vtep {
     pub ifindex: u32,
     /// [`Vtep::RESOLVED`] or 0.
     pub flags: u32,
+    /// What goes in front of each packet to it.
+    #[cfg(feature = "next-layout")]
+    pub header: OuterHeader,
 }
 
 impl Vtep {
@@ -168,9 +172,13 @@ impl Decapsulated {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counter {
     /// Packets; a segmentable packet counts once.
+    #[cfg(not(feature = "next-layout"))]
     pub packets: u64,
     /// Bytes, from the Ethernet header on.
     pub bytes: u64,
+    /// Packets; a segmentable packet counts once.
+    #[cfg(feature = "next-layout")]
+    pub packets: u64,
 }
 
 const _: () = {

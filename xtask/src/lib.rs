@@ -4,6 +4,7 @@
 //!
 //! * [`lab`] — an underlay, hosts, pods, a store; made of other people's tools
 //! * [`transfer`] — bulk TCP between two of them
+//! * [`variants`] — agents as a later version may be, to be upgraded to
 //! * one module for each command
 //!
 //! It runs programs and depends on no other crate of the project, so that it builds on a machine that has nothing yet.
@@ -19,4 +20,5 @@ pub mod run;
 pub mod setup;
 pub mod test;
 pub mod transfer;
+pub mod variants;
 pub mod vm;

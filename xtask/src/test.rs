@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::{
     process::{cargo, inherit},
-    setup,
+    setup, variants,
 };
 
 /// Options of `cargo xtask test`.
@@ -38,6 +38,7 @@ pub fn run(options: &Options) -> Result<()> {
     if *suite == Suite::All {
         // The namespace tests start the agent as a program.
         inherit(cargo().args(["build", "--package", "flannel-agent"]))?;
+        variants::build()?;
         inherit(cargo().args(["test", "--package", "tests", "--"]).args(filter))?;
     }
     Ok(())
