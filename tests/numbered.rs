@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddrV4, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -14,16 +14,22 @@ use std::{
 
 use nix::{
     libc,
-    sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, sendmmsg, setsockopt, sockopt::RcvBufForce},
+    sys::{
+        signal::Signal,
+        socket::{MsgFlags, MultiHeaders, SockaddrIn, sendmmsg, setsockopt, sockopt::RcvBufForce},
+    },
 };
 use xtask::{lab::Pod, progress::wait_for};
 
-use crate::{sockets::within, world::SOON};
+use crate::{
+    sockets::within,
+    world::{SOON, World},
+};
 
 /// What each stream sends in a second.
-pub const RATE: u64 = 50_000;
+pub const RATE: u64 = 25_000;
 /// In one system call.
-const BATCH: usize = 32;
+const BATCH: usize = 16;
 /// For as much as comes in more than a second.
 const RECEIVE_BUFFER: usize = 64 << 20;
 /// After this time without a datagram none is on its way any more.
@@ -48,6 +54,52 @@ pub struct Numbered {
     receiver: JoinHandle<Received>,
     received: Arc<AtomicU64>,
     started: Instant,
+}
+
+/// A stream on each way from the first pod of one host to that of another. No two at a time: the rate is what the machine
+/// has to keep up with.
+pub struct BothWays {
+    streams: [Numbered; 2],
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl BothWays {
+    pub fn start(world: &World) -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let [from, to] = [0, 1].map(|host| &world.hosts[host].pods[0]);
+        Self { streams: [Way::Fast, Way::Slow].map(|way| Numbered::start(from, to, way)), _alone: alone }
+    }
+
+    /// That each stream takes its way, on both hosts.
+    pub fn assert_ways(&self, world: &World) {
+        let labels = [(0, "pod_encapsulated"), (0, "encapsulated"), (1, "delivered"), (1, "received")];
+        let counters = || labels.map(|(host, label)| world.counter(host, label));
+        let before = counters();
+        self.wait_for_more(5000);
+        for ((label, before), after) in labels.iter().zip(before).zip(counters()) {
+            assert!(after >= before + 4000, "{label:?} grew by {} only", after - before);
+        }
+    }
+
+    /// Waits until so many more of each have come.
+    pub fn wait_for_more(&self, datagrams: u64) {
+        self.streams.iter().for_each(|stream| stream.wait_for_more(datagrams));
+    }
+
+    /// Ends them. The network must have lost nothing.
+    pub fn end_whole(self, what: &str) {
+        for outcome in self.streams.map(Numbered::end) {
+            outcome.assert_whole(what);
+        }
+    }
+}
+
+/// Ends an agent as a crash does.
+pub fn kill(world: &mut World, host: usize) {
+    let agent = world.hosts[host].agent.as_mut().unwrap();
+    agent.signal(Signal::SIGKILL).unwrap();
+    agent.wait(Duration::from_secs(3)).unwrap();
 }
 
 struct Received {

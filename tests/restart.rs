@@ -2,65 +2,37 @@
 
 use std::{fs, time::Duration};
 
-use nix::sys::signal::Signal;
-
 use crate::{
-    numbered::{Numbered, Way},
+    numbered::{BothWays, kill},
     world::World,
 };
 
 const RESTARTS: usize = 20;
 
-/// Ends the agent as a crash does.
-fn kill(world: &mut World, host: usize) {
-    let agent = world.hosts[host].agent.as_mut().unwrap();
-    agent.signal(Signal::SIGKILL).unwrap();
-    agent.wait(Duration::from_secs(3)).unwrap();
-}
-
-/// Both ways of packets, with numbered datagrams on them.
-fn streams(world: &World) -> [Numbered; 2] {
-    let [from, to] = [0, 1].map(|host| &world.hosts[host].pods[0]);
-    [Way::Fast, Way::Slow].map(|way| Numbered::start(from, to, way))
-}
-
-/// That each stream takes its way, on both hosts.
-fn assert_ways(world: &World, streams: &[Numbered; 2]) {
-    let labels = [(0, "pod_encapsulated"), (0, "encapsulated"), (1, "delivered"), (1, "received")];
-    let counters = || labels.map(|(host, label)| world.counter(host, label));
-    let before = counters();
-    streams.iter().for_each(|stream| stream.wait_for_more(5000));
-    for ((label, before), after) in labels.iter().zip(before).zip(counters()) {
-        assert!(after >= before + 4000, "{label:?} grew by {} only", after - before);
-    }
-}
-
 #[test]
 fn twenty_crashes_lose_nothing_on_either_way() {
     let mut world = World::with_agents(2);
     world.wait_connected(0, 1);
-    let streams = streams(&world);
-    assert_ways(&world, &streams);
+    let streams = BothWays::start(&world);
+    streams.assert_ways(&world);
     for restart in 0..RESTARTS {
         // The host that sends, and the host that receives.
         let host = restart % 2;
         kill(&mut world, host);
-        streams.iter().for_each(|stream| stream.wait_for_more(1000));
+        streams.wait_for_more(1000);
         world.start(host, &[]);
         world.wait_log(host, "leases in etcd");
-        streams.iter().for_each(|stream| stream.wait_for_more(1000));
+        streams.wait_for_more(1000);
     }
-    assert_ways(&world, &streams);
-    for stream in streams {
-        stream.end().assert_whole("twenty restarts");
-    }
+    streams.assert_ways(&world);
+    streams.end_whole("twenty restarts");
 }
 
 #[test]
 fn a_crash_at_any_moment_of_a_start_loses_nothing() {
     let mut world = World::with_agents(2);
     world.wait_connected(0, 1);
-    let streams = streams(&world);
+    let streams = BothWays::start(&world);
     for milliseconds in (2..150).step_by(4) {
         kill(&mut world, 0);
         world.start(0, &[]);
@@ -70,10 +42,8 @@ fn a_crash_at_any_moment_of_a_start_loses_nothing() {
     kill(&mut world, 0);
     world.start(0, &[]);
     world.wait_log(0, "leases in etcd");
-    assert_ways(&world, &streams);
-    for stream in streams {
-        stream.end().assert_whole("crashes in the middle of starts");
-    }
+    streams.assert_ways(&world);
+    streams.end_whole("crashes in the middle of starts");
 }
 
 #[test]

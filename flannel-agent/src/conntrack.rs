@@ -72,7 +72,7 @@ pub fn is_liberal() -> Option<bool> {
 /// Where a file can't be written or removed.
 pub fn restore(run_dir: &Path) -> io::Result<()> {
     let kept = kept(run_dir);
-    match fs::read_to_string(&kept) {
+    match crate::atomic_file::read(&kept) {
         Ok(before) => {
             if Path::new(SETTING).exists() {
                 fs::write(SETTING, before)?;

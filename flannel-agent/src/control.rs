@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, BufRead as _, BufReader, Write as _},
-    os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    os::unix::{
+        fs::{FileTypeExt as _, PermissionsExt as _},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -82,6 +85,9 @@ pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
 /// [`ControlError`] where the socket can't be made.
 pub fn listen(path: &Path) -> Result<mpsc::Receiver<Pending>, ControlError> {
     let failed = |source| ControlError::Listen { path: path.to_owned(), source };
+    if std::fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
+        return Err(failed(io::Error::other("something that is no socket is in its place; remove it")));
+    }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}

@@ -78,7 +78,7 @@ impl LastKnown {
     }
 
     fn read(path: &Path) -> Result<Self, Unusable> {
-        Self::parse(&fs::read(path)?)
+        Self::parse(&atomic_file::read(path)?)
     }
 
     fn render(&self) -> String {

@@ -4,6 +4,8 @@
 //!
 //! * [`cli`] — flags, variables, exit codes
 //! * [`daemon`] — the life of the daemon: wait for the store, set up, follow changes
+//! * [`privileges`] — what the process may do
+//! * [`escape`] — text from elsewhere, for logs and terminals
 //! * [`preflight`] — what the host must have
 //! * [`lock`] — one agent for each overlay of a host
 //! * [`config`] — the network configuration and its rules
@@ -36,12 +38,14 @@ pub mod control;
 pub mod daemon;
 pub mod dataplane;
 pub mod device;
+pub mod escape;
 pub mod health;
 pub mod last_known;
 pub mod lease;
 pub mod lock;
 pub mod operator;
 pub mod preflight;
+pub mod privileges;
 pub mod registry;
 pub mod repair;
 pub mod retry;

@@ -2,12 +2,15 @@
 
 use std::{
     fs, io,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use flannel_common::vxlan::Vni;
 use nix::fcntl::{Flock, FlockArg};
+
+use crate::{atomic_file, privileges::permission_hint};
 
 /// How often the lock is tried, and the time in between.
 const LOOKS: u32 = 10;
@@ -25,7 +28,7 @@ pub enum LockError {
     #[error("another agent serves flannel.{0} with the same --run-dir; stop it first, or name another directory")]
     Held(Vni),
     /// The file can't be made.
-    #[error("lock {path}: {source}; check --run-dir")]
+    #[error("lock {path}: {source}; check --run-dir{}", permission_hint(.source))]
     File {
         /// Which.
         path: PathBuf,
@@ -42,8 +45,9 @@ impl Lock {
     pub fn take(run_dir: &Path, vni: Vni) -> Result<Self, LockError> {
         let path = Self::path(run_dir, vni);
         let failed = |source| LockError::File { path: path.clone(), source };
-        fs::create_dir_all(run_dir).map_err(failed)?;
-        let mut file = fs::File::options().create(true).append(true).open(&path).map_err(failed)?;
+        atomic_file::create_directory(run_dir).map_err(failed)?;
+        let options = &mut fs::File::options();
+        let mut file = atomic_file::open(&path, options.create(true).append(true).mode(0o644)).map_err(failed)?;
         // Who asks whether it is held (`is_held`) holds it for a moment, since flock can't be asked otherwise.
         for _ in 0..LOOKS {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -59,7 +63,9 @@ impl Lock {
     /// Whether an agent has it.
     pub fn is_held(run_dir: &Path, vni: Vni) -> bool {
         // Not made where it is missing: asking leaves nothing behind.
-        let Ok(file) = fs::File::open(Self::path(run_dir, vni)) else { return false };
+        let Ok(file) = atomic_file::open(&Self::path(run_dir, vni), fs::File::options().read(true)) else {
+            return false;
+        };
         matches!(Flock::lock(file, FlockArg::LockSharedNonblock), Err((_, nix::errno::Errno::EWOULDBLOCK)))
     }
 

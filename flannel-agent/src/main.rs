@@ -6,7 +6,7 @@ use flannel_agent::{
     cleanup,
     cli::{Cli, Command, LeaseCommand},
     daemon::{self, DaemonError},
-    operator,
+    escape, operator,
 };
 use tracing::error;
 use tracing_subscriber::filter::LevelFilter;
@@ -61,6 +61,7 @@ fn start_log(cli: &Cli) {
         .parse_lossy(format!("flannel_agent={level},flannel_ebpf={level},flannel={level}"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .fmt_fields(escape::log_fields())
         .with_writer(std::io::stderr)
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())

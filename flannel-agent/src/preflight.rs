@@ -2,11 +2,15 @@
 
 use crate::dataplane::{DataplaneError, Features};
 
+use crate::privileges;
+
 /// The host lacks what no waiting brings.
 #[derive(Debug, thiserror::Error)]
 pub enum PreflightError {
     /// A capability is missing.
-    #[error("the capability {0} is missing; run as root, or with CAP_BPF and CAP_NET_ADMIN")]
+    #[error(
+        "the capability {0} is missing; run as root, or as any user with CAP_BPF and CAP_NET_ADMIN (systemd: AmbientCapabilities=)"
+    )]
     Capability(caps::Capability),
     /// The process' own capabilities can't be read.
     #[error("read the capabilities of this process: {0}")]
@@ -30,7 +34,7 @@ pub enum PreflightError {
 /// [`PreflightError`].
 pub fn check() -> Result<Features, PreflightError> {
     let effective = caps::read(None, caps::CapSet::Effective)?;
-    for needed in [caps::Capability::CAP_BPF, caps::Capability::CAP_NET_ADMIN] {
+    for needed in privileges::NEEDED {
         if !effective.contains(&needed) {
             return Err(PreflightError::Capability(needed));
         }

@@ -242,7 +242,7 @@ impl Status {
             let vni = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?.parse().ok());
             let Some(vni) = vni.and_then(|number| Vni::new_checked(number).ok()) else { continue };
             let path = entry.path();
-            let text = fs::read(&path).map_err(|source| ReadError::File { path: path.clone(), source })?;
+            let text = atomic_file::read(&path).map_err(|source| ReadError::File { path: path.clone(), source })?;
             let status = serde_json::from_slice(&text).map_err(|source| ReadError::Content { path, source })?;
             all.push((vni, status));
         }

@@ -1,7 +1,7 @@
 //! `subnet.env`: how container runtimes learn this host's subnet and MTU. Byte for byte flannel's
 //! (flannel: pkg/subnet/subnet.go).
 
-use std::{fs, net::Ipv4Addr, path::Path};
+use std::{net::Ipv4Addr, path::Path};
 
 use ipnet::Ipv4Net;
 
@@ -43,7 +43,7 @@ impl SubnetEnv {
 /// The subnet that an earlier `subnet.env` names, host bits cleared. [`None`] where there is no file, or none that
 /// says one; it is a wish, so nothing hangs on it.
 pub fn previous_subnet(path: &Path) -> Option<Ipv4Net> {
-    subnet_in(&fs::read_to_string(path).ok()?)
+    subnet_in(&String::from_utf8(atomic_file::read(path).ok()?).ok()?)
 }
 
 /// The same of a file's content.
@@ -55,6 +55,8 @@ pub fn subnet_in(content: &str) -> Option<Ipv4Net> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn env() -> SubnetEnv {

@@ -29,6 +29,7 @@ use crate::{
     lock::{Lock, LockError},
     operator::OperatorError,
     preflight::{self, PreflightError},
+    privileges::{self, PrivilegesError},
     registry::etcd::RegistryError,
 };
 
@@ -38,6 +39,9 @@ pub enum DaemonError {
     /// The host lacks what no waiting brings.
     #[error(transparent)]
     Preflight(#[from] PreflightError),
+    /// The process keeps what it should not.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegesError),
     /// No interface to the other hosts.
     #[error(transparent)]
     Interface(#[from] SelectError),
@@ -101,6 +105,8 @@ impl DaemonError {
 /// # Errors
 /// [`DaemonError`], where going on or trying again can't help.
 pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
+    // First: what does not work without is known at once, and not when a certificate is read anew.
+    privileges::give_up()?;
     let mut shutdown = Shutdown::listen()?;
     cli.renew_interval()?;
     let features = preflight::check()?;

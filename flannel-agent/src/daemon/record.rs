@@ -14,6 +14,7 @@ use crate::{
     config::NetworkConfig,
     dataplane::Features,
     device::{external::External, vxlan::VxlanDevice},
+    escape::control_characters,
     last_known::LastKnown,
     lease::LeaseTable,
     registry::{OwnLease, PassedOver, ResyncCause, Snapshot},
@@ -157,7 +158,7 @@ impl Record {
         if store.following || store.problem.is_none() {
             (store.following, store.since) = (false, now());
         }
-        store.problem = Some(reason);
+        store.problem = Some(control_characters(&reason).into_owned());
         self.status_is_due = true;
     }
 
@@ -167,6 +168,7 @@ impl Record {
     }
 
     pub(super) fn pass_over(&mut self, PassedOver { name, reason, .. }: PassedOver) {
+        let reason = control_characters(&reason).into_owned();
         let store = &mut self.status.store;
         store.passed_over_total += 1;
         self.status_is_due = true;
@@ -185,6 +187,7 @@ impl Record {
     }
 
     pub(super) fn config_differs(&mut self, difference: Option<String>) {
+        let difference = difference.map(|difference| control_characters(&difference).into_owned());
         if let Some(difference) = &difference
             && self.status.config_differs.as_ref() != Some(difference)
         {

@@ -45,7 +45,10 @@ pub struct EtcdOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// A certificate or key can't be read.
-    #[error("cannot read {path}: {source}; check --etcd-cafile, --etcd-certfile and --etcd-keyfile")]
+    #[error(
+        "cannot read {path}: {source}; check --etcd-cafile, --etcd-certfile and --etcd-keyfile{}",
+        crate::privileges::permission_hint(.source)
+    )]
     File {
         /// The file.
         path: PathBuf,
