@@ -128,7 +128,9 @@ async fn make<'a>(
     device::enable_forwarding()?;
     agent.ensure_conntrack();
     let (link, _made) = agent.ensure_datapath().await?;
-    agent.dataplane.discard_other_versions()?;
+    if let Err(error) = agent.dataplane.discard_other_versions() {
+        warn!("{error}");
+    }
     agent.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
     if let Err(error) = agent.netlink.sweep(&link, agent.network.network).await {

@@ -11,13 +11,13 @@ use aya::{
     sys::SyscallError,
 };
 use flannel_common::vxlan::Vni;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     DataplaneError, Hook,
     features::has_tcx,
     held::{Attachment, Held, Place},
-    pins::{PinDirectory, failed},
+    pins::{PinDirectory, failed, remove_pin},
 };
 
 /// Where a filter of ours sits among those of a clsact qdisc.
@@ -64,7 +64,7 @@ pub(super) fn attach(
     let was_held = before.is_some();
     let is_filter = before.as_ref().is_some_and(|before| before.link.is_none());
     if !is_filter {
-        let link = before.and_then(|before| before.link).or_else(|| pinned_link(&pin));
+        let link = before.and_then(|before| before.link).or_else(|| pinned_link::<SchedClassifierLink>(&pin));
         if let Some(link) = link.and_then(|link| swap(program, link, &pin)) {
             held.insert(pin, attachment(Some(link)));
             return Ok(false);
@@ -73,7 +73,7 @@ pub(super) fn attach(
             // What an agent pinned for another interface, or one that is gone.
             release_all_but(hook, pins, held, &[])?;
         }
-        remove_if_there(&pin)?;
+        remove_pin(&pin)?;
         let options = TcAttachOptions::TcxOrder(hook.order());
         match program.attach_with_options(interface, hook.attach_type(), options) {
             Ok(id) => {
@@ -103,7 +103,7 @@ pub(super) fn release_all_but(
     let is_hook = |place| matches!(place, Place::Tc(of) if of == hook);
     held.retain(|_, attachment| !is_hook(attachment.place) || ifindexes.contains(&attachment.ifindex));
     let wanted: Vec<_> = ifindexes.iter().map(|ifindex| pins.link(hook.program(), *ifindex)).collect();
-    pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_if_there(pin))
+    pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_pin(pin))
 }
 
 /// Pins a link, so that the attachment stays when the agent goes. Where that fails, the link is gone.
@@ -112,9 +112,18 @@ pub(super) fn pin_link(link: FdLink, pin: &Path) -> Result<FdLink, DataplaneErro
     Ok(pinned.into())
 }
 
-/// The link that is pinned there. [`None`] where there is none.
-pub(super) fn pinned_link(pin: &Path) -> Option<FdLink> {
-    PinnedLink::from_pin(pin).ok().map(FdLink::from)
+/// The link that is pinned there. [`None`] where there is nothing, or something else.
+pub(super) fn pinned_link<L>(pin: &Path) -> Option<FdLink>
+where
+    L: TryFrom<FdLink> + TryInto<FdLink>,
+{
+    let is_there = fs::symlink_metadata(pin).ok()?.is_file();
+    let link = PinnedLink::from_pin(pin).ok().filter(|_| is_there);
+    let link = link.and_then(|link| L::try_from(FdLink::from(link)).ok()?.try_into().ok());
+    if link.is_none() {
+        warn!("{} is no link of such a program; the program is attached anew", pin.display());
+    }
+    link
 }
 
 /// The kernel's reason against a call of the program's.
@@ -122,13 +131,6 @@ pub(super) fn errno(error: &ProgramError) -> Option<i32> {
     match error {
         ProgramError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
         _ => None,
-    }
-}
-
-pub(super) fn remove_if_there(pin: &Path) -> Result<(), DataplaneError> {
-    match fs::remove_file(pin) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("unpin", pin)(error)),
-        _ => Ok(()),
     }
 }
 

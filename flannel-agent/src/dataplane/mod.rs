@@ -41,7 +41,7 @@ pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
 pub use xdp::XdpMode;
 
-use crate::config::NetworkConfig;
+use crate::{config::NetworkConfig, privileges::permission_hint};
 
 /// The programs, as compiled from `flannel-ebpf` by the build script.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel"));
@@ -60,7 +60,7 @@ pub enum DataplaneError {
         mount: PathBuf,
     },
     /// A file operation on the BPF file system failed.
-    #[error("{call} {path}: {source}")]
+    #[error("{call} {path}: {source}{}", permission_hint(.source))]
     Pin {
         /// What was tried.
         call: &'static str,
@@ -222,7 +222,7 @@ impl Dataplane {
     ) -> Result<Self, DataplaneError> {
         pins.create()?;
         let layout = pins::layout(capacity);
-        pins.discard_other_layouts(&layout)?;
+        let predecessor = pins.adopt(&layout)?;
 
         let level: u8 = match log {
             BpfLogLevel::Off => 0,
@@ -244,7 +244,7 @@ impl Dataplane {
                 source,
             })?;
         }
-        let peers = PeerMaps::open(&mut ebpf, config)?;
+        let peers = PeerMaps::open(&mut ebpf, config, predecessor)?;
         let counters = take_map(&mut ebpf, COUNTERS)?;
         let counters = counters.try_into().map_err(DataplaneError::map("open", COUNTERS))?;
         let flows = take_map(&mut ebpf, FLOWS)?.try_into().map_err(DataplaneError::map("open", FLOWS))?;

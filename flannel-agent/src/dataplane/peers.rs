@@ -24,7 +24,7 @@ use flannel_common::maps::{
 use ipnet::Ipv4Net;
 use nix::time::{ClockId, clock_gettime};
 
-use super::{DataplaneError, PinDirectory, take_map};
+use super::{DataplaneError, PinDirectory, pins::Predecessor, take_map};
 
 /// What the maps should say: who leases each subnet.
 pub type DesiredPeers = BTreeMap<Ipv4Net, Vtep>;
@@ -53,6 +53,8 @@ pub struct PeerMaps {
     overlay_device: Vtep,
     /// The first slot that is looked at next.
     window: u32,
+    /// When the maps were made in the place of others that can't be read: who was heard before is not known.
+    blind_since: Option<Instant>,
 }
 
 /// A VTEP in use.
@@ -64,7 +66,7 @@ struct Entry {
 
 impl PeerMaps {
     /// Takes the maps over with what an earlier agent left in them.
-    pub(super) fn open(ebpf: &mut Ebpf, config: &Config) -> Result<Self, DataplaneError> {
+    pub(super) fn open(ebpf: &mut Ebpf, config: &Config, predecessor: Predecessor) -> Result<Self, DataplaneError> {
         let subnets: Array<_, u32> =
             take_map(ebpf, SUBNETS)?.try_into().map_err(DataplaneError::map("open", SUBNETS))?;
         let prefixes: LpmTrie<_, [u8; 4], u32> =
@@ -119,6 +121,7 @@ impl PeerMaps {
             ids,
             overlay_device: Vtep::UNUSED,
             window: 0,
+            blind_since: (predecessor == Predecessor::Lost).then(Instant::now),
         };
         maps.overlay_device = maps.vteps.get(&Vtep::OVERLAY_DEVICE, 0).map_err(DataplaneError::map("read", VTEPS))?;
         maps.correct_addresses()?;
@@ -200,16 +203,17 @@ impl PeerMaps {
         self.give_up(id)
     }
 
-    /// How long ago a packet from the VTEP of a subnet was admitted; [`None`] where never, or where nobody leases it.
-    /// As exact as the unit of the map, about a second.
+    /// How long ago a packet from the VTEP of a subnet was admitted; [`None`] where never, or where nobody leases it. Where
+    /// an agent before this one knew and this one can't read it, every VTEP was heard when this one began. As exact as the unit of the map, about a second.
     ///
     /// # Errors
     /// [`DataplaneError::Map`] and [`DataplaneError::Clock`].
     pub fn silence_of(&self, subnet: Ipv4Net) -> Result<Option<Duration>, DataplaneError> {
-        let Some(id) = self.published.get(&subnet) else { return Ok(None) };
+        let unknown = self.blind_since.map(|since| since.elapsed());
+        let Some(id) = self.published.get(&subnet) else { return Ok(unknown) };
         let heard = self.heard.get(id, 0).map_err(DataplaneError::map("read", HEARD))?;
         if heard == 0 {
-            return Ok(None);
+            return Ok(unknown);
         }
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?;
         let units = heard_time(Duration::from(now).as_nanos() as u64).saturating_sub(heard);

@@ -2,10 +2,11 @@
 
 use std::{
     fs, io,
+    os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
 };
 
-use aya::maps::{MapInfo, MapType};
+use aya::maps::{MapData, MapError, MapType};
 use flannel_common::{
     drops::Drops,
     event::Event,
@@ -17,9 +18,12 @@ use flannel_common::{
     vxlan::Vni,
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Capacity, DataplaneError, Hook, xdp};
+
+/// Entries are made as they come (include/uapi/linux/bpf.h).
+const BPF_F_NO_PREALLOC: u32 = 1;
 
 /// The directory of one overlay's pins. Maps are in a folder for their layout; links are beside those folders, so that
 /// an agent with another layout takes them over instead of attaching a second time.
@@ -39,6 +43,18 @@ pub(super) struct Layout {
     key_size: u32,
     value_size: u32,
     pub(super) max_entries: u32,
+    flags: u32,
+}
+
+/// What maps agents before this one left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Predecessor {
+    /// There was none.
+    None,
+    /// Maps that are used as they are.
+    Adopted,
+    /// None that can be used: what it knew of the peers, besides who they are, is lost.
+    Lost,
 }
 
 /// The layout of every pinned map.
@@ -50,6 +66,8 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 8] {
         key_size,
         value_size: value_size as u32,
         max_entries,
+        // What the kernel requires of a trie.
+        flags: if kind == MapType::LpmTrie { BPF_F_NO_PREALLOC } else { 0 },
     };
     [
         map(SUBNETS, MapType::Array, 4, 4, slots.max(1)),
@@ -95,8 +113,15 @@ impl PinDirectory {
         self.overlay.exists()
     }
 
+    /// Makes the folders.
     pub(super) fn create(&self) -> Result<(), DataplaneError> {
         require_bpffs(&self.root)?;
+        for folder in [&self.overlay, &self.maps] {
+            if fs::symlink_metadata(folder).is_ok_and(|found| !found.is_dir()) {
+                warn!("{} is no folder, and is removed", folder.display());
+                remove_pin(folder)?;
+            }
+        }
         fs::create_dir_all(&self.maps).map_err(failed("create", &self.maps))
     }
 
@@ -104,45 +129,105 @@ impl PinDirectory {
     pub(super) fn discard_other_versions(&self) -> Result<(), DataplaneError> {
         for version in versions(&self.overlay).into_iter().filter(|version| *version != self.maps) {
             info!("{} is of another version and no longer used", version.display());
-            fs::remove_dir_all(&version).map_err(failed("remove", &version))?;
+            remove_pin(&version)?;
         }
         Ok(())
     }
 
-    /// Unpins maps of another layout: the kernel would hand them to programs that take them for something else. The
-    /// programs attached by then go on with them until they are swapped.
-    pub(super) fn discard_other_layouts(&self, layout: &[Layout]) -> Result<(), DataplaneError> {
-        let is_equal = |wanted: &Layout| {
-            let info = match MapInfo::from_pin(self.map(wanted.name)) {
-                Ok(info) => info,
-                // Not there, or not a map.
-                Err(_) => return false,
-            };
-            let found = Layout {
-                name: wanted.name,
-                kind: info.map_type().unwrap_or(MapType::Unspecified),
-                key_size: info.key_size(),
-                value_size: info.value_size(),
-                max_entries: info.max_entries(),
-            };
-            found == *wanted
-        };
-        // All or none: the maps refer to each other.
-        if layout.iter().all(is_equal) {
-            return Ok(());
-        }
-        for map in layout {
-            let path = self.map(map.name);
-            match fs::remove_file(&path) {
-                Ok(()) => info!("{} has another layout and is made anew", path.display()),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed("unpin", &path)(error)),
+    /// Unpins what can't be adopted: the kernel would hand it to programs that take it for something else. The programs
+    /// attached by then go on with their maps until they are swapped.
+    pub(super) fn adopt(&self, layout: &[Layout]) -> Result<Predecessor, DataplaneError> {
+        let entries = fs::read_dir(&self.overlay).map_err(failed("list", &self.overlay))?;
+        // Links, or another version's maps.
+        let is_upgrade = entries.flatten().any(|entry| entry.path() != self.maps);
+        let mut misfit = None;
+        let mut found = 0;
+        for wanted in layout {
+            match wanted.difference_at(&self.map(wanted.name)) {
+                Ok(()) => found += 1,
+                Err(Misfit::Missing) => misfit = misfit.or(Some(format!("{} is missing", wanted.name))),
+                Err(Misfit::Forbidden(source)) => return Err(failed("open", &self.map(wanted.name))(source)),
+                Err(Misfit::Other(difference)) => {
+                    found += 1;
+                    misfit = misfit.or(Some(format!("{} {difference}", wanted.name)));
+                }
             }
         }
-        Ok(())
+        // All or none: the maps refer to each other.
+        let Some(misfit) = misfit else { return Ok(Predecessor::Adopted) };
+        for map in layout {
+            remove_pin(&self.map(map.name))?;
+        }
+        if found > 0 {
+            warn!("the maps in {} are made anew, since {misfit}", self.maps.display());
+        }
+        Ok(if found > 0 || is_upgrade { Predecessor::Lost } else { Predecessor::None })
     }
 }
 
+/// Why a map can't be adopted.
+enum Misfit {
+    Missing,
+    Forbidden(io::Error),
+    Other(String),
+}
+
+impl Layout {
+    /// Looks whether what is pinned there is this map.
+    fn difference_at(&self, path: &Path) -> Result<(), Misfit> {
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Misfit::Missing),
+            Err(error) => return Err(Misfit::Forbidden(error)),
+            // A link to it would be followed, to whatever map is at its end.
+            Ok(found) if !found.is_file() => return Err(Misfit::Other("is no map".to_owned())),
+            Ok(_) => {}
+        }
+        let info = match MapData::from_pin(path).and_then(|map| Ok((is_map(&map), map.info()?))) {
+            Ok((true, info)) => info,
+            Ok((false, _)) => return Err(Misfit::Other("is no map".to_owned())),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(Misfit::Forbidden(error.io_error));
+            }
+            Err(error) => return Err(Misfit::Other(format!("is no map ({error})"))),
+        };
+        let name = info.name_as_str().unwrap_or_default();
+        // Kernels without names for maps have none to compare.
+        if !name.is_empty() && name != self.name {
+            return Err(Misfit::Other(format!("is the map {name:?}")));
+        }
+        let found = Self {
+            name: self.name,
+            kind: info.map_type().unwrap_or(MapType::Unspecified),
+            key_size: info.key_size(),
+            value_size: info.value_size(),
+            max_entries: info.max_entries(),
+            flags: info.map_flags(),
+        };
+        if found == *self { Ok(()) } else { Err(Misfit::Other(format!("is {found}, not {self}"))) }
+    }
+}
+
+/// Programs and links are opened by the same call, and have information of another form.
+fn is_map(map: &MapData) -> bool {
+    let descriptor = format!("/proc/self/fd/{}", map.fd().as_fd().as_raw_fd());
+    fs::read_link(descriptor).is_ok_and(|target| target == Path::new("anon_inode:bpf-map"))
+}
+
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name: _, kind, key_size, value_size, max_entries, flags } = self;
+        write!(f, "{kind:?} of {max_entries} entries of {key_size} and {value_size} bytes with flags {flags:#x}")
+    }
+}
+
+/// Removes whatever is there, if anything.
+pub(super) fn remove_pin(path: &Path) -> Result<(), DataplaneError> {
+    let is_folder = fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
+    match if is_folder { fs::remove_dir_all(path) } else { fs::remove_file(path) } {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
 /// The overlays that have pins below `root`.
 pub fn pinned_vnis(root: &Path) -> Vec<Vni> {
     let overlays = directories(root, |name| name.parse().ok().and_then(|number| Vni::new_checked(number).ok()));
@@ -163,12 +248,10 @@ pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
     // What XDP takes out of the tunnel needs the program at the hook behind it.
     for program in [xdp::PIN].into_iter().chain(Hook::ALL.map(Hook::program)) {
         for link in links(&overlay, program)? {
-            fs::remove_file(&link).map_err(failed("unpin", &link))?;
+            remove_pin(&link)?;
         }
     }
-    for version in versions(&overlay) {
-        fs::remove_dir_all(&version).map_err(failed("remove", &version))?;
-    }
+    versions(&overlay).iter().try_for_each(|version| remove_pin(version))?;
     for directory in [overlay.as_path(), root] {
         // Only where they are empty. The root may be the operator's own, or the mount point.
         let _kept = fs::remove_dir(directory);

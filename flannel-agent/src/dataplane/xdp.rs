@@ -8,8 +8,9 @@ use tracing::debug;
 
 use super::{
     Dataplane, DataplaneError,
-    attach::{errno, pin_link, pinned_link, remove_if_there},
+    attach::{errno, pin_link, pinned_link},
     held::{Attachment, Place},
+    pins::remove_pin,
 };
 
 /// How often a device that is just becoming free is tried, and the time in between.
@@ -81,7 +82,7 @@ impl Dataplane {
         let mut has_detached = false;
         for pin in self.pins.links(PIN)?.iter().filter(|pin| Some(*pin) != wanted.as_ref()) {
             self.held.remove(pin);
-            remove_if_there(pin)?;
+            remove_pin(pin)?;
             has_detached = true;
         }
         let (Some(mode), Some(pin)) = (mode, wanted) else { return Ok(()) };
@@ -90,12 +91,12 @@ impl Dataplane {
         let was_held = before.is_some();
         let program = self.xdp_program(mode)?;
         let refused = |call| move |source| DataplaneError::Program { call, program: mode.program(), source };
-        let link = before.and_then(|before| before.link).or_else(|| pinned_link(&pin));
+        let link = before.and_then(|before| before.link).or_else(|| pinned_link::<XdpLink>(&pin));
         if let Some(link) = link.and_then(|link| swap(program, link, &pin)) {
             self.held.insert(pin, attachment(link));
             return Ok(());
         }
-        remove_if_there(&pin)?;
+        remove_pin(&pin)?;
         let mut result = program.attach_to_if_index(ifindex, mode.flags());
         // The kernel takes a link whose last pin is gone off its device a moment later (`bpf_link_put`).
         for _ in 0..LOOKS {
