@@ -33,6 +33,8 @@
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`numbered`] — numbered datagrams at a high rate, and which of them were lost
 //! * [`restart`] — crashes and restarts under them
+//! * [`upgrade`] — to other programs, to another map layout, and back; pins that can't be adopted
+//! * [`privileges`] — an ordinary user with two capabilities; files, symbolic links, hostile text
 //! * [`drift`], [`drift_external`] — what somebody else changes on a host while pods talk
 //! * [`bad_input`] — one line for each, and nothing half-made
 
@@ -63,6 +65,7 @@ mod loaded;
 mod model;
 mod numbered;
 mod path_mtu;
+mod privileges;
 mod restart;
 mod retransmissions;
 mod routers;
@@ -73,5 +76,6 @@ mod status;
 mod store_faults;
 mod tenancy;
 mod two_hosts;
+mod upgrade;
 mod world;
 mod xdp;
