@@ -22,6 +22,7 @@
 //! * [`retransmissions`] — pods against hosts
 //! * [`routers`] — pods that route on to something behind them
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
+//! * [`netfilter`] — masquerading and forwarding, with nftables and with iptables
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
 //! * [`tenancy`] — keeping the own lease: renewal, sleeping past its end, losing it
@@ -63,6 +64,7 @@ mod leases;
 mod lifecycle;
 mod loaded;
 mod model;
+mod netfilter;
 mod numbered;
 mod path_mtu;
 mod privileges;

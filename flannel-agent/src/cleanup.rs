@@ -13,6 +13,7 @@ use crate::{
     device::{DeviceError, Netlink, vxlan::VxlanDevice},
     last_known::LastKnown,
     lock::{Lock, LockError},
+    netfilter::{self, NetfilterError},
     status::Status,
 };
 
@@ -28,6 +29,9 @@ pub enum CleanupError {
     /// An agent still runs.
     #[error(transparent)]
     Running(#[from] LockError),
+    /// Packet rules.
+    #[error("remove the packet rules: {0}")]
+    Netfilter(#[from] NetfilterError),
     /// A file.
     #[error("remove {path}: {source}")]
     File {
@@ -38,7 +42,7 @@ pub enum CleanupError {
     },
 }
 
-/// Takes away pins, filters, devices with their routes, and `subnet.env`.
+/// Takes away pins, filters, devices with their routes, packet rules, and `subnet.env`.
 ///
 /// # Errors
 /// [`CleanupError::Running`] before anything is touched, else the first of what failed.
@@ -68,12 +72,15 @@ pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     Ok(())
 }
 
-/// Takes away what was made: programs and maps, the device with what hangs on it, or both.
+/// Takes away what was made: programs and maps with packet rules and the blackhole route, the device with what hangs on it, or both.
 ///
 /// # Errors
 /// [`CleanupError`].
 pub async fn undo(cli: &Cli, netlink: &Netlink, vni: Vni, programs: bool, device: bool) -> Result<(), CleanupError> {
+    // Said last: it keeps nothing else from being taken away.
+    let rules = if programs { netfilter::remove(vni).await } else { Ok(()) };
     if programs {
+        netlink.set_blackhole(vni, None).await?;
         // The external interface of the agent that attached them is not known here.
         for link in netlink.links().await? {
             dataplane::detach_filters(&link.name, vni);
@@ -81,15 +88,16 @@ pub async fn undo(cli: &Cli, netlink: &Netlink, vni: Vni, programs: bool, device
         dataplane::remove(&cli.bpf_pin_dir, vni)?;
     }
     let name = VxlanDevice::name_of(vni);
-    let Some(message) = netlink.link_by_name(&name).await? else { return Ok(()) };
-    if device {
+    match netlink.link_by_name(&name).await? {
         // The address, the route and the neighbour go with it.
-        netlink.delete_link(&name, message.header.index).await?;
-        info!("removed {name}");
-    } else if programs {
-        netlink.remove_route(&name, message.header.index).await?;
+        Some(message) if device => {
+            netlink.delete_link(&name, message.header.index).await?;
+            info!("removed {name}");
+        }
+        Some(message) if programs => netlink.remove_route(&name, message.header.index).await?,
+        _ => {}
     }
-    Ok(())
+    Ok(rules?)
 }
 
 fn remove_file(path: &std::path::Path) -> Result<(), CleanupError> {

@@ -19,6 +19,8 @@ pub struct NetworkConfig {
     pub subnet_min: Ipv4Addr,
     /// The last subnet to lease.
     pub subnet_max: Ipv4Addr,
+    /// Whether packet rules are nftables' or iptables', where it is said.
+    pub enable_nftables: Option<bool>,
     /// The backend's own settings.
     pub backend: VxlanConfig,
 }
@@ -97,6 +99,7 @@ const MIN_MTU: u64 = 68 + vxlan::OVERHEAD as u64;
 struct Raw {
     enableipv4: bool,
     enableipv6: bool,
+    enablenftables: Option<bool>,
     network: Option<String>,
     subnetlen: u8,
     subnetmin: Option<Ipv4Addr>,
@@ -115,6 +118,7 @@ impl Default for Raw {
         Self {
             enableipv4: true,
             enableipv6: false,
+            enablenftables: None,
             network: None,
             subnetlen: 0,
             subnetmin: None,
@@ -168,7 +172,14 @@ impl NetworkConfig {
         let network = network.trunc();
         let subnet_len = subnet_len(network.prefix_len(), raw.subnetlen)?;
         let (subnet_min, subnet_max) = subnet_range(network, subnet_len, raw.subnetmin, raw.subnetmax)?;
-        Ok(Self { network, subnet_len, subnet_min, subnet_max, backend: VxlanConfig::from_json(raw.backend)? })
+        Ok(Self {
+            network,
+            subnet_len,
+            subnet_min,
+            subnet_max,
+            enable_nftables: raw.enablenftables,
+            backend: VxlanConfig::from_json(raw.backend)?,
+        })
     }
 }
 
@@ -177,11 +188,13 @@ impl NetworkConfig {
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let (a, b) = (&self.backend, &other.backend);
         let mtu = |backend: &VxlanConfig| backend.mtu.map_or("the interface's".to_owned(), |mtu| mtu.to_string());
+        let nftables = |value: Option<bool>| value.map_or("not there".to_owned(), |value| value.to_string());
         let rows = [
             ("Network", self.network.to_string(), other.network.to_string()),
             ("SubnetLen", self.subnet_len.to_string(), other.subnet_len.to_string()),
             ("SubnetMin", self.subnet_min.to_string(), other.subnet_min.to_string()),
             ("SubnetMax", self.subnet_max.to_string(), other.subnet_max.to_string()),
+            ("EnableNFTables", nftables(self.enable_nftables), nftables(other.enable_nftables)),
             ("VNI", a.vni.to_string(), b.vni.to_string()),
             ("Port", a.port.to_string(), b.port.to_string()),
             ("MTU", mtu(a), mtu(b)),
@@ -317,12 +330,12 @@ mod tests {
     #[test]
     fn names_have_no_case_and_the_last_counts() {
         let config = NetworkConfig::parse(
-            r#"{"NETWORK": "10.1.0.0/16", "network": "10.2.0.0/16", "Unknown": 1, "subnetLEN": 25,
+            r#"{"NETWORK": "10.1.0.0/16", "network": "10.2.0.0/16", "Unknown": 1, "subnetLEN": 25, "enableNFTables": true,
                 "backend": {"TYPE": "VXLAN", "vni": 7, "port": 4789, "mtu": 9000}}"#,
         )
         .expect("valid");
         assert_eq!(config.network.to_string(), "10.2.0.0/16");
-        assert_eq!(config.subnet_len, 25);
+        assert_eq!((config.subnet_len, config.enable_nftables), (25, Some(true)));
         assert_eq!((config.backend.vni.get(), config.backend.port, config.backend.mtu), (7, 4789, Some(9000)));
     }
 

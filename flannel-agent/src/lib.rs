@@ -13,6 +13,7 @@
 //! * [`registry`] — the lease table in the store; the only room that speaks to etcd
 //! * [`device`] — links, routes, neighbours; the only room that speaks netlink
 //! * [`conntrack`] — its patience with flows that it sees little of
+//! * [`netfilter`] — packet rules: masquerading and forwarding; the only room that runs `nft` and `iptables`
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
 //! * [`xdp`] — whether XDP takes packets out of the tunnel, and why
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
@@ -43,6 +44,7 @@ pub mod health;
 pub mod last_known;
 pub mod lease;
 pub mod lock;
+pub mod netfilter;
 pub mod operator;
 pub mod preflight;
 pub mod privileges;

@@ -57,6 +57,9 @@ pub struct Status {
     /// Who takes packets out of the tunnel, and why.
     #[serde(default)]
     pub xdp: XdpStatus,
+    /// Packet rules.
+    #[serde(default)]
+    pub rules: RulesStatus,
     /// This host's lease.
     pub lease: LeaseStatus,
     /// etcd.
@@ -109,6 +112,19 @@ pub struct XdpStatus {
     pub mode: String,
     /// Why, in words.
     pub reason: String,
+}
+
+/// Packet rules.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RulesStatus {
+    /// What masquerades: `nftables`, `iptables` or `off`; empty before the first attempt.
+    pub masquerade: String,
+    /// Whether rules of ours in iptables accept what is forwarded.
+    pub forward: bool,
+    /// How often they were set again, since another program had changed them.
+    pub repairs: u64,
+    /// Why they are not as they should be.
+    pub problem: Option<String>,
 }
 
 /// This host's lease.
@@ -276,6 +292,9 @@ impl Status {
             );
         }
         troubles.extend(self.drift.waiting.values().cloned());
+        if let Some(problem) = &self.rules.problem {
+            troubles.push(format!("the packet rules are not set: {problem}"));
+        }
         if !self.held.is_empty() {
             let count = self.held.len();
             troubles.push(format!(

@@ -20,7 +20,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-pub(crate) const PROGRAMS: [(&str, &str); 24] = [
+pub(crate) const PROGRAMS: [(&str, &str); 26] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -30,6 +30,7 @@ pub(crate) const PROGRAMS: [(&str, &str); 24] = [
     ("ss", "iproute2"),
     ("nsenter", "util-linux"),
     ("setpriv", "util-linux"),
+    ("unshare", "util-linux"),
     ("taskset", "util-linux"),
     ("sysctl", "procps"),
     ("ping", "iputils-ping"),
@@ -42,6 +43,7 @@ pub(crate) const PROGRAMS: [(&str, &str); 24] = [
     ("bpftool", "bpftool"),
     ("iptables", "iptables"),
     ("ebtables", "iptables"),
+    ("nft", "nftables"),
     ("conntrack", "conntrack"),
     ("cc", "gcc"),
     ("c++", "g++"),

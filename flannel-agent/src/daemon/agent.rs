@@ -31,6 +31,7 @@ use crate::{
     device::{self, Changed, DeviceEvent, Netlink, external::External, offload::Offloads, vxlan::VxlanDevice},
     health::{self, Health},
     lease::{LeaseTable, PeerChange},
+    netfilter::keeper::Keeper,
     registry::{OwnLease, ResyncCause, Update, etcd::Registry},
     repair::Repair,
     status::LeaseState,
@@ -102,6 +103,7 @@ async fn make<'a>(
         has_external: true,
         is_rebuild_due: false,
         other_since: None,
+        rules: Keeper::new(cli.rules_resync()),
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
@@ -131,6 +133,8 @@ async fn make<'a>(
     if let Err(error) = agent.dataplane.discard_other_versions() {
         warn!("{error}");
     }
+    agent.netlink.remove_flannels_blackhole(agent.own.key.subnet).await?;
+    agent.set_rules().await;
     agent.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
     if let Err(error) = agent.netlink.sweep(&link, agent.network.network).await {
@@ -194,6 +198,7 @@ pub(super) struct Agent<'a> {
     pub(super) is_rebuild_due: bool,
     /// Since when another interface is the right one.
     pub(super) other_since: Option<Clock>,
+    rules: Keeper,
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
     pub(super) record: Record,
@@ -254,6 +259,7 @@ impl Agent<'_> {
                     let changes = self.take_updates(update);
                     self.apply(changes).await;
                 }
+                rules = self.rules.changed() => self.record.rules(rules),
                 Some((request, answer)) = self.requests.recv() => {
                     // Whoever asked may be gone.
                     let _gone = answer.send(self.serve(request).await);
@@ -395,9 +401,14 @@ impl Agent<'_> {
         }
     }
 
+    /// Before pods are told of their subnet, as far as that can be.
+    pub(super) async fn set_rules(&self) {
+        self.rules.set(self.cli.rules(&self.network, self.own.key.subnet)).await;
+    }
+
     pub(super) fn write_subnet_env(&self) -> Result<(), DaemonError> {
         let (network, subnet, mtu) = (self.network.network, self.own.key.subnet, self.device.mtu);
-        Ok(SubnetEnv { network, subnet, mtu, ip_masq: false }.write(&self.cli.subnet_file())?)
+        Ok(SubnetEnv { network, subnet, mtu, ip_masq: self.cli.ip_masq }.write(&self.cli.subnet_file())?)
     }
 
     fn write_record(&mut self) {

@@ -39,7 +39,7 @@ const FORWARDING: &str = "forwarding";
 impl Agent<'_> {
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there. What there was to do.
     pub(super) async fn ensure_datapath(&mut self) -> Result<(Link, Vec<Repair>), DaemonError> {
-        let Self { netlink, dataplane, underlay, external, device, own, network, .. } = self;
+        let Self { cli, netlink, dataplane, underlay, external, device, own, network, .. } = self;
         let (link, device_repair) = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
         underlay.set_overlay(link.index);
         dataplane.peers.set_overlay_device(link.index)?;
@@ -48,6 +48,7 @@ impl Agent<'_> {
         dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
         let address = netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
         let route = netlink.ensure_route(&link, device, network.network).await?;
+        netlink.set_blackhole(device.vni, cli.ip_blackhole_route.then_some(own.key.subnet)).await?;
         self.attach_pods_or_say().await;
         self.ensure_xdp()?;
         let repairs = match device_repair {
@@ -64,6 +65,7 @@ impl Agent<'_> {
         self.dataplane = load(self.cli, &self.network, &self.external, &self.device, &self.own)?;
         self.compare(Changed::Topology).await?;
         let (link, _made) = self.ensure_datapath().await?;
+        self.set_rules().await;
         self.write_subnet_env()?;
         Ok(link)
     }

@@ -20,7 +20,8 @@ use crate::{
     registry::{OwnLease, PassedOver, ResyncCause, Snapshot},
     repair::Repair,
     status::{
-        API_VERSION, BypassStatus, DriftStatus, HeldPeer, LeaseState, LeaseStatus, Status, StoreStatus, XdpStatus, now,
+        API_VERSION, BypassStatus, DriftStatus, HeldPeer, LeaseState, LeaseStatus, RulesStatus, Status, StoreStatus,
+        XdpStatus, now,
     },
     xdp::Choice,
 };
@@ -64,6 +65,7 @@ impl Record {
             features: Features::default(),
             bypass: BypassStatus::default(),
             xdp: XdpStatus::default(),
+            rules: RulesStatus::default(),
             lease: LeaseStatus { subnet: lease.key.subnet, vtep_mac: lease.vtep_mac, state, renewals: 0, losses: 0 },
             store: StoreStatus { since: now(), ..StoreStatus::default() },
             config_differs: None,
@@ -133,6 +135,11 @@ impl Record {
         self.status.external_interface.clone_from(&external.link.name);
         (self.status.public_ip, self.status.mtu) = (external.public_ip, device.mtu);
         (self.status_is_due, self.leases_are_due) = (true, true);
+    }
+
+    pub(super) fn rules(&mut self, rules: RulesStatus) {
+        self.status_is_due |= self.status.rules != rules;
+        self.status.rules = rules;
     }
 
     pub(super) const fn lease_state(&self) -> LeaseState {

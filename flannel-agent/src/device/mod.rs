@@ -3,6 +3,7 @@
 //! For any number of peers these are `flannel.<VNI>` with its address, one route for the whole Network into it and one
 //! neighbour for that route's next hop.
 
+mod blackhole;
 pub mod external;
 pub mod next_hop;
 pub mod offload;

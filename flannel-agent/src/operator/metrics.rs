@@ -54,6 +54,9 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
     let held = gauges(&mut registry, "peers_held", "Peers that etcd no longer names and the guard keeps, by reason");
     let held_total = counters(&mut registry, "peers_held_ever", "How often the guard kept a peer, by reason");
 
+    let rules = gauges(&mut registry, "packet_rules_set", "Whether the packet rules are as they should be");
+    let repairs = counters(&mut registry, "packet_rules_repairs", "How often another program had changed them");
+
     let statuses = match Status::read_all(&cli.run_dir) {
         Ok(statuses) => statuses,
         Err(crate::status::ReadError::None(_)) => Vec::new(),
@@ -79,6 +82,8 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
         passed_over.get_or_create(&of()).set(count(status.store.passed_over.len()));
         passed_over_total.get_or_create(&of()).inc_by(status.store.passed_over_total);
         config.get_or_create(&of()).set(status.config_differs.is_some().into());
+        rules.get_or_create(&of()).set(status.rules.problem.is_none().into());
+        repairs.get_or_create(&of()).inc_by(status.rules.repairs);
         peers.get_or_create(&of()).set(count(status.peers));
         for reason in HoldReason::ALL {
             let number = status.held.iter().filter(|peer| peer.reason == reason).count();

@@ -77,6 +77,12 @@ fn table(overlay: &Overlay) -> String {
     };
     lines.push(["bypass".to_owned(), bypass]);
     lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
+    let rules = match (status.rules.masquerade.as_str(), status.rules.forward) {
+        ("", _) => "not set yet".to_owned(),
+        (masquerade, true) => format!("masquerade {masquerade}, forwarding accepted in iptables"),
+        (masquerade, false) => format!("masquerade {masquerade}"),
+    };
+    lines.push(["rules".to_owned(), format!("{rules}, {} repairs", status.rules.repairs)]);
     let following = if store.following { "followed" } else { "away" };
     lines.push([
         "etcd".to_owned(),

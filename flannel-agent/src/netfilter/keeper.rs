@@ -1,0 +1,151 @@
+//! The task that keeps the packet rules as they should be. Programs of others that take their time, or a lock, hold up
+//! nothing else.
+
+use std::time::Duration;
+
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    Masquerade, NetfilterError, Rules,
+    kernel::{Kernel, Mode, State},
+};
+use crate::status::RulesStatus;
+
+/// How long may be waited for the first attempt. What comes after goes on without rules.
+const FIRST_ATTEMPT_LIMIT: Duration = Duration::from_secs(15);
+
+/// The packet rules of an overlay, kept by a task that ends with this.
+pub struct Keeper {
+    wanted: watch::Sender<Option<Rules>>,
+    report: watch::Receiver<Report>,
+    task: JoinHandle<()>,
+}
+
+/// How it stands.
+#[derive(Clone, Debug, Default)]
+struct Report {
+    /// For these rules an attempt has ended.
+    rules: Option<Rules>,
+    status: RulesStatus,
+}
+
+impl Keeper {
+    /// Keeps none yet. Those that it will be told are looked at once per `resync`.
+    pub fn new(resync: Duration) -> Self {
+        let (wanted, receiver) = watch::channel(None);
+        let (sender, report) = watch::channel(Report::default());
+        let task = tokio::spawn(keep(receiver, sender, resync));
+        Self { wanted, report, task }
+    }
+
+    /// Has these rules kept from now on, and waits for the first attempt to set them.
+    pub async fn set(&self, rules: Rules) {
+        self.wanted.send_if_modified(|wanted| {
+            let is_new = wanted.as_ref() != Some(&rules);
+            *wanted = Some(rules.clone());
+            is_new
+        });
+        let mut report = self.report.clone();
+        let attempted = report.wait_for(|report| report.rules.as_ref() == Some(&rules));
+        if timeout(FIRST_ATTEMPT_LIMIT, attempted).await.is_err() {
+            warn!("the packet rules are still not set after {FIRST_ATTEMPT_LIMIT:?}; going on without");
+        }
+    }
+
+    /// Waits until it stands otherwise than it did.
+    pub async fn changed(&mut self) -> RulesStatus {
+        if self.report.changed().await.is_err() {
+            // The task ends with the runtime only.
+            std::future::pending::<()>().await;
+        }
+        self.report.borrow_and_update().status.clone()
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn keep(mut wanted: watch::Receiver<Option<Rules>>, report: watch::Sender<Report>, resync: Duration) {
+    let mut upkeep = Upkeep { last: None, status: RulesStatus::default() };
+    loop {
+        let Some(rules) = wanted.borrow_and_update().clone() else {
+            if wanted.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        upkeep.bring(&rules).await;
+        report.send_if_modified(|report| {
+            let is_new = report.rules.as_ref() != Some(&rules) || report.status != upkeep.status;
+            *report = Report { rules: Some(rules.clone()), status: upkeep.status.clone() };
+            is_new
+        });
+        tokio::select! {
+            changed = wanted.changed() => if changed.is_err() { return },
+            () = sleep(resync) => {}
+        }
+    }
+}
+
+struct Upkeep {
+    /// The rules that were set last, and what the kernel had then.
+    last: Option<(Rules, Mode, State)>,
+    status: RulesStatus,
+}
+
+impl Upkeep {
+    /// Looks at what is set, and sets it where that is not as it was left. What fails is said once.
+    async fn bring(&mut self, rules: &Rules) {
+        let result = self.try_bring(rules).await;
+        let problem = result.err().map(|error| error.to_string());
+        match &problem {
+            Some(problem) if self.status.problem.as_ref() != Some(problem) => {
+                warn!("packet rules: {problem}; trying again");
+            }
+            None if self.status.problem.is_some() => info!("the packet rules are set"),
+            _ => {}
+        }
+        if problem.is_some() {
+            self.last = None;
+        }
+        self.status.problem = problem;
+    }
+
+    async fn try_bring(&mut self, rules: &Rules) -> Result<(), NetfilterError> {
+        let kernel = Kernel::find();
+        let mode = kernel.mode(rules)?;
+        if let Some((set, with, left)) = &self.last
+            && (set, *with) == (rules, mode)
+        {
+            let now = kernel.state(mode, rules).await?;
+            if now == *left {
+                return Ok(());
+            }
+            if now.differs_in_policy_only(left) {
+                info!("the policy of iptables' FORWARD is another now");
+            } else {
+                warn!("another program has changed the packet rules; they are set again");
+                self.status.repairs += 1;
+            }
+        }
+        kernel.apply(mode, rules).await?;
+        let state = kernel.state(mode, rules).await?;
+        self.status.masquerade = match (rules.masquerade, mode) {
+            (Masquerade::Off, _) => "off",
+            (_, Mode::Nftables) => "nftables",
+            (_, Mode::Iptables) => "iptables",
+        }
+        .to_owned();
+        self.status.forward = state.has_forward();
+        self.last = Some((rules.clone(), mode, state));
+        Ok(())
+    }
+}

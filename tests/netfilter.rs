@@ -1,0 +1,489 @@
+//! Packet rules: who is seen as whom, with nftables and with iptables, and what is left of rules afterwards.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddrV4},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::Stdio,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use xtask::{
+    lab::{Netns, PREFIX},
+    process::{output, output_with_input},
+    progress::wait_for,
+    transfer::tcp_transfer,
+};
+
+use crate::{
+    sockets::socket_in,
+    world::{SOON, World, agent, is_answered},
+};
+
+const MASQUERADE: &[&str] = &["--ip-masq", "--iptables-resync=1"];
+const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 254);
+const PORT: u16 = 7000;
+/// What a user has translated otherwise than we would.
+const USERS_PORT: u16 = 7001;
+/// And into which source port.
+const USERS_SOURCE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(192, 168, 64, 1), 40001);
+/// 10.5.28.0/24 is this test's host's, since nobody else asks for it.
+const SUBNET: &str = "10.5.28.0/24";
+
+/// A network config; `more` are further keys.
+fn config(more: &str) -> String {
+    format!(
+        r#"{{"Network": "10.5.0.0/16", "SubnetMin": "10.5.128.0", "SubnetMax": "10.5.191.0", {more}
+            "Backend": {{"Type": "vxlan"}}}}"#
+    )
+}
+
+/// Its key for each of the two.
+const BOTH: [&str; 2] = ["", r#""EnableNFTables": false,"#];
+
+/// Hosts with agents, and an underlay that leads back to their pods, so that these are answered also by their own names.
+fn world(hosts: u8, config: &str, arguments: &[&str]) -> World {
+    let world = World::without_config(hosts);
+    world.store.put(&format!("{PREFIX}/config"), config).unwrap();
+    let world = world.ready(arguments);
+    for host in &world.hosts {
+        let subnet = overlay_address(&host.pods[0].address);
+        world.lab.underlay.ip(&format!("route add {subnet}/24 via {}", host.address)).unwrap();
+    }
+    if hosts > 1 {
+        world.wait_connected(0, 1);
+    }
+    world
+}
+
+/// Ends a host's agent and starts another one, with a network config.
+fn restart(world: &mut World, config: &str, arguments: &[&str]) {
+    world.hosts[0].agent = None;
+    fs::remove_file(world.hosts[0].run_dir().join("subnet.env")).unwrap();
+    world.store.put(&format!("{PREFIX}/config"), config).unwrap();
+    world.start(0, arguments);
+    world.hosts[0].wait_ready().unwrap();
+}
+
+/// The address of a host's `flannel.1`.
+fn overlay_address(pod: &Ipv4Addr) -> Ipv4Addr {
+    Ipv4Addr::from_bits(pod.to_bits() & 0xffff_ff00)
+}
+
+/// As whom `to` sees what `from` sends from an address; that it is answered, and by whom it asked.
+fn seen_as(from: &Netns, source: Ipv4Addr, to: &Netns, asked: SocketAddrV4) -> Ipv4Addr {
+    seen_exactly_as(from, source, to, asked).ip().to_owned()
+}
+
+fn seen_exactly_as(from: &Netns, source: Ipv4Addr, to: &Netns, asked: SocketAddrV4) -> SocketAddrV4 {
+    let server = socket_in(to, asked);
+    let client = socket_in(from, SocketAddrV4::new(source, 0));
+    server.set_read_timeout(Some(SOON)).unwrap();
+    client.set_read_timeout(Some(SOON)).unwrap();
+    client.send_to(b"ask", asked).unwrap();
+    let mut bytes = [0; 8];
+    let (_, seen) = server.recv_from(&mut bytes).unwrap_or_else(|error| panic!("{asked} from {source}: {error}"));
+    server.send_to(b"answer", seen).unwrap();
+    let (_, answered_by) =
+        client.recv_from(&mut bytes).unwrap_or_else(|error| panic!("answer to {source} by {asked}: {error}"));
+    assert_eq!(answered_by, asked.into());
+    let std::net::SocketAddr::V4(seen) = seen else { panic!("{seen}") };
+    seen
+}
+
+/// Has a program of a host read a text.
+fn feed(world: &World, line: &str, text: &str) {
+    let file = world.lab.directory().join("input");
+    fs::write(&file, text).unwrap();
+    let mut words = line.split_whitespace();
+    let mut command = world.hosts[0].netns.command(words.next().unwrap());
+    output_with_input(command.args(words), Stdio::from(fs::File::open(file).unwrap())).unwrap();
+}
+
+/// The lines of `iptables-save` about us, and all of `nft list ruleset` about our tables.
+fn ours(world: &World) -> (Vec<String>, String) {
+    let netns = &world.hosts[0].netns;
+    let saved = netns.exec("iptables-save").unwrap();
+    let saved = saved.lines().filter(|line| line.to_lowercase().contains("flannel"));
+    let saved = saved.map(|line| line.split(" [").next().unwrap().to_owned()).collect();
+    let tables = netns.exec("nft list tables").unwrap();
+    let tables: Vec<_> = tables.lines().filter(|table| table.contains("flannel")).collect();
+    let rulesets: String = tables.iter().map(|table| netns.exec(&format!("nft list {table}")).unwrap()).collect();
+    (saved, rulesets)
+}
+
+fn assert_nothing(world: &World) {
+    assert_eq!(ours(world), (Vec::new(), String::new()));
+}
+
+#[test]
+fn everybody_is_seen_as_flannels_users_expect() {
+    for more in BOTH {
+        let mut world = world(2, &config(more), MASQUERADE);
+        let [one, two] = &world.hosts[..] else { panic!("two hosts") };
+        let [local, remote] = [&one.pods[0], &two.pods[0]];
+        let [to_local, to_remote] = [local, remote].map(|pod| SocketAddrV4::new(pod.address, PORT));
+        let (outside, to_outside) = (&world.lab.underlay, SocketAddrV4::new(OUTSIDE, PORT));
+        let any = Ipv4Addr::UNSPECIFIED;
+        let gateway = one.subnet().unwrap().gateway;
+
+        assert_eq!(seen_as(&local.netns, any, outside, to_outside), one.address, "pod to outside");
+        assert_eq!(seen_as(&local.netns, any, &remote.netns, to_remote), local.address, "pod to remote pod");
+        let overlay = overlay_address(&local.address);
+        assert_eq!(seen_as(&one.netns, any, &remote.netns, to_remote), overlay, "host to remote pod");
+        // What flannel's rules for nftables miss.
+        assert_eq!(
+            seen_as(&one.netns, one.address, &remote.netns, to_remote),
+            overlay,
+            "its own address to remote pod"
+        );
+        assert_eq!(seen_as(&one.netns, any, &local.netns, to_local), gateway, "host to its pod");
+        assert_eq!(seen_as(outside, any, &local.netns, to_local), OUTSIDE, "outside to pod");
+
+        // Masquerading does not keep pods from the fast path.
+        let before = world.counter(0, "pod_encapsulated");
+        tcp_transfer(&local.netns, &remote.netns, remote.address, 1, world.lab.directory()).unwrap();
+        assert!(world.counter(0, "pod_encapsulated") > before + 100);
+
+        // kube-proxy's mark, beside another bit.
+        let mark = "iptables -t mangle -A FORWARD -d 192.168.64.254 -j MARK --set-xmark 0x4001/0x4001";
+        one.netns.exec(mark).unwrap();
+        assert_eq!(seen_as(&local.netns, any, outside, to_outside), local.address, "marked");
+        one.netns.exec("iptables -t mangle -F").unwrap();
+
+        restart(&mut world, &config(more), &["--iptables-forward-rules=false"]);
+        assert_nothing(&world);
+        let [local, outside] = [&world.hosts[0].pods[0].netns, &world.lab.underlay];
+        assert_eq!(seen_as(local, any, outside, to_outside), world.hosts[0].pods[0].address, "without --ip-masq");
+    }
+}
+
+/// Without what differs from run to run.
+fn without_handles(mut value: Value) -> Value {
+    match &mut value {
+        Value::Array(values) => values.iter_mut().for_each(|value| *value = without_handles(value.take())),
+        Value::Object(map) => {
+            map.shift_remove("handle");
+            map.values_mut().for_each(|value| *value = without_handles(value.take()));
+        }
+        _ => {}
+    }
+    value
+}
+
+#[test]
+fn the_table_of_nftables_is_this() {
+    let world = World::without_config(1);
+    world.store.put(&format!("{PREFIX}/config"), &config("").replace("191.0", "128.0")).unwrap();
+    let world = world.ready(MASQUERADE);
+    let listed = world.hosts[0].netns.exec("nft -j list ruleset").unwrap();
+    let listed = without_handles(serde_json::from_str(&listed).unwrap());
+    let prefix = |text: &str| {
+        let (address, len) = text.split_once('/').unwrap();
+        json!({"prefix": {"addr": address, "len": len.parse::<u8>().unwrap()}})
+    };
+    let matched = |op: &str, field: &str, net: &str| json!({"match": {"op": op, "left": {"payload": {"protocol": "ip", "field": field}}, "right": prefix(net)}});
+    let (network, subnet) = ("10.5.0.0/16", "10.5.128.0/24");
+    let mark = json!({"match": {"op": "==", "left": {"&": [{"meta": {"key": "mark"}}, 0x4000]}, "right": 0x4000}});
+    let (back, masquerade) = (json!({"return": null}), json!({"masquerade": {"flags": "fully-random"}}));
+    let rules = [
+        vec![mark, back.clone()],
+        vec![matched("==", "saddr", subnet), matched("==", "daddr", network), back.clone()],
+        vec![matched("==", "saddr", network), matched("==", "daddr", subnet), back.clone()],
+        vec![matched("!=", "saddr", network), matched("==", "daddr", subnet), back],
+        vec![matched("==", "saddr", network), matched("!=", "daddr", "224.0.0.0/4"), masquerade.clone()],
+        vec![matched("!=", "saddr", network), matched("==", "daddr", network), masquerade],
+    ];
+    let mut expected = vec![
+        json!({"table": {"family": "ip", "name": "flannel-ipv4"}}),
+        json!({"chain": {"family": "ip", "table": "flannel-ipv4", "name": "postrtg", "type": "nat",
+            "hook": "postrouting", "prio": 110, "policy": "accept"}}),
+    ];
+    let rule = |expr| json!({"rule": {"family": "ip", "table": "flannel-ipv4", "chain": "postrtg", "comment": "flanneld masq", "expr": expr}});
+    expected.extend(rules.map(rule));
+    assert_eq!(listed["nftables"].as_array().unwrap()[1..], expected, "{listed:#}");
+    let status = &world.status(0)["status"]["rules"];
+    assert_eq!((&status["masquerade"], &status["forward"]), (&json!("nftables"), &json!(false)));
+    let file = fs::read_to_string(world.hosts[0].run_dir().join("subnet.env")).unwrap();
+    assert!(file.ends_with("FLANNEL_IPMASQ=true\n"), "{file}");
+}
+
+/// flannel's, to the letter.
+fn iptables_rules(subnet: &str) -> Vec<String> {
+    const RULES: &str = r#":FLANNEL-FWD -
+-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+-A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -d 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+:FLANNEL-POSTRTG -
+-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s SUBNET -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.5.0.0/16 -d SUBNET -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d SUBNET -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
+-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully"#;
+    let mut rules: Vec<_> = RULES.lines().map(|line| line.replace("SUBNET", subnet)).collect();
+    rules.sort();
+    rules
+}
+
+#[test]
+fn switching_leaves_nothing_of_the_other_nor_of_flannels() {
+    let mut world = World::with_any_subnet(1);
+    // Of a flannel that used nftables, of one that used iptables, and of one before it had chains of its own.
+    let flannels = "table ip flannel-ipv4 { chain postrtg { type nat hook postrouting priority srcnat; policy accept;
+        ip saddr != 10.5.28.0/24 ip daddr 10.5.0.0/16 return; }; chain forward { type filter hook forward priority filter;
+        ip saddr 10.5.0.0/16 accept; }; }; table ip6 flannel-ipv6 { chain forward { }; }";
+    feed(&world, "nft -f -", flannels);
+    let old = r#"*nat
+:FLANNEL-POSTRTG - [0:0]
+-A FLANNEL-POSTRTG -s 10.5.7.0/24 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN
+-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+-A POSTROUTING -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE
+COMMIT
+*filter
+:FLANNEL-FWD - [0:0]
+-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+-A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+COMMIT
+"#;
+    feed(&world, "iptables-restore --noflush", old);
+    let run_dir = world.hosts[0].run_dir();
+    fs::create_dir_all(&run_dir).unwrap();
+    fs::write(run_dir.join("subnet.env"), format!("FLANNEL_SUBNET={SUBNET}\n")).unwrap();
+    let any_subnet = |more: &str| format!(r#"{{"Network": "10.5.0.0/16", {more} "Backend": {{"Type": "vxlan"}}}}"#);
+    world.start(0, MASQUERADE);
+    world.wait_status(0, "rules", |status| status["rules"]["masquerade"] == "nftables");
+    let (saved, tables) = ours(&world);
+    assert_eq!(saved, Vec::<String>::new());
+    assert!(tables.contains(&format!("ip saddr != 10.5.0.0/16 ip daddr {SUBNET} return")), "{tables}");
+    assert!(!tables.contains("flannel-ipv6") && !tables.contains("chain forward"), "{tables}");
+
+    let restart = |world: &mut World, config: &str, arguments: &[&str]| {
+        world.hosts[0].agent = None;
+        world.store.put(&format!("{PREFIX}/config"), config).unwrap();
+        world.start(0, arguments);
+        world.wait_log(0, "carries");
+    };
+    restart(&mut world, &any_subnet(r#""EnableNFTables": false,"#), MASQUERADE);
+    let (mut saved, tables) = ours(&world);
+    saved.sort();
+    assert_eq!((saved, tables.as_str()), (iptables_rules(SUBNET), ""));
+
+    // Another VNI's names are its own, and what the same Network had by flannel's is gone.
+    let other = any_subnet(r#""EnableNFTables": false,"#).replace(r#""Type""#, r#""VNI": 7, "Type""#);
+    restart(&mut world, &other, MASQUERADE);
+    let (saved, _) = ours(&world);
+    assert_eq!(saved.len(), iptables_rules(SUBNET).len(), "{saved:#?}");
+    assert!(
+        saved.iter().all(|line| line.contains("FLANNEL-POSTRTG-7") || line.contains("FLANNEL-FWD-7")),
+        "{saved:#?}"
+    );
+    world.hosts[0].agent = None;
+    output(world.agent_on(0).arg("cleanup")).unwrap();
+    assert_nothing(&world);
+
+    // Another Network, and back to nftables.
+    restart(&mut world, &any_subnet(r#""EnableNFTables": false,"#), MASQUERADE);
+    restart(&mut world, &any_subnet(r#""EnableNFTables": true,"#).replace("10.5", "10.6"), MASQUERADE);
+    let (saved, tables) = ours(&world);
+    assert_eq!(saved, Vec::<String>::new());
+    assert!(tables.contains("10.6.0.0/16") && !tables.contains("10.5."), "{tables}");
+    world.hosts[0].agent = None;
+    output(world.agent_on(0).arg("cleanup")).unwrap();
+    assert_nothing(&world);
+}
+
+#[test]
+fn what_another_program_takes_away_is_set_again_and_told() {
+    for (more, damages) in [
+        ("", &["nft flush ruleset", "nft delete table ip flannel-ipv4", "nft flush chain ip flannel-ipv4 postrtg"][..]),
+        (
+            BOTH[1],
+            &["nft flush ruleset", "iptables -t nat -F", "iptables -F FORWARD", "iptables -t nat -D FLANNEL-POSTRTG 2"],
+        ),
+    ] {
+        let world = world(1, &config(more), MASQUERADE);
+        let right = ours(&world);
+        assert_ne!(right, (Vec::new(), String::new()));
+        for (number, damage) in damages.iter().enumerate() {
+            world.hosts[0].netns.exec(damage).unwrap();
+            let repaired = wait_for("the repair", SOON, || ours(&world) == right);
+            let took = repaired.unwrap_or_else(|_| panic!("after {damage}: {:#?}, not {right:#?}", ours(&world)));
+            assert!(took < Duration::from_secs(3), "{took:?} for {damage}, looked at once per second");
+            world.wait_status(0, "the repair in the status", |status| status["rules"]["repairs"] == number + 1);
+        }
+        world.wait_log(0, "another program has changed the packet rules");
+    }
+}
+
+#[test]
+fn a_policy_that_drops_is_defeated_as_long_as_it_drops() {
+    let world = world(2, &config(""), &["--iptables-resync=1"]);
+    assert_nothing(&world);
+    for host in &world.hosts {
+        host.netns.exec("iptables -P FORWARD DROP").unwrap();
+    }
+    world.wait_connected(0, 1);
+    world.wait_status(0, "forwarding", |status| status["rules"]["forward"] == true);
+    let (saved, tables) = ours(&world);
+    assert_eq!((saved.len(), tables.as_str()), (4, ""), "{saved:#?}");
+    // A rule of the user's comes before.
+    let (pod, remote) = (&world.hosts[0].pods[0].netns, world.hosts[1].pods[0].address.to_string());
+    world.hosts[0].netns.exec("iptables -I FORWARD -p icmp -j DROP").unwrap();
+    assert!(!is_answered(pod, &remote));
+    world.hosts[0].netns.exec("iptables -D FORWARD -p icmp -j DROP").unwrap();
+
+    world.hosts[0].netns.exec("iptables -P FORWARD ACCEPT").unwrap();
+    wait_for("no rules", SOON, || ours(&world).0.is_empty()).unwrap();
+    world.wait_status(0, "no repairs", |status| status["rules"]["forward"] == false && status["rules"]["repairs"] == 0);
+}
+
+#[test]
+fn users_rules_win() {
+    for more in BOTH {
+        let mut world = world(1, &config(more), MASQUERADE);
+        let exactly = |world: &World| {
+            let asked = SocketAddrV4::new(OUTSIDE, USERS_PORT);
+            seen_exactly_as(&world.hosts[0].pods[0].netns, Ipv4Addr::UNSPECIFIED, &world.lab.underlay, asked)
+        };
+        let rule = if more.is_empty() {
+            format!(
+                "table ip users {{ chain out {{ type nat hook postrouting priority srcnat; udp dport {USERS_PORT} snat to \
+                 {USERS_SOURCE}; }}; }}"
+            )
+        } else {
+            format!("*nat\n-I POSTROUTING -p udp --dport {USERS_PORT} -j SNAT --to-source {USERS_SOURCE}\nCOMMIT\n")
+        };
+        feed(&world, if more.is_empty() { "nft -f -" } else { "iptables-restore --noflush" }, &rule);
+        assert_eq!(exactly(&world), USERS_SOURCE);
+        // Whoever comes last.
+        restart(&mut world, &config(more), MASQUERADE);
+        assert_eq!(exactly(&world), USERS_SOURCE);
+    }
+}
+
+#[test]
+fn cleanup_takes_rules_and_blackhole_away() {
+    for more in BOTH {
+        let arguments = [MASQUERADE, &["--ip-blackhole-route", "--iptables-forward-rules"]].concat();
+        let mut world = world(1, &config(more), &arguments);
+        assert_ne!(ours(&world), (Vec::new(), String::new()));
+        world.hosts[0].agent = None;
+        // They outlive the agent, as the datapath does.
+        assert_ne!(ours(&world), (Vec::new(), String::new()));
+        output(world.agent_on(0).arg("cleanup")).unwrap();
+        assert_nothing(&world);
+        assert_eq!(world.hosts[0].netns.ip("route show type blackhole").unwrap(), "");
+    }
+}
+
+#[test]
+fn a_blackhole_is_what_remains_without_pods() {
+    let mut world = World::new(1);
+    let run_dir = world.hosts[0].run_dir();
+    fs::create_dir_all(&run_dir).unwrap();
+    fs::write(run_dir.join("subnet.env"), "FLANNEL_SUBNET=10.5.130.1/24\n").unwrap();
+    // flannel's, which comes before the route to the pods.
+    world.hosts[0].netns.ip("route add blackhole 10.5.130.0/24").unwrap();
+    world.start(0, &["--ip-blackhole-route"]);
+    world.wait_log(0, "carries 10.5.130.0/24");
+    let blackholes = |world: &World| world.hosts[0].netns.ip("route show type blackhole").unwrap();
+    let ours = "blackhole 10.5.130.0/24 proto static metric 4294967294";
+    assert_eq!(blackholes(&world).trim(), ours);
+    assert!(world.hosts[0].netns.ip("route get 10.5.130.7").is_err());
+    world.hosts[0].add_pod().unwrap();
+    let pod = world.hosts[0].pods[0].address.to_string();
+    assert!(is_answered(&world.hosts[0].netns, &pod));
+
+    world.hosts[0].netns.ip("route delete blackhole 10.5.130.0/24 metric 4294967294").unwrap();
+    wait_for("the blackhole", SOON, || blackholes(&world).trim() == ours).unwrap();
+    world.hosts[0].agent = None;
+    world.start(0, &[]);
+    world.wait_log(0, "carries");
+    assert_eq!(blackholes(&world), "");
+}
+
+/// A program in the agent's place that starts it where some files are others: for each, its path and what is there.
+fn agent_with(world: &World, files: &[(&str, &str)]) -> PathBuf {
+    let mounts: String = files.iter().map(|(path, other)| format!("mount --bind {other} {path} && ")).collect();
+    let path = world.lab.directory().join("agent");
+    let agent = agent();
+    let script = format!("#!/bin/sh\nexec unshare --mount sh -c '{mounts}exec {} \"$@\"' sh \"$@\"\n", agent.display());
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+/// All of iptables, of which the others are links.
+const IPTABLES: &str = "/usr/sbin/xtables-nft-multi";
+
+#[test]
+fn what_is_not_installed_is_done_without_or_named() {
+    let masquerade_with = |files: &[(&str, &str)], more: &str| {
+        let mut world = World::without_config(1);
+        world.store.put(&format!("{PREFIX}/config"), &config(more)).unwrap();
+        let agent = agent_with(&world, files);
+        let store = &world.store;
+        world.hosts[0].start_agent(&agent, store, MASQUERADE).unwrap();
+        world.hosts[0].wait_ready().unwrap();
+        world
+    };
+    let (no_nft, no_iptables) = (("/usr/sbin/nft", "/dev/null"), (IPTABLES, "/dev/null"));
+    let world = masquerade_with(&[no_nft], "");
+    world.wait_status(0, "iptables", |status| status["rules"]["masquerade"] == "iptables");
+    let world = masquerade_with(&[no_iptables], "");
+    world.wait_status(0, "nftables", |status| status["rules"]["masquerade"] == "nftables");
+
+    for (files, more, problem) in [
+        (
+            &[no_nft, no_iptables][..],
+            "",
+            "packets are to be masqueraded, and nft is not installed: install nftables, or say --ip-masq=false",
+        ),
+        (
+            &[no_iptables],
+            BOTH[1],
+            "EnableNFTables is false, and iptables is not installed: install iptables, or remove that key from the network \
+             config",
+        ),
+    ] {
+        let mut world = masquerade_with(files, more);
+        world.wait_log(0, &format!("packet rules: {problem}; trying again"));
+        world.wait_status(0, problem, |status| status["rules"]["problem"] == problem);
+        let status = world.agent_on(0).arg("status").output().unwrap();
+        assert_eq!(status.status.code(), Some(3), "{status:?}");
+        // Everything else is there.
+        world.hosts[0].add_pod().unwrap();
+        assert!(is_answered(&world.hosts[0].netns, &world.hosts[0].pods[0].address.to_string()));
+    }
+}
+
+#[test]
+fn a_refusal_is_told_once_and_healed() {
+    let mut world = World::new(1);
+    let directory = world.lab.directory().to_owned();
+    let [real, refusing, permit] = ["nft.real", "nft.refusing", "permit"].map(|name| directory.join(name));
+    fs::copy("/usr/sbin/nft", &real).unwrap();
+    let script = format!(
+        "#!/bin/sh\n[ -e {} ] && exec {} \"$@\"\necho 'Error: Could not process rule' >&2\nexit 1\n",
+        permit.display(),
+        real.display()
+    );
+    fs::write(&refusing, script).unwrap();
+    fs::set_permissions(&refusing, fs::Permissions::from_mode(0o755)).unwrap();
+    let agent = agent_with(&world, &[("/usr/sbin/nft", refusing.to_str().unwrap())]);
+    world.hosts[0].start_agent(&agent, &world.store, MASQUERADE).unwrap();
+    world.hosts[0].wait_ready().unwrap();
+    let problem = "nft: Error: Could not process rule";
+    world.wait_status(0, problem, |status| status["rules"]["problem"] == problem);
+    fs::write(&permit, "").unwrap();
+    world.wait_log(0, "the packet rules are set");
+    world.wait_status(0, "healed", |status| {
+        status["rules"]["problem"].is_null() && status["rules"]["masquerade"] == "nftables"
+    });
+    let log = world.hosts[0].agent.as_ref().unwrap().log();
+    assert_eq!(log.matches(problem).count(), 1, "{log}");
+}
