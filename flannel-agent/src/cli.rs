@@ -7,17 +7,11 @@ use std::{
     time::Duration,
 };
 
-use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
-use ipnet::Ipv4Net;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use regex::Regex;
 
 use crate::{
-    config::NetworkConfig,
-    dataplane::BpfLogLevel,
-    device::external::Selection,
-    netfilter::{Masquerade, Preference, Rules},
-    registry::etcd::EtcdOptions,
-    xdp::XdpFlag,
+    dataplane::BpfLogLevel, device::external::Selection, netfilter, registry::etcd::EtcdOptions, xdp::XdpFlag,
 };
 
 /// What the exit codes mean; printed by `--help`.
@@ -95,21 +89,9 @@ pub struct Cli {
     /// Who takes packets out of the tunnel before the kernel aggregates them
     #[arg(long, value_enum, default_value_t)]
     pub xdp: XdpFlag,
-    /// Masquerade what leaves the overlay, and what enters it with a source outside the Network
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
-    pub ip_masq: bool,
-    /// Masquerade with the packet's own source port where it is free, instead of a random one
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
-    ip_masq_fully_random_disable: bool,
-    /// Accept what is forwarded to and from the Network, where iptables would drop it by policy
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
-    iptables_forward_rules: bool,
-    /// How often it is looked whether the packet rules are still there
-    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=86400))]
-    iptables_resync: u32,
-    /// Drop what is sent to addresses of this host's subnet while no route leads to its pods
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
-    pub ip_blackhole_route: bool,
+    /// Packet rules
+    #[command(flatten)]
+    pub packet_rules: netfilter::Flags,
     /// Where the subnet is written for container runtimes (default: subnet.env in --run-dir)
     #[arg(long, value_name = "FILE", global = true)]
     subnet_file: Option<PathBuf>,
@@ -281,27 +263,6 @@ impl Cli {
         (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port))
     }
 
-    /// How often the packet rules are looked at.
-    pub fn rules_resync(&self) -> Duration {
-        Duration::from_secs(self.iptables_resync.into())
-    }
-
-    /// The packet rules for a subnet.
-    pub fn rules(&self, network: &NetworkConfig, subnet: Ipv4Net) -> Rules {
-        Rules {
-            vni: network.backend.vni,
-            network: network.network,
-            subnet,
-            masquerade: match (self.ip_masq, self.ip_masq_fully_random_disable) {
-                (false, _) => Masquerade::Off,
-                (true, true) => Masquerade::Plain,
-                (true, false) => Masquerade::FullyRandom,
-            },
-            forward: self.iptables_forward_rules,
-            preference: Preference::of(network.enable_nftables),
-        }
-    }
-
     /// How the external interface is chosen.
     pub fn selection(&self) -> Selection {
         Selection {
@@ -374,24 +335,6 @@ mod tests {
     }
 
     #[test]
-    fn packet_rules_are_asked_for_as_of_flannel() {
-        let network =
-            NetworkConfig::parse(r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#).expect("valid");
-        let rules = |args: &[&str], environment: &[(&str, &str)]| {
-            let rules = cli(args, environment).rules(&network, "10.5.1.0/24".parse().expect("CIDR"));
-            (rules.masquerade, rules.forward, rules.preference)
-        };
-        assert_eq!(rules(&[], &[]), (Masquerade::Off, true, Preference::Any));
-        assert_eq!(rules(&["-ip-masq"], &[]).0, Masquerade::FullyRandom);
-        assert_eq!(rules(&["--ip-masq=true", "--ip-masq-fully-random-disable"], &[]).0, Masquerade::Plain);
-        assert_eq!(rules(&["--ip-masq=false"], &[("FLANNELD_IP_MASQ", "true")]).0, Masquerade::Off);
-        assert_eq!(rules(&[], &[("FLANNELD_IP_MASQ", "true")]).0, Masquerade::FullyRandom);
-        assert!(!rules(&["--iptables-forward-rules=false"], &[]).1);
-        assert_eq!(cli(&[], &[]).rules_resync(), Duration::from_secs(5));
-        assert!(parse(&["--iptables-resync=0"], &[]).is_err());
-    }
-
-    #[test]
     fn one_dash_is_as_good_as_two() {
         let cli = cli(&["-iface=eth0", "-iface", "10.0.0.1", "--etcd-prefix", "/x", "-v=4", "-public-ip=1.2.3.4"], &[]);
         assert_eq!(cli.selection().interfaces, ["eth0", "10.0.0.1"]);
@@ -406,12 +349,13 @@ mod tests {
             ("FLANNELD_IFACE", "eth7"),
             ("FLANNELD_SUBNET_FILE", ""),
             ("FLANNELD_V", "5"),
+            ("FLANNELD_IP_MASQ", "true"),
         ];
         let cli = cli(&["--etcd-prefix=/flag"], &environment);
         assert_eq!(cli.etcd().prefix, "/flag");
         assert_eq!(cli.selection().interfaces, ["eth7"]);
         assert_eq!(cli.subnet_file().to_str(), Some("/run/flannel/subnet.env"));
-        assert_eq!(cli.verbosity, 5);
+        assert_eq!((cli.verbosity, cli.packet_rules.ip_masq), (5, true));
     }
 
     #[test]

@@ -103,7 +103,7 @@ async fn make<'a>(
         has_external: true,
         is_rebuild_due: false,
         other_since: None,
-        rules: Keeper::new(cli.rules_resync()),
+        rules: Keeper::new(cli.packet_rules.resync()),
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
@@ -403,12 +403,12 @@ impl Agent<'_> {
 
     /// Before pods are told of their subnet, as far as that can be.
     pub(super) async fn set_rules(&self) {
-        self.rules.set(self.cli.rules(&self.network, self.own.key.subnet)).await;
+        self.rules.set(self.cli.packet_rules.rules(&self.network, self.own.key.subnet)).await;
     }
 
     pub(super) fn write_subnet_env(&self) -> Result<(), DaemonError> {
         let (network, subnet, mtu) = (self.network.network, self.own.key.subnet, self.device.mtu);
-        Ok(SubnetEnv { network, subnet, mtu, ip_masq: self.cli.ip_masq }.write(&self.cli.subnet_file())?)
+        Ok(SubnetEnv { network, subnet, mtu, ip_masq: self.cli.packet_rules.ip_masq }.write(&self.cli.subnet_file())?)
     }
 
     fn write_record(&mut self) {

@@ -48,7 +48,7 @@ impl Agent<'_> {
         dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
         let address = netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
         let route = netlink.ensure_route(&link, device, network.network).await?;
-        netlink.set_blackhole(device.vni, cli.ip_blackhole_route.then_some(own.key.subnet)).await?;
+        netlink.set_blackhole(device.vni, cli.packet_rules.ip_blackhole_route.then_some(own.key.subnet)).await?;
         self.attach_pods_or_say().await;
         self.ensure_xdp()?;
         let repairs = match device_repair {

@@ -1,7 +1,7 @@
 //! Packet rules: what leaves the overlay is masqueraded, and what is forwarded to and from it is accepted, as flannel
 //! sets them (flannel: pkg/trafficmngr).
 //!
-//! * [`Rules`] — what is wanted, as data
+//! * [`Rules`] — what is wanted, as data; [`Flags`] — what is asked for
 //! * `nft`, `iptables` — the same in the two languages; pure
 //! * `kernel` — what is set now, and setting it
 //! * [`keeper`] — the task that keeps it so
@@ -27,6 +27,7 @@
 //! themselves, and don't speak iptables'; the crate `nftables` writes JSON for the same `nft`, with three lines of types
 //! for each word of a rule. The language of `nft` is what operators read and what flannel and kube-proxy feed to it.
 
+mod flags;
 mod iptables;
 pub mod keeper;
 mod kernel;
@@ -36,7 +37,7 @@ mod tool;
 use flannel_common::vxlan::Vni;
 use ipnet::Ipv4Net;
 
-pub use self::{kernel::remove, tool::NetfilterError};
+pub use self::{flags::Flags, kernel::remove, tool::NetfilterError};
 
 /// kube-proxy's mark on what it masquerades itself (`--iptables-masquerade-bit=14`), and its mask.
 const KUBE_MARK: &str = "0x4000";
