@@ -23,6 +23,7 @@
 //! * [`routers`] — pods that route on to something behind them
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
 //! * [`netfilter`] — masquerading and forwarding, with nftables and with iptables
+//! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
 //! * [`tenancy`] — keeping the own lease: renewal, sleeping past its end, losing it
@@ -71,6 +72,7 @@ mod privileges;
 mod restart;
 mod retransmissions;
 mod routers;
+mod rule_sets;
 mod services;
 mod short_frames;
 mod sockets;

@@ -1,4 +1,4 @@
-//! Packet rules: who is seen as whom, with nftables and with iptables, and what is left of rules afterwards.
+//! Packet rules, with nftables and with iptables: who is seen as whom, whose rules win, and what is repaired and told.
 
 use std::{
     fs,
@@ -9,10 +9,9 @@ use std::{
     time::Duration,
 };
 
-use serde_json::{Value, json};
 use xtask::{
     lab::{Netns, PREFIX},
-    process::{output, output_with_input},
+    process::output_with_input,
     progress::wait_for,
     transfer::tcp_transfer,
 };
@@ -22,18 +21,16 @@ use crate::{
     world::{SOON, World, agent, is_answered},
 };
 
-const MASQUERADE: &[&str] = &["--ip-masq", "--iptables-resync=1"];
+pub const MASQUERADE: &[&str] = &["--ip-masq", "--iptables-resync=1"];
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 254);
 const PORT: u16 = 7000;
 /// What a user has translated otherwise than we would.
 const USERS_PORT: u16 = 7001;
 /// And into which source ports, outside of what a kernel chooses by itself for a program.
 const USERS_SOURCES: std::ops::RangeInclusive<u16> = 20001..=20100;
-/// What a host asks for that had it before.
-const SUBNET: &str = "10.5.28.0/24";
 
 /// A network config; `more` are further keys.
-fn config(more: &str) -> String {
+pub fn config(more: &str) -> String {
     format!(
         r#"{{"Network": "10.5.0.0/16", "SubnetMin": "10.5.128.0", "SubnetMax": "10.5.191.0", {more}
             "Backend": {{"Type": "vxlan"}}}}"#
@@ -41,10 +38,10 @@ fn config(more: &str) -> String {
 }
 
 /// Its key for each of the two.
-const BOTH: [&str; 2] = ["", r#""EnableNFTables": false,"#];
+pub const BOTH: [&str; 2] = ["", r#""EnableNFTables": false,"#];
 
 /// Hosts with agents, and an underlay that leads back to their pods, so that these are answered also by their own names.
-fn world(hosts: u8, config: &str, arguments: &[&str]) -> World {
+pub fn world(hosts: u8, config: &str, arguments: &[&str]) -> World {
     let world = World::without_config(hosts);
     world.store.put(&format!("{PREFIX}/config"), config).unwrap();
     let world = world.ready(arguments);
@@ -94,7 +91,7 @@ fn seen_exactly_as(from: &Netns, source: Ipv4Addr, to: &Netns, asked: SocketAddr
 }
 
 /// Has a program of a host read a text.
-fn feed(world: &World, line: &str, text: &str) {
+pub fn feed(world: &World, line: &str, text: &str) {
     let file = world.lab.directory().join("input");
     fs::write(&file, text).unwrap();
     let mut words = line.split_whitespace();
@@ -103,7 +100,7 @@ fn feed(world: &World, line: &str, text: &str) {
 }
 
 /// The lines of `iptables-save` about us, and all of `nft list ruleset` about our tables.
-fn ours(world: &World) -> (Vec<String>, String) {
+pub fn ours(world: &World) -> (Vec<String>, String) {
     let netns = &world.hosts[0].netns;
     let saved = netns.exec("iptables-save").unwrap();
     let saved = saved.lines().filter(|line| line.to_lowercase().contains("flannel"));
@@ -114,7 +111,7 @@ fn ours(world: &World) -> (Vec<String>, String) {
     (saved, rulesets)
 }
 
-fn assert_nothing(world: &World) {
+pub fn assert_nothing(world: &World) {
     assert_eq!(ours(world), (Vec::new(), String::new()));
 }
 
@@ -158,142 +155,6 @@ fn everybody_is_seen_as_flannels_users_expect() {
         let [local, outside] = [&world.hosts[0].pods[0].netns, &world.lab.underlay];
         assert_eq!(seen_as(local, any, outside, to_outside), world.hosts[0].pods[0].address, "without --ip-masq");
     }
-}
-
-/// Without what differs from run to run.
-fn without_handles(mut value: Value) -> Value {
-    match &mut value {
-        Value::Array(values) => values.iter_mut().for_each(|value| *value = without_handles(value.take())),
-        Value::Object(map) => {
-            map.shift_remove("handle");
-            map.values_mut().for_each(|value| *value = without_handles(value.take()));
-        }
-        _ => {}
-    }
-    value
-}
-
-#[test]
-fn the_table_of_nftables_is_this() {
-    let world = World::without_config(1);
-    world.store.put(&format!("{PREFIX}/config"), &config("").replace("191.0", "128.0")).unwrap();
-    let world = world.ready(MASQUERADE);
-    let listed = world.hosts[0].netns.exec("nft -j list ruleset").unwrap();
-    let listed = without_handles(serde_json::from_str(&listed).unwrap());
-    let prefix = |text: &str| {
-        let (address, len) = text.split_once('/').unwrap();
-        json!({"prefix": {"addr": address, "len": len.parse::<u8>().unwrap()}})
-    };
-    let matched = |op: &str, field: &str, net: &str| json!({"match": {"op": op, "left": {"payload": {"protocol": "ip", "field": field}}, "right": prefix(net)}});
-    let (network, subnet) = ("10.5.0.0/16", "10.5.128.0/24");
-    let mark = json!({"match": {"op": "==", "left": {"&": [{"meta": {"key": "mark"}}, 0x4000]}, "right": 0x4000}});
-    let (back, masquerade) = (json!({"return": null}), json!({"masquerade": {"flags": "fully-random"}}));
-    let rules = [
-        vec![mark, back.clone()],
-        vec![matched("==", "saddr", subnet), matched("==", "daddr", network), back.clone()],
-        vec![matched("==", "saddr", network), matched("==", "daddr", subnet), back.clone()],
-        vec![matched("!=", "saddr", network), matched("==", "daddr", subnet), back],
-        vec![matched("==", "saddr", network), matched("!=", "daddr", "224.0.0.0/4"), masquerade.clone()],
-        vec![matched("!=", "saddr", network), matched("==", "daddr", network), masquerade],
-    ];
-    let mut expected = vec![
-        json!({"table": {"family": "ip", "name": "flannel-ipv4"}}),
-        json!({"chain": {"family": "ip", "table": "flannel-ipv4", "name": "postrtg", "type": "nat",
-            "hook": "postrouting", "prio": 110, "policy": "accept"}}),
-    ];
-    let rule = |expr| json!({"rule": {"family": "ip", "table": "flannel-ipv4", "chain": "postrtg", "comment": "flanneld masq", "expr": expr}});
-    expected.extend(rules.map(rule));
-    assert_eq!(listed["nftables"].as_array().unwrap()[1..], expected, "{listed:#}");
-    let status = &world.status(0)["status"]["rules"];
-    assert_eq!((&status["masquerade"], &status["forward"]), (&json!("nftables"), &json!(false)));
-    let file = fs::read_to_string(world.hosts[0].run_dir().join("subnet.env")).unwrap();
-    assert!(file.ends_with("FLANNEL_IPMASQ=true\n"), "{file}");
-}
-
-/// flannel's, to the letter.
-fn iptables_rules(subnet: &str) -> Vec<String> {
-    const RULES: &str = r#":FLANNEL-FWD -
--A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
--A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
--A FLANNEL-FWD -d 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
-:FLANNEL-POSTRTG -
--A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
--A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s SUBNET -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.5.0.0/16 -d SUBNET -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d SUBNET -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
--A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully"#;
-    let mut rules: Vec<_> = RULES.lines().map(|line| line.replace("SUBNET", subnet)).collect();
-    rules.sort();
-    rules
-}
-
-#[test]
-fn switching_leaves_nothing_of_the_other_nor_of_flannels() {
-    let mut world = World::with_any_subnet(1);
-    // Of a flannel that used nftables, of one that used iptables, and of one before it had chains of its own.
-    let flannels = "table ip flannel-ipv4 { chain postrtg { type nat hook postrouting priority srcnat; policy accept;
-        ip saddr != 10.5.28.0/24 ip daddr 10.5.0.0/16 return; }; chain forward { type filter hook forward priority filter;
-        ip saddr 10.5.0.0/16 accept; }; }; table ip6 flannel-ipv6 { chain forward { }; }";
-    feed(&world, "nft -f -", flannels);
-    let old = r#"*nat
-:FLANNEL-POSTRTG - [0:0]
--A FLANNEL-POSTRTG -s 10.5.7.0/24 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN
--A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
--A POSTROUTING -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE
-COMMIT
-*filter
-:FLANNEL-FWD - [0:0]
--A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
--A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
-COMMIT
-"#;
-    feed(&world, "iptables-restore --noflush", old);
-    let run_dir = world.hosts[0].run_dir();
-    fs::create_dir_all(&run_dir).unwrap();
-    fs::write(run_dir.join("subnet.env"), format!("FLANNEL_SUBNET={SUBNET}\n")).unwrap();
-    let any_subnet = |more: &str| format!(r#"{{"Network": "10.5.0.0/16", {more} "Backend": {{"Type": "vxlan"}}}}"#);
-    world.start(0, MASQUERADE);
-    world.wait_status(0, "rules", |status| status["rules"]["masquerade"] == "nftables");
-    let (saved, tables) = ours(&world);
-    assert_eq!(saved, Vec::<String>::new());
-    assert!(tables.contains(&format!("ip saddr != 10.5.0.0/16 ip daddr {SUBNET} return")), "{tables}");
-    assert!(!tables.contains("flannel-ipv6") && !tables.contains("chain forward"), "{tables}");
-
-    let restart = |world: &mut World, config: &str, arguments: &[&str]| {
-        world.hosts[0].agent = None;
-        world.store.put(&format!("{PREFIX}/config"), config).unwrap();
-        world.start(0, arguments);
-        world.wait_log(0, "carries");
-    };
-    restart(&mut world, &any_subnet(r#""EnableNFTables": false,"#), MASQUERADE);
-    let (mut saved, tables) = ours(&world);
-    saved.sort();
-    assert_eq!((saved, tables.as_str()), (iptables_rules(SUBNET), ""));
-
-    // Another VNI's names are its own, and what the same Network had by flannel's is gone.
-    let other = any_subnet(r#""EnableNFTables": false,"#).replace(r#""Type""#, r#""VNI": 7, "Type""#);
-    restart(&mut world, &other, MASQUERADE);
-    let (saved, _) = ours(&world);
-    assert_eq!(saved.len(), iptables_rules(SUBNET).len(), "{saved:#?}");
-    assert!(
-        saved.iter().all(|line| line.contains("FLANNEL-POSTRTG-7") || line.contains("FLANNEL-FWD-7")),
-        "{saved:#?}"
-    );
-    world.hosts[0].agent = None;
-    output(world.agent_on(0).arg("cleanup")).unwrap();
-    assert_nothing(&world);
-
-    // Another Network, and back to nftables.
-    restart(&mut world, &any_subnet(r#""EnableNFTables": false,"#), MASQUERADE);
-    restart(&mut world, &any_subnet(r#""EnableNFTables": true,"#).replace("10.5", "10.6"), MASQUERADE);
-    let (saved, tables) = ours(&world);
-    assert_eq!(saved, Vec::<String>::new());
-    assert!(tables.contains("10.6.0.0/16") && !tables.contains("10.5."), "{tables}");
-    world.hosts[0].agent = None;
-    output(world.agent_on(0).arg("cleanup")).unwrap();
-    assert_nothing(&world);
 }
 
 #[test]
@@ -366,47 +227,6 @@ fn users_rules_win() {
         let seen = exactly(&world);
         assert!(USERS_SOURCES.contains(&seen.port()), "{seen}");
     }
-}
-
-#[test]
-fn cleanup_takes_rules_and_blackhole_away() {
-    for more in BOTH {
-        let arguments = [MASQUERADE, &["--ip-blackhole-route", "--iptables-forward-rules"]].concat();
-        let mut world = world(1, &config(more), &arguments);
-        assert_ne!(ours(&world), (Vec::new(), String::new()));
-        world.hosts[0].agent = None;
-        // They outlive the agent, as the datapath does.
-        assert_ne!(ours(&world), (Vec::new(), String::new()));
-        output(world.agent_on(0).arg("cleanup")).unwrap();
-        assert_nothing(&world);
-        assert_eq!(world.hosts[0].netns.ip("route show type blackhole").unwrap(), "");
-    }
-}
-
-#[test]
-fn a_blackhole_is_what_remains_without_pods() {
-    let mut world = World::new(1);
-    let run_dir = world.hosts[0].run_dir();
-    fs::create_dir_all(&run_dir).unwrap();
-    fs::write(run_dir.join("subnet.env"), "FLANNEL_SUBNET=10.5.130.1/24\n").unwrap();
-    // flannel's, which comes before the route to the pods.
-    world.hosts[0].netns.ip("route add blackhole 10.5.130.0/24").unwrap();
-    world.start(0, &["--ip-blackhole-route"]);
-    world.wait_log(0, "carries 10.5.130.0/24");
-    let blackholes = |world: &World| world.hosts[0].netns.ip("route show type blackhole").unwrap();
-    let ours = "blackhole 10.5.130.0/24 proto static metric 4294967294";
-    assert_eq!(blackholes(&world).trim(), ours);
-    assert!(world.hosts[0].netns.ip("route get 10.5.130.7").is_err());
-    world.hosts[0].add_pod().unwrap();
-    let pod = world.hosts[0].pods[0].address.to_string();
-    assert!(is_answered(&world.hosts[0].netns, &pod));
-
-    world.hosts[0].netns.ip("route delete blackhole 10.5.130.0/24 metric 4294967294").unwrap();
-    wait_for("the blackhole", SOON, || blackholes(&world).trim() == ours).unwrap();
-    world.hosts[0].agent = None;
-    world.start(0, &[]);
-    world.wait_log(0, "carries");
-    assert_eq!(blackholes(&world), "");
 }
 
 /// A program in the agent's place that starts it where some files are others: for each, its path and what is there.
