@@ -11,7 +11,8 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use regex::Regex;
 
 use crate::{
-    dataplane::BpfLogLevel, device::external::Selection, netfilter, registry::etcd::EtcdOptions, xdp::XdpFlag,
+    dataplane::BpfLogLevel, device::external::Selection, docker_opts, netfilter, registry::etcd::EtcdOptions,
+    xdp::XdpFlag,
 };
 
 /// What the exit codes mean; printed by `--help`.
@@ -133,6 +134,8 @@ pub enum Command {
     /// What concerns leases
     #[command(subcommand)]
     Lease(LeaseCommand),
+    /// Write the options of Docker's daemon from subnet.env, as flannel's mk-docker-opts.sh does
+    DockerOpts(docker_opts::Options),
 }
 
 /// What concerns leases.

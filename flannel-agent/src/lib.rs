@@ -22,6 +22,7 @@
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
 //! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
+//! * [`docker_opts`] — Docker's options from it
 //! * [`cleanup`] — taking all of it away again
 //! * [`repair`] — what somebody else changed and the agent made right again
 //! * [`retry`] — back-off
@@ -39,6 +40,7 @@ pub mod control;
 pub mod daemon;
 pub mod dataplane;
 pub mod device;
+pub mod docker_opts;
 pub mod escape;
 pub mod health;
 pub mod last_known;

@@ -6,7 +6,7 @@ use flannel_agent::{
     cleanup,
     cli::{Cli, Command, LeaseCommand},
     daemon::{self, DaemonError},
-    escape, operator,
+    docker_opts, escape, operator,
 };
 use tracing::error;
 use tracing_subscriber::filter::LevelFilter;
@@ -44,6 +44,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         }
         Some(Command::Metrics) => operator::print_metrics(cli)?,
         Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli)?,
+        Some(Command::DockerOpts(options)) => docker_opts::run(options)?,
     }
     Ok(ExitCode::SUCCESS)
 }

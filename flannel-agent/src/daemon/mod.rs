@@ -25,6 +25,7 @@ use crate::{
     cli::{Cli, InvalidMargin},
     dataplane::{self, DataplaneError},
     device::{DeviceError, Netlink, external::SelectError},
+    docker_opts::DockerOptsError,
     health::{self, Health, ServeError},
     lock::{Lock, LockError},
     operator::OperatorError,
@@ -75,6 +76,9 @@ pub enum DaemonError {
     /// A command of the operator's.
     #[error(transparent)]
     Operator(#[from] OperatorError),
+    /// Docker's options.
+    #[error(transparent)]
+    DockerOpts(#[from] DockerOptsError),
 }
 
 impl DaemonError {
