@@ -23,6 +23,7 @@
 //! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
 //! * [`docker_opts`] — Docker's options from it
+//! * [`cni`] — the CNI plugin, a program of its own that uses none of the rooms that run asynchronously
 //! * [`cleanup`] — taking all of it away again
 //! * [`repair`] — what somebody else changed and the agent made right again
 //! * [`retry`] — back-off
@@ -34,6 +35,7 @@
 pub mod atomic_file;
 pub mod cleanup;
 pub mod cli;
+pub mod cni;
 pub mod config;
 pub mod conntrack;
 pub mod control;

@@ -1,0 +1,176 @@
+//! ADD, DEL, CHECK, STATUS and GC.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{
+    delegate::Delegate,
+    delegate_conf::DelegateConf,
+    error::Error,
+    netns,
+    request::{Attachment, Network, Operation, Request},
+    state::{Kept, States},
+    subnet_file::SubnetFile,
+};
+use crate::{
+    lock::Lock,
+    status::{LeaseState, ReadError, Status},
+};
+
+/// Serves a request. What is returned goes to standard output.
+///
+/// # Errors
+/// [`Error`].
+pub(super) fn run(request: &Request) -> Result<Vec<u8>, Error> {
+    let nothing = |()| Vec::new();
+    match (request.operation, &request.attachment, &request.netns) {
+        (Operation::Add, Some(attachment), Some(netns)) => add(request, attachment, netns),
+        (Operation::Check, Some(attachment), Some(netns)) => check(request, attachment, netns).map(nothing),
+        (Operation::Del, Some(attachment), _) => del(request, attachment).map(nothing),
+        (Operation::Status, ..) => status(request).map(nothing),
+        (Operation::Gc, ..) => gc(request).map(nothing),
+        // Such a request is not made.
+        (Operation::Add | Operation::Check | Operation::Del, ..) => Err(Error::MissingVariables(Vec::new())),
+    }
+}
+
+fn add(request: &Request, attachment: &Attachment, netns: &Path) -> Result<Vec<u8>, Error> {
+    let Request { network, path, .. } = request;
+    let (conf, delegate) = delegation(request)?;
+    // The delegate's DEL, by which a failed ADD is undone, would take an interface away that somebody else made.
+    if netns::has_interface(netns, &attachment.ifname)? {
+        return Err(Error::InterfaceExists { ifname: attachment.ifname.clone(), netns: netns.to_owned() });
+    }
+    let states = States(&network.data_dir);
+    if let Some(kept) = states.load(attachment)? {
+        // Of a container of that name before a reboot: its address is still reserved.
+        detach(network, path, &kept, |delegate, conf| delegate.detach(attachment, conf))?;
+    }
+    states.save(attachment, &conf.to_bytes())?;
+    delegate.run(Operation::Add, &conf).inspect_err(|_| {
+        // Kept where that fails as well: then the runtime's DEL is the next that tries.
+        if let (Ok(_), Ok(Some(kept))) = (delegate.run(Operation::Del, &conf), states.load(attachment)) {
+            let _kept = kept.remove();
+        }
+    })
+}
+
+fn del(request: &Request, attachment: &Attachment) -> Result<(), Error> {
+    let Request { network, path, .. } = request;
+    // Nothing to do where nothing is kept: it was detached, or never attached.
+    let Some(kept) = States(&network.data_dir).load(attachment)? else { return Ok(()) };
+    detach(network, path, &kept, |delegate, conf| {
+        let conf = match &network.prev_result {
+            Some(result) => conf.with("prevResult", result.clone()),
+            None => conf.clone(),
+        };
+        delegate.run(Operation::Del, &conf).map(drop)
+    })
+}
+
+fn check(request: &Request, attachment: &Attachment, netns: &Path) -> Result<(), Error> {
+    let Request { network, path, .. } = request;
+    let Some(result) = &network.prev_result else {
+        return Err(Error::Network("prevResult is required for CHECK".to_owned()));
+    };
+    let not_attached = || {
+        let Attachment { container_id, ifname } = attachment.clone();
+        Error::NotAttached { container_id, ifname }
+    };
+    let kept = States(&network.data_dir).load(attachment)?.ok_or_else(not_attached)?;
+    let conf = DelegateConf::parse(&kept.content)?;
+    if !netns::has_interface(netns, &attachment.ifname)? {
+        return Err(not_attached());
+    }
+    let subnets = SubnetFile::read(&network.subnet_file)?.subnets;
+    let subnets: Vec<_> = subnets.iter().map(ToString::to_string).collect();
+    if conf.subnets() != subnets {
+        return Err(Error::SubnetMoved { container: conf.subnets().join(","), host: subnets.join(",") });
+    }
+    let conf = conf.with("prevResult", result.clone());
+    Delegate::find(conf.plugin(), path)?.run(Operation::Check, &conf).map(drop)
+}
+
+fn status(request: &Request) -> Result<(), Error> {
+    let not_ready = |error: Error| Error::NotReady(error.to_string());
+    let subnet = SubnetFile::read(&request.network.subnet_file).map_err(|error| not_ready(error.into()))?;
+    let (conf, delegate) = delegation(request).map_err(not_ready)?;
+    let run_dir = request.network.subnet_file.parent().unwrap_or(Path::new("/"));
+    agent_status(run_dir, &subnet)?;
+    delegate.run(Operation::Status, &conf).map(drop)
+}
+
+/// How the agent is that wrote `subnet.env`, by the status and the lock beside it. Where neither is there, another
+/// daemon wrote it, and nothing is known.
+fn agent_status(run_dir: &Path, subnet: &SubnetFile) -> Result<(), Error> {
+    let overlays = match Status::read_all(run_dir) {
+        Ok(overlays) => overlays,
+        Err(ReadError::None(_)) => return Ok(()),
+        Err(error @ (ReadError::File { .. } | ReadError::Content { .. })) => {
+            return Err(Error::NotReady(error.to_string()));
+        }
+    };
+    let own = overlays.iter().find(|(_, status)| subnet.subnets.contains(&status.lease.subnet.into()));
+    let Some((vni, status)) = own else {
+        let subnets: Vec<_> = subnet.subnets.iter().map(ToString::to_string).collect();
+        return Err(Error::NotReady(format!("no agent of {} has a lease of {}", run_dir.display(), subnets.join(","))));
+    };
+    if !Lock::is_held(run_dir, *vni) {
+        return Err(Error::LimitedConnectivity(format!("the agent of flannel.{vni} does not run")));
+    }
+    match status.lease.state {
+        LeaseState::Held | LeaseState::LastKnown => Ok(()),
+        LeaseState::Lost => Err(Error::LimitedConnectivity(format!("the lease of {} is lost", status.lease.subnet))),
+    }
+}
+
+/// Goes on where something fails, and reports what failed first.
+fn gc(request: &Request) -> Result<(), Error> {
+    let Request { network, path, .. } = request;
+    let Some(valid) = &network.valid_attachments else {
+        return Err(Error::Network("cni.dev/valid-attachments is required for GC".to_owned()));
+    };
+    let mut results = Vec::new();
+    for (attachment, kept) in States(&network.data_dir).all()? {
+        // What is damaged does not say whose it is; its DEL will come.
+        let is_of_network = DelegateConf::parse(&kept.content).is_ok_and(|conf| conf.network() == network.name);
+        let is_valid = valid.iter().any(|valid| {
+            valid.container_id == attachment.container_id && (kept.is_flannels() || valid.ifname == attachment.ifname)
+        });
+        if is_of_network && !is_valid {
+            results.push(detach(network, path, &kept, |delegate, conf| delegate.detach(&attachment, conf)));
+        }
+    }
+    let valid: Vec<_> = valid
+        .iter()
+        .map(|Attachment { container_id, ifname }| json!({ "containerID": container_id, "ifname": ifname }))
+        .collect();
+    results.push(delegation(request).and_then(|(conf, delegate)| {
+        delegate.run(Operation::Gc, &conf.with("cni.dev/valid-attachments", Value::Array(valid))).map(drop)
+    }));
+    results.into_iter().collect()
+}
+
+/// What the delegate would be given now, and the delegate.
+fn delegation(request: &Request) -> Result<(DelegateConf, Delegate), Error> {
+    let subnet = SubnetFile::read(&request.network.subnet_file)?;
+    let conf = DelegateConf::generate(&request.network, &subnet)?;
+    let delegate = Delegate::find(conf.plugin(), &request.path)?;
+    Ok((conf, delegate))
+}
+
+/// Has the delegate detach what was kept, and forgets it once that is done.
+fn detach(
+    network: &Network,
+    path: &[std::path::PathBuf],
+    kept: &Kept,
+    run: impl FnOnce(&Delegate, &DelegateConf) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let conf = DelegateConf::parse(&kept.content).or_else(|error| {
+        eprintln!("{} is damaged ({error}); the delegate gets what ADD would give it now", kept.path.display());
+        DelegateConf::generate(network, &SubnetFile::read(&network.subnet_file)?)
+    })?;
+    run(&Delegate::find(conf.plugin(), path)?, &conf)?;
+    kept.remove()
+}
