@@ -304,12 +304,13 @@ impl Dataplane {
         result
     }
 
-    /// Forgets the flows into veths that are gone: their pods' addresses may be others' at once.
+    /// Forgets the flows into veths that are gone: their pods' addresses may be others' at once. Those of which nothing came
+    /// in yet do not say whose they are, and go as well; the next packet of one that lives is noted again.
     fn forget_flows(&mut self, veths: &[u32]) -> Result<(), DataplaneError> {
         let mut stale = Vec::new();
         for entry in self.flows.iter() {
             let (key, flow) = entry.map_err(DataplaneError::map("read", FLOWS))?;
-            if veths.contains(&flow.veth) {
+            if flow.veth == 0 || veths.contains(&flow.veth) {
                 stale.push(key);
             }
         }
