@@ -88,8 +88,24 @@ fn check(request: &Request, attachment: &Attachment, netns: &Path) -> Result<(),
     if conf.subnets() != subnets {
         return Err(Error::SubnetMoved { container: conf.subnets().join(","), host: subnets.join(",") });
     }
-    let conf = conf.with("prevResult", result.clone());
+    let conf = conf.with("prevResult", with_gateways(result.clone()));
     Delegate::find(conf.plugin(), path)?.run(Operation::Check, &conf).map(drop)
+}
+
+/// Routes without a gateway lead by that of the container's address, and are in the kernel with it; `bridge` makes them so,
+/// and looks in CHECK for routes without one (containernetworking/plugins: pkg/ip/utils_linux.go).
+fn with_gateways(mut result: Value) -> Value {
+    let of = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+    let family = |address: &str| address.contains(':');
+    let gateways: Vec<_> =
+        result["ips"].as_array().into_iter().flatten().filter_map(|address| of(address, "gateway")).collect();
+    for route in result.get_mut("routes").and_then(Value::as_array_mut).into_iter().flatten() {
+        let Some(destination) = of(route, "dst").filter(|_| of(route, "gw").is_none()) else { continue };
+        if let Some(gateway) = gateways.iter().find(|gateway| family(gateway) == family(&destination)) {
+            route["gw"] = gateway.clone().into();
+        }
+    }
+    result
 }
 
 fn status(request: &Request) -> Result<(), Error> {
