@@ -54,6 +54,9 @@ pub(crate) const BUILD_ONLY: [&str; 3] = ["protoc", "cc", "c++"];
 
 /// The well-known types that etcd's interface files import.
 const PROTO_INCLUDE: (&str, &str) = ("google/protobuf/descriptor.proto", "libprotobuf-dev");
+/// A CNI plugin, in the folders where distributions put them.
+const CNI_PLUGIN: (&[&str], &str) =
+    (&["/usr/lib/cni/bridge", "/opt/cni/bin/bridge", "/usr/libexec/cni/bridge"], "containernetworking-plugins");
 
 /// The name under which a distribution's compiler is linked for the eBPF programs; flannel-agent/build.rs looks for it.
 const TOOLCHAIN: &str = "ebpf";
@@ -133,6 +136,9 @@ fn missing() -> Vec<Missing> {
     let includes = ["/usr/include", "/usr/local/include"];
     if !includes.iter().any(|folder| Path::new(folder).join(PROTO_INCLUDE.0).exists()) {
         packages.push(PROTO_INCLUDE.1);
+    }
+    if !CNI_PLUGIN.0.iter().any(|file| Path::new(file).exists()) {
+        packages.push(CNI_PLUGIN.1);
     }
     missing.extend(packages.into_iter().map(Missing::Package));
     if !has_compiler() {
