@@ -38,6 +38,8 @@
 //! * [`upgrade`] — to other programs, to another map layout, and back; pins that can't be adopted
 //! * [`privileges`] — an ordinary user with two capabilities; files, symbolic links, hostile text
 //! * [`drift`], [`drift_external`] — what somebody else changes on a host while pods talk
+//! * [`cni`] — the CNI plugin, run as a runtime runs it
+//! * [`docker_opts`] — Docker's options
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
@@ -46,8 +48,10 @@ mod bad_input;
 mod bypass;
 mod certificates;
 mod chaos;
+mod cni;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
+mod docker_opts;
 mod drift;
 mod drift_external;
 mod drops;
