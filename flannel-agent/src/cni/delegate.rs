@@ -1,4 +1,5 @@
 //! Running another plugin (CNI SPEC.md, "Plugin Delegation"): the variables are this plugin's own, its standard error too.
+#![expect(clippy::disallowed_types, reason = "delegates are programs; the agent itself does not come here")]
 
 use std::{
     io::{self, Read as _, Write as _},

@@ -1,11 +1,10 @@
 //! Running other people's programs, with fixed arguments, without a shell.
+#![expect(clippy::disallowed_types, reason = "the one place of the agent that runs other programs: nft and iptables")]
 
 use std::{io, path::PathBuf, process::Stdio, time::Duration};
 
 use caps::{CapSet, Capability};
-#[expect(clippy::disallowed_types, reason = "the one place that runs other programs: nft and iptables")]
-use tokio::process::Command;
-use tokio::{io::AsyncWriteExt as _, time::timeout};
+use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
 
 /// None of them takes longer, but where another program holds a lock.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -101,7 +100,6 @@ impl Tool {
     async fn attempt(&self, arguments: &[&str], input: &str) -> Result<Ended, NetfilterError> {
         let failed = |source| NetfilterError::Run { program: self.name, source };
         lend_capability();
-        #[expect(clippy::disallowed_types, reason = "as above")]
         let mut child = Command::new(&self.path)
             .args(arguments)
             .env("LC_ALL", "C")

@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn keys_are_read_together_where_few_are_missing() {
         assert!(runs([].into_iter()).is_empty());
-        assert_eq!(runs([0, 1, 2].into_iter()), [0..3]);
+        assert!(runs([0, 1, 2].into_iter()).into_iter().eq(std::iter::once(0..3)));
         assert_eq!(runs([5, 5 + GAP, 6 + 2 * GAP].into_iter()), [0..2, 2..3]);
     }
 }
