@@ -227,7 +227,11 @@ fn attacks(scene: &Scene) -> Vec<Attack> {
         By::Admission,
         events(fragments(&[0..5, 5..units]), &[Event::TunnelTruncated, Event::UnderlayFragment]),
     );
-    add("fragments: a later one alone", By::Reassembly, events(fragments(&[2..units]), &[Event::UnderlayFragment]));
+    add(
+        "fragments: a later one alone",
+        By::Reassembly,
+        events(fragments(std::slice::from_ref(&(2..units))), &[Event::UnderlayFragment]),
+    );
     add(
         "fragments: overlapping",
         By::Host("IpReasmFails"),

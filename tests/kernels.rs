@@ -57,8 +57,11 @@ fn the_verifier_has_no_more_to_do_than_it_had() {
     }
 }
 
-/// The filters of a hook, as `tc` says it: handle and program of each.
-fn filters(netns: &Netns, device: &str, direction: &str) -> Vec<(String, String)> {
+/// Handle and program of each.
+type Filters = Vec<(String, String)>;
+
+/// The filters of a hook, as `tc` says it.
+fn filters(netns: &Netns, device: &str, direction: &str) -> Filters {
     let shown = output(netns.command("tc").args(["filter", "show", "dev", device, direction])).unwrap();
     let word = |line: &str, after: &str| Some(line.split_once(after)?.1.split_whitespace().next()?.to_owned());
     shown.lines().filter_map(|line| Some((word(line, " handle ")?, word(line, " id ")?))).collect()
@@ -128,7 +131,7 @@ fn agents_that_follow_each_other_swap_the_programs_and_lose_no_packet() {
         world.wait_log(0, "carries");
         let swapped = wait_for("new programs", SOON, || {
             let now = attached(&world);
-            let is_new = |(now, before): (&Vec<(String, String)>, &Vec<(String, String)>)| {
+            let is_new = |(now, before): (&Filters, &Filters)| {
                 now.iter().zip(before).all(|(now, before)| now.0 == before.0 && now.1 != before.1)
             };
             one_each(&now) && now.iter().zip(&before).all(is_new)

@@ -3,8 +3,8 @@
 //!
 //! # Layout
 //!
-//! * [`kernel`] — Debian's images, found and unpacked, not installed
-//! * [`image`] — the guest's files
+//! * `kernel` — Debian's images, found and unpacked, not installed
+//! * `image` — the guest's files
 
 mod image;
 mod kernel;
