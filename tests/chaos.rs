@@ -9,6 +9,10 @@ use std::{
 };
 
 use flannel_common::maps::{ABI_VERSION, SUBNETS, VTEPS};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use xtask::{
     chaos::{Invariant, Kind, Report, Schedule, Shape, run_on},
     lab::Lab,
@@ -59,6 +63,16 @@ fn nothing() -> Schedule {
     Schedule::draw(SEED, 2, shape)
 }
 
+fn signal_agent(directory: &Path, host: &str, signal: Signal) {
+    let status = directory.join(format!("{host}/run/flannel.1.status.json"));
+    let pid = || {
+        let status: serde_json::Value = serde_json::from_slice(&std::fs::read(&status).ok()?).ok()?;
+        status["pid"].as_i64()
+    };
+    wait_for("the agent", SOON, || pid().is_some()).unwrap();
+    kill(Pid::from_raw(pid().unwrap() as i32), signal).unwrap();
+}
+
 #[test]
 fn a_map_entry_that_nobody_named_is_seen() {
     let report = run(nothing(), |directory| {
@@ -71,6 +85,8 @@ fn a_map_entry_that_nobody_named_is_seen() {
         };
         // The first VTEP is the other host.
         wait_for("the peer", SOON, || key(VTEPS, [1, 0, 0, 0]).is_ok_and(|value| value.contains("c0"))).unwrap();
+        // It would put it right within a second.
+        signal_agent(directory, "node1", Signal::SIGSTOP);
         let mut command = Command::new("bpftool");
         command.args(["map", "update", "pinned"]).arg(maps.join(SUBNETS));
         command.args("key 250 0 0 0 value 1 0 0 0".split_whitespace());
@@ -85,14 +101,7 @@ fn a_map_entry_that_nobody_named_is_seen() {
 #[test]
 fn an_agent_that_ends_is_seen() {
     let report = run(nothing(), |directory| {
-        let status = directory.join("node2/run/flannel.1.status.json");
-        let pid = || {
-            let status: serde_json::Value = serde_json::from_slice(&std::fs::read(&status).ok()?).ok()?;
-            status["pid"].as_i64()
-        };
-        wait_for("the agent", SOON, || pid().is_some()).unwrap();
-        let pid = nix::unistd::Pid::from_raw(pid().unwrap() as i32);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        signal_agent(directory, "node2", Signal::SIGKILL);
     });
     assert!(report.violated.contains_key(&Invariant::AgentsLive), "{report}");
     assert!(!report.violated.contains_key(&Invariant::NoLoss), "{report}");

@@ -225,7 +225,10 @@ fn two_overlays_live_on_one_pair_of_hosts() {
     }
     world.wait_connected(0, 1);
     world.traffic(0, 1).assert_nothing_was_lost();
-    let all = xtask::process::output(world.agent_on(0).args(["status"])).unwrap();
+    let status = || xtask::process::output(world.agent_on(0).args(["status"]));
+    // It is written now and then.
+    wait_for("all to be well with both", SOON, || status().is_ok()).unwrap();
+    let all = status().unwrap();
     assert!(all.contains("flannel.1  10.5.0.0/16") && all.contains("flannel.2  10.6.0.0/16"), "{all}");
     assert_eq!(world.hosts[0].subnet().unwrap().gateway.octets()[1], 5);
     others.iter_mut().for_each(|agent| {

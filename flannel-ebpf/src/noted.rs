@@ -28,7 +28,7 @@ pub(crate) fn noted(ctx: TcContext) -> i32 {
     skb.tc_index = skb.cb[noted::NOTE];
     let program = skb.cb[noted::PROGRAM];
     // SAFETY: the programs in the map are of the same type. Where there is none, this goes on.
-    let _absent = unsafe { PROGRAMS.tail_call(&ctx, program) };
+    unsafe { PROGRAMS.tail_call(&ctx, program) };
     TC_ACT_SHOT
 }
 

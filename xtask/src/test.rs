@@ -36,9 +36,9 @@ pub fn run(options: &Options) -> Result<()> {
     let packages = ["flannel-common", "flannel-agent", "xtask"].map(|package| ["--package", package]);
     inherit(cargo().arg("test").args(packages.as_flattened()).arg("--").args(filter))?;
     if *suite == Suite::All {
+        variants::build()?;
         // The namespace tests start the agent as a program.
         inherit(cargo().args(["build", "--package", "flannel-agent"]))?;
-        variants::build()?;
         inherit(cargo().args(["test", "--package", "tests", "--"]).args(filter))?;
     }
     Ok(())

@@ -1,5 +1,4 @@
-//! Agents that differ from this version's as a later one may, for the tests of upgrades. They are built into a folder of
-//! their own, beside the agent, since cargo keeps one program of a name in a folder.
+//! Agents that differ from this version's as a later one may, for the tests of upgrades.
 
 use std::{
     fs,
@@ -37,17 +36,17 @@ impl Variant {
     }
 }
 
-/// Builds them beside this version's agent. What is up to date stays as it is.
+/// Builds them in the place of this version's agent, as cargo keeps one program of a name in a folder, and moves them beside
+/// it. That one has to be built again afterwards, for which cargo has all parts.
 ///
 /// # Errors
 /// Where cargo fails.
 pub fn build() -> Result<()> {
-    let folder = workspace().join("target/variants");
+    let folder = workspace().join("target/debug");
     for variant in Variant::ALL {
-        let features = ["--features", variant.feature()];
-        let target = ["build", "--package", "flannel-agent", "--bin", "flannel-agent", "--target-dir"];
-        inherit(cargo().args(target).arg(&folder).args(features))?;
-        let (built, agent) = (folder.join("debug/flannel-agent"), variant.agent(&workspace().join("target/debug")));
+        let target = ["build", "--package", "flannel-agent", "--bin", "flannel-agent", "--features", variant.feature()];
+        inherit(cargo().args(target))?;
+        let (built, agent) = (folder.join("flannel-agent"), variant.agent(&folder));
         // A copy in one step: the one before may be running.
         let copy = agent.with_extension("new");
         fs::copy(&built, &copy).with_context(|| format!("copy {built:?} to {copy:?}"))?;
