@@ -60,10 +60,12 @@ impl Kernel {
 }
 
 fn refuse_links() {
-    // include/uapi/linux/bpf.h
-    const BPF_LINK_CREATE: u64 = 28;
-    let is_link = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, BPF_LINK_CREATE).unwrap();
-    let rules = BTreeMap::from([(libc::SYS_bpf, vec![SeccompRule::new(vec![is_link]).unwrap()])]);
+    // include/uapi/linux/bpf.h: BPF_PROG_QUERY, by which the agent asks for TCX, and BPF_LINK_CREATE.
+    let rules = [16, 28].map(|command| {
+        let is_command = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command).unwrap();
+        SeccompRule::new(vec![is_command]).unwrap()
+    });
+    let rules = BTreeMap::from([(libc::SYS_bpf, rules.to_vec())]);
     let refused = SeccompAction::Errno(libc::EINVAL as u32);
     let arch = std::env::consts::ARCH.try_into().unwrap();
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).unwrap();

@@ -148,11 +148,11 @@ impl World {
 
     /// Waits until what an agent knows is kept for its next start.
     pub fn wait_last_known(&self, host: usize) {
-        let peers = self.status(host)["status"]["peers"].clone();
         let path = self.hosts[host].run_dir().join("flannel.1.leases");
         wait_for("the last known leases", SOON, || {
             let text = std::fs::read_to_string(&path).unwrap_or_default();
             let known = text.get(9..).and_then(|json| serde_json::from_str::<serde_json::Value>(json).ok());
+            let peers = self.status(host)["status"]["peers"].clone();
             known.is_some_and(|known| known["peers"].as_object().unwrap().len() as u64 == peers)
         })
         .unwrap();

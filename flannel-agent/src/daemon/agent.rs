@@ -135,12 +135,13 @@ async fn make<'a>(
     }
     agent.netlink.remove_flannels_blackhole(agent.own.key.subnet).await?;
     agent.set_rules().await;
+    // First: the CNI plugin takes a subnet.env without a status beside it for another daemon's.
+    agent.write_record();
     agent.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
     if let Err(error) = agent.netlink.sweep(&link, agent.network.network).await {
         warn!("{error}");
     }
-    agent.write_record();
     info!("{} carries {} to {} peers", link.name, agent.own.key.subnet, agent.dataplane.peers.len());
 
     agent.watch(ResyncCause::Start);
