@@ -136,6 +136,7 @@ async fn make<'a>(
     agent.netlink.remove_flannels_blackhole(agent.own.key.subnet).await?;
     agent.set_rules().await;
     // First: the CNI plugin takes a subnet.env without a status beside it for another daemon's.
+    agent.record.refresh(&agent.table);
     agent.write_record();
     agent.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
