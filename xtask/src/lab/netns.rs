@@ -18,13 +18,17 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes one.
+    /// Makes one, with TCP's plainest congestion control, whatever the machine's default is: a namespace begins with that.
+    /// Where it is bbr, a socket that is switched to another before it connects still sends by bbr's pacing timer
+    /// (`sk_pacing_status`, net/ipv4/tcp_bbr.c), of which each packet costs a virtual machine an exit.
     ///
     /// # Errors
     /// Where there is one of that name.
     pub fn create(name: &str) -> Result<Self> {
         output(Command::new("ip").args(["netns", "add", name]))?;
-        Ok(Self { name: name.to_owned() })
+        let netns = Self { name: name.to_owned() };
+        netns.exec("sysctl -qw net.ipv4.tcp_congestion_control=reno")?;
+        Ok(netns)
     }
 
     /// All whose names begin with `prefix`. They are removed when dropped.
