@@ -16,8 +16,9 @@ use signal_hook::{
 };
 
 use crate::{
+    capture::Capture,
     lab::{Host, Lab, Lock, Netns, PREFIX, Store, remove_leftovers},
-    process::{Process, cargo, inherit, output, workspace},
+    process::{cargo, inherit, output, workspace},
     progress::{heading, step, wait_for},
     setup,
     transfer::tcp_transfer,
@@ -237,15 +238,9 @@ pub fn decoded_packet(
     directory: &Path,
     provoke: impl FnOnce() -> Result<()>,
 ) -> Result<String> {
-    let file = tempfile::Builder::new().suffix(".pcap").tempfile_in(directory)?;
-    let log = tempfile::NamedTempFile::new_in(directory)?;
-    let mut capture = netns.command("tcpdump");
-    capture.args(["-Z", "root", "-i", "eth0", "-c", "1", "-w"]).arg(file.path()).arg(filter);
-    let mut capture = Process::start(&mut capture, log.path())?;
-    wait_for("tcpdump to listen", Duration::from_secs(5), || capture.log().contains("listening on"))?;
+    let capture = Capture::start(netns, "eth0", filter, 1, directory)?;
     provoke()?;
-    capture.wait(Duration::from_secs(2))?;
-    output(Command::new("tshark").args(["-d", "udp.port==8472,vxlan", "-V", "-r"]).arg(file.path()))
+    capture.decoded(&["-V"])
 }
 
 /// The names of a decoded packet's layers, and its VNI.

@@ -1,9 +1,10 @@
 //! Network namespaces, by the names that `ip netns` knows.
 
-use std::{fs::File, process::Command, time::Duration};
+use std::{fs::File, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
 use nix::{
+    mount::{MsFlags, mount},
     sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -28,6 +29,19 @@ impl Netns {
         output(Command::new("ip").args(["netns", "add", name]))?;
         let netns = Self { name: name.to_owned() };
         netns.exec("sysctl -qw net.ipv4.tcp_congestion_control=reno")?;
+        Ok(netns)
+    }
+
+    /// Names one that there is, by a file that stands for it, such as `/proc/<pid>/ns/net`. When dropped, it loses the name.
+    ///
+    /// # Errors
+    /// Where the name is taken, or the file stands for none.
+    pub fn attach(name: &str, file: &Path) -> Result<Self> {
+        let path = Path::new("/run/netns").join(name);
+        File::create_new(&path).with_context(|| format!("create {path:?}"))?;
+        let netns = Self { name: name.to_owned() };
+        mount(Some(file), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .with_context(|| format!("mount {file:?} on {path:?}"))?;
         Ok(netns)
     }
 
