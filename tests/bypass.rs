@@ -108,7 +108,11 @@ fn receive(socket: &UdpSocket, stop: &AtomicBool, received: &Mutex<Vec<(u32, Ins
 
 #[test]
 fn bulk_tcp_passes_the_stack_by_on_both_hosts() {
-    let world = with_conntrack();
+    assert_bulk_tcp_passes_by(&with_conntrack());
+}
+
+/// That bulk TCP between the first pods of two hosts passes the stack of both by.
+pub fn assert_bulk_tcp_passes_by(world: &World) {
     let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
     let counters =
         |host| ["pod_encapsulated", "delivered", "encapsulated", "admitted"].map(|label| world.counter(host, label));

@@ -40,6 +40,7 @@
 //! * [`drift`], [`drift_external`] — what somebody else changes on a host while pods talk
 //! * [`cni`] — the CNI plugin, run as a runtime runs it
 //! * [`docker_opts`] — Docker's options
+//! * [`docker`] — Docker Engines with these, and their containers
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
@@ -51,6 +52,7 @@ mod chaos;
 mod cni;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
+mod docker;
 mod docker_opts;
 mod drift;
 mod drift_external;

@@ -22,7 +22,7 @@ use crate::{
 };
 
 pub const MASQUERADE: &[&str] = &["--ip-masq", "--iptables-resync=1"];
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 254);
+pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 254);
 const PORT: u16 = 7000;
 /// What a user has translated otherwise than we would.
 const USERS_PORT: u16 = 7001;
@@ -65,12 +65,12 @@ fn restart(world: &mut World, config: &str, arguments: &[&str]) {
 }
 
 /// The address of a host's `flannel.1`.
-fn overlay_address(pod: &Ipv4Addr) -> Ipv4Addr {
+pub fn overlay_address(pod: &Ipv4Addr) -> Ipv4Addr {
     Ipv4Addr::from_bits(pod.to_bits() & 0xffff_ff00)
 }
 
 /// As whom `to` sees what `from` sends from an address; that it is answered, and by whom it asked.
-fn seen_as(from: &Netns, source: Ipv4Addr, to: &Netns, asked: SocketAddrV4) -> Ipv4Addr {
+pub fn seen_as(from: &Netns, source: Ipv4Addr, to: &Netns, asked: SocketAddrV4) -> Ipv4Addr {
     seen_exactly_as(from, source, to, asked).ip().to_owned()
 }
 

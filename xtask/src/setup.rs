@@ -52,6 +52,12 @@ pub(crate) const PROGRAMS: [(&str, &str); 26] = [
 /// Those of them that only the build calls.
 pub(crate) const BUILD_ONLY: [&str; 3] = ["protoc", "cc", "c++"];
 
+/// What Docker's tests call besides. Too large for the guests of `cargo xtask vm`, whose kernels make no difference to it.
+const DOCKER: [(&str, &str); 4] =
+    [("dockerd", "docker.io"), ("docker", "docker.io"), ("docker-init", "docker.io"), ("containerd", "containerd")];
+/// What is in a container, and needs no libraries there. (The file tells it from the package `busybox`, which does.)
+const BUSYBOX: (&str, &str) = ("/usr/share/doc/busybox-static", "busybox-static");
+
 /// The well-known types that etcd's interface files import.
 const PROTO_INCLUDE: (&str, &str) = ("google/protobuf/descriptor.proto", "libprotobuf-dev");
 /// A CNI plugin, in the folders where distributions put them.
@@ -132,13 +138,16 @@ pub fn ebpf_cargo() -> (Command, bool) {
 
 fn missing() -> Vec<Missing> {
     let mut missing = Vec::new();
-    let mut packages = packages_of(&PROGRAMS);
+    let mut packages = packages_of(&[PROGRAMS.as_slice(), &DOCKER].concat());
     let includes = ["/usr/include", "/usr/local/include"];
     if !includes.iter().any(|folder| Path::new(folder).join(PROTO_INCLUDE.0).exists()) {
         packages.push(PROTO_INCLUDE.1);
     }
     if !CNI_PLUGIN.0.iter().any(|file| Path::new(file).exists()) {
         packages.push(CNI_PLUGIN.1);
+    }
+    if !Path::new(BUSYBOX.0).exists() {
+        packages.push(BUSYBOX.1);
     }
     missing.extend(packages.into_iter().map(Missing::Package));
     if !has_compiler() {
