@@ -52,7 +52,8 @@ pub(crate) const PROGRAMS: [(&str, &str); 26] = [
 /// Those of them that only the build calls.
 pub(crate) const BUILD_ONLY: [&str; 3] = ["protoc", "cc", "c++"];
 
-/// What Docker's tests call besides. Too large for the guests of `cargo xtask vm`, whose kernels make no difference to it.
+/// What only `cargo xtask test` calls. Neither for who tries the lab, whose Docker this may become, nor for the guests of
+/// `cargo xtask vm`, whose kernels make no difference to it.
 const DOCKER: [(&str, &str); 4] =
     [("dockerd", "docker.io"), ("docker", "docker.io"), ("docker-init", "docker.io"), ("containerd", "containerd")];
 /// What is in a container, and needs no libraries there. (The file tells it from the package `busybox`, which does.)
@@ -87,7 +88,8 @@ enum Missing {
 /// # Errors
 /// With `--check` where something is missing, else where it can't be installed.
 pub fn run(options: &Options) -> Result<()> {
-    let missing = missing();
+    let mut missing = missing();
+    missing.extend(packages_of_tests().into_iter().map(Missing::Package));
     if missing.is_empty() {
         println!("nothing is missing");
         return Ok(());
@@ -112,16 +114,37 @@ pub fn ensure() -> Result<()> {
     }
 }
 
+/// The same, and for all tests.
+///
+/// # Errors
+/// Where something can't be installed.
+pub(crate) fn ensure_all() -> Result<()> {
+    ensure_packages(packages_of_tests())
+}
+
 /// The same, and for further programs, each with its package.
 ///
 /// # Errors
 /// Where something can't be installed.
 pub(crate) fn ensure_programs(programs: &[(&str, &'static str)]) -> Result<()> {
+    ensure_packages(packages_of(programs))
+}
+
+fn ensure_packages(further: Vec<&'static str>) -> Result<()> {
     ensure()?;
-    match packages_of(programs) {
-        packages if packages.is_empty() => Ok(()),
-        packages => install(&packages.into_iter().map(Missing::Package).collect::<Vec<_>>()),
+    if further.is_empty() {
+        return Ok(());
     }
+    install(&further.into_iter().map(Missing::Package).collect::<Vec<_>>())
+}
+
+/// Those of what only the tests call that are not there.
+fn packages_of_tests() -> Vec<&'static str> {
+    let mut packages = packages_of(&DOCKER);
+    if !Path::new(BUSYBOX.0).exists() {
+        packages.push(BUSYBOX.1);
+    }
+    packages
 }
 
 /// A command of the toolchain that builds the eBPF programs, and whether it has to build `core` itself.
@@ -138,16 +161,13 @@ pub fn ebpf_cargo() -> (Command, bool) {
 
 fn missing() -> Vec<Missing> {
     let mut missing = Vec::new();
-    let mut packages = packages_of(&[PROGRAMS.as_slice(), &DOCKER].concat());
+    let mut packages = packages_of(&PROGRAMS);
     let includes = ["/usr/include", "/usr/local/include"];
     if !includes.iter().any(|folder| Path::new(folder).join(PROTO_INCLUDE.0).exists()) {
         packages.push(PROTO_INCLUDE.1);
     }
     if !CNI_PLUGIN.0.iter().any(|file| Path::new(file).exists()) {
         packages.push(CNI_PLUGIN.1);
-    }
-    if !Path::new(BUSYBOX.0).exists() {
-        packages.push(BUSYBOX.1);
     }
     missing.extend(packages.into_iter().map(Missing::Package));
     if !has_compiler() {

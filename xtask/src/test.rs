@@ -31,8 +31,8 @@ enum Suite {
 /// # Errors
 /// Where one fails.
 pub fn run(options: &Options) -> Result<()> {
-    setup::ensure()?;
     let Options { suite, filter } = options;
+    if *suite == Suite::All { setup::ensure_all() } else { setup::ensure() }?;
     let packages = ["flannel-common", "flannel-agent", "xtask"].map(|package| ["--package", package]);
     inherit(cargo().arg("test").args(packages.as_flattened()).arg("--").args(filter))?;
     if *suite == Suite::All {
