@@ -22,6 +22,7 @@
 //! * [`retransmissions`] — pods against hosts
 //! * [`routers`] — pods that route on to something behind them
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
+//! * [`scenarios`] — by address, by name and by a host's port, from pods, hosts and outside
 //! * [`netfilter`] — masquerading and forwarding, with nftables and with iptables
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`interoperation`] — with hosts of flannel's
@@ -79,6 +80,7 @@ mod restart;
 mod retransmissions;
 mod routers;
 mod rule_sets;
+mod scenarios;
 mod services;
 mod short_frames;
 mod sockets;

@@ -5,13 +5,11 @@ use std::{
     net::{Ipv4Addr, SocketAddrV4},
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
-    process::Stdio,
     time::Duration,
 };
 
 use xtask::{
     lab::{Netns, PREFIX},
-    process::output_with_input,
     progress::wait_for,
     transfer::tcp_transfer,
 };
@@ -88,15 +86,6 @@ fn seen_exactly_as(from: &Netns, source: Ipv4Addr, to: &Netns, asked: SocketAddr
     assert_eq!(answered_by, asked.into());
     let std::net::SocketAddr::V4(seen) = seen else { panic!("{seen}") };
     seen
-}
-
-/// Has a program of a host read a text.
-pub fn feed(world: &World, line: &str, text: &str) {
-    let file = world.lab.directory().join("input");
-    fs::write(&file, text).unwrap();
-    let mut words = line.split_whitespace();
-    let mut command = world.hosts[0].netns.command(words.next().unwrap());
-    output_with_input(command.args(words), Stdio::from(fs::File::open(file).unwrap())).unwrap();
 }
 
 /// The lines of `iptables-save` about us, and all of `nft list ruleset` about our tables.
@@ -219,7 +208,10 @@ fn users_rules_win() {
         } else {
             format!("*nat\n-I POSTROUTING -p udp --dport {USERS_PORT} -j SNAT --to-source {sources}\nCOMMIT\n")
         };
-        feed(&world, if more.is_empty() { "nft -f -" } else { "iptables-restore --noflush" }, &rule);
+        world.hosts[0]
+            .netns
+            .feed(if more.is_empty() { "nft -f -" } else { "iptables-restore --noflush" }, &rule)
+            .unwrap();
         let seen = exactly(&world);
         assert!(USERS_SOURCES.contains(&seen.port()), "{seen}");
         // Whoever comes last.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use xtask::{lab::PREFIX, process::output, progress::wait_for};
 
 use crate::{
-    netfilter::{BOTH, MASQUERADE, assert_nothing, config, feed, ours, world},
+    netfilter::{BOTH, MASQUERADE, assert_nothing, config, ours, world},
     world::{SOON, World, is_answered},
 };
 
@@ -89,7 +89,7 @@ fn switching_leaves_nothing_of_the_other_nor_of_flannels() {
     let flannels = "table ip flannel-ipv4 { chain postrtg { type nat hook postrouting priority srcnat; policy accept;
         ip saddr != 10.5.28.0/24 ip daddr 10.5.0.0/16 return; }; chain forward { type filter hook forward priority filter;
         ip saddr 10.5.0.0/16 accept; }; }; table ip6 flannel-ipv6 { chain forward { }; }";
-    feed(&world, "nft -f -", flannels);
+    world.hosts[0].netns.feed("nft -f -", flannels).unwrap();
     let old = r#"*nat
 :FLANNEL-POSTRTG - [0:0]
 -A FLANNEL-POSTRTG -s 10.5.7.0/24 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN
@@ -102,7 +102,7 @@ COMMIT
 -A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
 COMMIT
 "#;
-    feed(&world, "iptables-restore --noflush", old);
+    world.hosts[0].netns.feed("iptables-restore --noflush", old).unwrap();
     let run_dir = world.hosts[0].run_dir();
     fs::create_dir_all(&run_dir).unwrap();
     fs::write(run_dir.join("subnet.env"), format!("FLANNEL_SUBNET={SUBNET}\n")).unwrap();

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use xtask::lab::{Netns, Pod};
+use xtask::lab::{
+    Netns, Pod,
+    services::{Service, ServiceRules},
+};
 
 use crate::{
     bypass::DROP_INVALID,
@@ -21,8 +24,7 @@ const SERVER_PORT: u16 = 8080;
 /// A flow goes back to the stack several times within an [`EXCHANGE`].
 const REVALIDATE: &str = "--bypass-revalidate=200";
 const EXCHANGE: Duration = Duration::from_secs(1);
-/// kube-proxy's mark on what is to be masqueraded.
-const MARK: &str = "0x4000/0x4000";
+const SERVICE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 96, 0, 10), 80);
 
 /// Two hosts with kube-proxy's rule against what conntrack holds for invalid.
 fn world() -> World {
@@ -161,25 +163,33 @@ fn receive(stream: &mut TcpStream, pattern: &Pattern, what: &str) -> usize {
     }
 }
 
+/// A service of one pod, for TCP and UDP.
+fn service(address: SocketAddrV4, node_port: Option<u16>, server: &Pod) -> [Service; 2] {
+    ["tcp", "udp"].map(|protocol| Service {
+        name: "echo",
+        protocol,
+        address,
+        node_port,
+        endpoints: vec![SocketAddrV4::new(server.address, SERVER_PORT)],
+    })
+}
+
 #[test]
 fn a_service_address_answers_before_and_after_the_bypass() {
     let (world, pattern) = (world(), Pattern::new());
     let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
-    let service = Ipv4Addr::new(10, 96, 0, 10);
-    let target = SocketAddrV4::new(server.address, SERVER_PORT);
-    for protocol in ["tcp", "udp"] {
-        let rule = format!("-d {service} -p {protocol} --dport 80 -j DNAT --to-destination {target}");
-        world.hosts[0].netns.exec(&format!("iptables -t nat -A PREROUTING {rule}")).unwrap();
+    for rules in ServiceRules::FORMS {
+        rules.set(&world.hosts[0], &service(SERVICE, None, server)).unwrap();
+        let here = || ["delivered", "pod_encapsulated"].map(|label| world.counter(0, label));
+        let before = here();
+        let (what, client, seen_as) = (rules.name(), &client.netns, client.address);
+        let exchange = Exchange { world: &world, what, client, asked: SERVICE, server, seen_as };
+        exchange.tcp(&pattern);
+        exchange.udp(&pattern);
+        // On the client's host, where conntrack translates each packet, both ways are the stack's.
+        assert_eq!(here(), before);
+        rules.remove(&world.hosts[0]).unwrap();
     }
-    let here = || ["delivered", "pod_encapsulated"].map(|label| world.counter(0, label));
-    let before = here();
-    let asked = SocketAddrV4::new(service, 80);
-    let seen_as = client.address;
-    let exchange = Exchange { world: &world, what: "a service", client: &client.netns, asked, server, seen_as };
-    exchange.tcp(&pattern);
-    exchange.udp(&pattern);
-    // On the client's host, where conntrack translates each packet, both ways are the stack's.
-    assert_eq!(here(), before);
 }
 
 /// From outside, by a host that has not the pod, which masquerades so that answers come back by it.
@@ -189,35 +199,24 @@ fn a_node_port_leads_to_a_pod_of_another_host() {
     let (node, server) = (&world.hosts[0], &world.hosts[1].pods[0]);
     let gateway = node.subnet().unwrap().gateway;
     let overlay_address = Ipv4Addr::from_bits(gateway.to_bits() - 1);
-    let source_of_bridge = format!("SNAT --to-source {gateway}");
-    // Out of flannel.1, whose address masquerading takes; or as an address of the host's own choice.
-    let sources = [("MASQUERADE --random-fully", overlay_address), (&source_of_bridge, gateway)];
     let mut port = 30080;
-    for iptables in ["iptables-nft", "iptables-legacy"] {
-        for (masquerade, seen_as) in sources {
-            // A port for each, so that no earlier rule is in the way.
+    for rules in ServiceRules::ALL {
+        // Out of flannel.1, whose address masquerading takes; or as an address of the host's own choice.
+        for (is_masqueraded, seen_as) in [(true, overlay_address), (false, gateway)] {
+            // A port for each, so that no earlier connection is in the way.
             port += 1;
-            add_node_port(&node.netns, iptables, port, masquerade, SocketAddrV4::new(server.address, SERVER_PORT));
+            let mut text = rules.text(node.address, &service(SERVICE, Some(port), server));
+            if !is_masqueraded {
+                text = text.replace("MASQUERADE --random-fully", &format!("SNAT --to-source {gateway}"));
+                text = text.replace("masquerade fully-random", &format!("snat to {gateway}"));
+            }
+            rules.set_text(node, &text).unwrap();
             let asked = SocketAddrV4::new(node.address, port);
-            let what = &format!("{iptables}, {masquerade}");
+            let what = &format!("{}, seen as {seen_as}", rules.name());
             let exchange = Exchange { world: &world, what, client: &world.lab.underlay, asked, server, seen_as };
             exchange.tcp(&pattern);
             exchange.udp(&pattern);
-            node.netns.exec(&format!("{iptables} -t nat -F")).unwrap();
-        }
-    }
-}
-
-/// The rules of a node port, for TCP and UDP: kube-proxy marks, translates and masquerades what is marked.
-fn add_node_port(netns: &Netns, iptables: &str, port: u16, masquerade: &str, target: SocketAddrV4) {
-    for protocol in ["tcp", "udp"] {
-        let matches = format!("-p {protocol} -m addrtype --dst-type LOCAL --dport {port}");
-        for rule in [
-            format!("-A PREROUTING {matches} -j MARK --set-xmark {MARK}"),
-            format!("-A PREROUTING {matches} -j DNAT --to-destination {target}"),
-            format!("-A POSTROUTING -p {protocol} -m mark --mark {MARK} -j {masquerade}"),
-        ] {
-            netns.exec(&format!("{iptables} -t nat {rule}")).unwrap();
+            rules.remove(node).unwrap();
         }
     }
 }

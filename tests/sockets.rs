@@ -1,23 +1,14 @@
 //! Sockets within a lab's namespaces, and bytes that tell where they belong.
 
-use std::{
-    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
-    path::PathBuf,
-    thread,
-};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 
 use xtask::lab::Netns;
 
-use crate::{loaded::enter, world::SOON};
+use crate::world::SOON;
 
 /// Makes something in a namespace. A socket stays in the one that it was made in.
-pub fn within<T: Send + 'static>(netns: &Netns, make: impl FnOnce() -> T + Send + 'static) -> T {
-    let path = PathBuf::from(format!("/run/netns/{}", netns.name()));
-    let made = thread::spawn(move || {
-        enter(&path);
-        make()
-    });
-    made.join().unwrap()
+pub fn within<T: Send>(netns: &Netns, make: impl FnOnce() -> T + Send) -> T {
+    netns.within(make).unwrap()
 }
 
 /// A UDP socket of a namespace.

@@ -59,13 +59,21 @@ impl World {
     }
 
     /// Starts the agent on all hosts, and gives each a pod once it is ready.
-    pub fn ready(mut self, arguments: &[&str]) -> Self {
+    pub fn ready(self, arguments: &[&str]) -> Self {
+        let mut world = self.with_ready_agents(arguments);
+        for host in &mut world.hosts {
+            host.add_pod().unwrap();
+        }
+        world
+    }
+
+    /// Starts the agent on all hosts, and waits until each is ready.
+    pub fn with_ready_agents(mut self, arguments: &[&str]) -> Self {
         for host in 0..self.hosts.len() {
             self.start(host, arguments);
         }
         for host in &mut self.hosts {
             host.wait_ready().unwrap();
-            host.add_pod().unwrap();
         }
         self
     }

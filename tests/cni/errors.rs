@@ -9,7 +9,7 @@ use xtask::{
 };
 
 use super::{
-    runtime::{Runtime, path, pod},
+    runtime::{Expected as _, Runtime, delegates, pod},
     world,
 };
 use crate::world::{World, is_answered};
@@ -18,7 +18,7 @@ use crate::world::{World, is_answered};
 fn a_request_that_is_none() {
     let world = World::new(1);
     let runtime = Runtime::alone(&world.hosts[0]);
-    let netns = path(&world.hosts[0].netns);
+    let netns = world.hosts[0].netns.path();
     let good = [
         ("CNI_COMMAND", "ADD"),
         ("CNI_CONTAINERID", "c1"),
@@ -96,17 +96,17 @@ fn a_container_is_attached_once_and_its_leftovers_are_not_in_the_way() {
     let runtime = Runtime::alone(&world.hosts[0]);
     let (pod, _) = pod(&runtime, &world.hosts[0], "c1");
     let before = (runtime.states(), runtime.addresses());
-    runtime.add_alone("c1", &path(&pod.netns)).failed(4, "eth0 already exists");
-    runtime.add_alone("c2", &path(&pod.netns)).failed(4, "eth0 already exists");
+    runtime.add_alone("c1", &pod.netns.path()).failed(4, "eth0 already exists");
+    runtime.add_alone("c2", &pod.netns.path()).failed(4, "eth0 already exists");
     assert_eq!((runtime.states(), runtime.addresses()), before);
     assert!(is_answered(&world.hosts[0].netns, &pod.address.to_string()));
     // After a reboot: what was kept and reserved is there, the namespace is another.
     let name = pod.netns.name().to_owned();
     drop(pod);
     let again = Netns::create(&name).unwrap();
-    runtime.add_alone("c1", &path(&again)).succeeded();
+    runtime.add_alone("c1", &again.path()).succeeded();
     assert_eq!(runtime.addresses().len(), 1);
-    runtime.del_alone("c1", &path(&again)).succeeded();
+    runtime.del_alone("c1", &again.path()).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }
 
@@ -116,7 +116,7 @@ fn a_namespace_that_vanished_is_detached() {
     let runtime = Runtime::new(&world.hosts[0]);
     for (id, with_result) in [("c1", true), ("c2", false)] {
         let (pod, result) = pod(&runtime, &world.hosts[0], id);
-        let netns = path(&pod.netns);
+        let netns = pod.netns.path();
         drop(pod);
         runtime.del(id, &netns, with_result.then_some(&result));
         runtime.assert_nothing_is_left(&world.hosts[0]);
@@ -133,14 +133,14 @@ fn a_full_subnet() {
     let runtime = Runtime::alone(&world.hosts[0]);
     let (first, _) = pod(&runtime, &world.hosts[0], "c1");
     let netns = Netns::create(&format!("{}-c2", world.hosts[0].netns.name())).unwrap();
-    let reply = runtime.add_alone("c2", &path(&netns));
+    let reply = runtime.add_alone("c2", &netns.path());
     assert!(reply.code != Some(0) && reply.json()["msg"].as_str().unwrap().contains("no IP addresses"), "{reply:?}");
     assert_eq!((runtime.states(), runtime.addresses()), (vec!["c1:eth0".to_owned()], vec![first.address.to_string()]));
-    runtime.del_alone("c2", &path(&netns)).succeeded();
+    runtime.del_alone("c2", &netns.path()).succeeded();
     assert!(is_answered(&world.hosts[0].netns, &first.address.to_string()));
-    runtime.del_alone("c1", &path(&first.netns)).succeeded();
-    runtime.add_alone("c2", &path(&netns)).succeeded();
-    runtime.del_alone("c2", &path(&netns)).succeeded();
+    runtime.del_alone("c1", &first.netns.path()).succeeded();
+    runtime.add_alone("c2", &netns.path()).succeeded();
+    runtime.del_alone("c2", &netns.path()).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }
 
@@ -150,13 +150,13 @@ fn a_delegate_that_fails_half_way() {
     let mut runtime = Runtime::alone(&world.hosts[0]);
     runtime.set("delegate", json!({ "type": "fails", "bridge": "cni0", "isGateway": true }));
     let netns = Netns::create(&format!("{}-c1", world.hosts[0].netns.name())).unwrap();
-    let bridge = format!(r#"sed 's/"type":"fails"/"type":"bridge"/' | {}/bridge"#, super::runtime::PLUGINS);
+    let bridge = format!(r#"sed 's/"type":"fails"/"type":"bridge"/' | {}/bridge"#, delegates());
     let error = r#"{"cniVersion":"1.0.0","code":142,"msg":"half-way","details":"as it is"}"#;
 
     // The whole interface is made, and then it fails: handed on as it is, undone by the delegate's own DEL.
     let says = format!("echo '{error}'; exit 1");
     runtime.script("fails", &format!("if [ $CNI_COMMAND = ADD ]; then {bridge} >&2; {says}; fi; {bridge}"));
-    let reply = runtime.add_alone("c1", &path(&netns));
+    let reply = runtime.add_alone("c1", &netns.path());
     assert_eq!((reply.code, reply.output.as_str()), (Some(1), format!("{error}\n").as_str()));
     assert!(reply.log.contains("eth0"), "the delegate did attach it: {reply:?}");
     runtime.assert_nothing_is_left(&world.hosts[0]);
@@ -164,19 +164,19 @@ fn a_delegate_that_fails_half_way() {
 
     // It dies.
     runtime.script("fails", &format!("if [ $CNI_COMMAND = ADD ]; then {bridge} >&2; kill -9 $$; fi; {bridge}"));
-    runtime.add_alone("c1", &path(&netns)).failed(100, "the plugin fails failed without saying why");
+    runtime.add_alone("c1", &netns.path()).failed(100, "the plugin fails failed without saying why");
     runtime.assert_nothing_is_left(&world.hosts[0]);
 
     // It can't undo it either: kept, and the runtime's DEL is tried again until it succeeds.
     runtime.script("fails", &format!("if [ $CNI_COMMAND = ADD ]; then {bridge} >&2; fi; {says}"));
-    let reply = runtime.add_alone("c1", &path(&netns));
+    let reply = runtime.add_alone("c1", &netns.path());
     assert_eq!(reply.output, format!("{error}\n"));
     assert_eq!((runtime.states().len(), runtime.addresses().len()), (1, 1));
-    let reply = runtime.del_alone("c1", &path(&netns));
+    let reply = runtime.del_alone("c1", &netns.path());
     assert_eq!((reply.code, reply.output), (Some(1), format!("{error}\n")));
     assert_eq!(runtime.states(), ["c1:eth0"]);
     runtime.script("fails", &bridge);
-    runtime.del_alone("c1", &path(&netns)).succeeded();
+    runtime.del_alone("c1", &netns.path()).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }
 
@@ -209,21 +209,21 @@ fn a_disk_that_can_t_be_written() {
         if option == "rw" {
             fs::write(directory.join("other"), [0; 4096]).unwrap();
         }
-        let reply = runtime.add_alone("c1", &path(&netns));
+        let reply = runtime.add_alone("c1", &netns.path());
         reply.failed(5, words);
         assert!(reply.json()["details"].as_str().unwrap().contains("dataDir"), "{reply:?}");
-        runtime.del_alone("c1", &path(&netns)).succeeded();
+        runtime.del_alone("c1", &netns.path()).succeeded();
         assert!(runtime.states().iter().all(|name| name == "other"), "{:?}", runtime.states());
         drop(disk);
         runtime.assert_nothing_is_left(&world.hosts[0]);
     }
     // Detached where it can't be forgotten: said, and tried again.
     fs::create_dir_all(&directory).unwrap();
-    runtime.add_alone("c1", &path(&netns)).succeeded();
+    runtime.add_alone("c1", &netns.path()).succeeded();
     output(Command::new("mount").args(["--bind", "-o", "ro"]).arg(&directory).arg(&directory)).unwrap();
     let disk = SmallDisk(&directory);
-    runtime.del_alone("c1", &path(&netns)).failed(5, "remove");
+    runtime.del_alone("c1", &netns.path()).failed(5, "remove");
     drop(disk);
-    runtime.del_alone("c1", &path(&netns)).succeeded();
+    runtime.del_alone("c1", &netns.path()).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }

@@ -9,10 +9,14 @@ use std::{
 };
 
 use flannel_common::maps::{ABI_VERSION, FLOWS};
-use xtask::{lab::Netns, process::output, progress::wait_for};
+use xtask::{
+    lab::{Netns, cni},
+    process::output,
+    progress::wait_for,
+};
 
 use super::{
-    runtime::{Runtime, address, path, pod},
+    runtime::{Expected as _, Runtime, pod},
     world,
 };
 use crate::{
@@ -93,8 +97,8 @@ fn come_and_go_without_a_trace() {
                     of_worker
                         .map(|number| {
                             let started = Instant::now();
-                            let reply = runtime.add_alone(&id(number), &path(&netns[number])).succeeded();
-                            (number, started.elapsed(), address(&reply.json()))
+                            let reply = runtime.add_alone(&id(number), &netns[number].path()).succeeded();
+                            (number, started.elapsed(), cni::address(&reply.json()).unwrap())
                         })
                         .collect::<Vec<_>>()
                 })
@@ -131,7 +135,7 @@ fn come_and_go_without_a_trace() {
     let started = Instant::now();
     for (number, netns) in netns.into_iter().enumerate() {
         // Of every other the namespace goes first.
-        let (netns_path, netns) = (path(&netns), (number % 2 == 0).then_some(netns));
+        let (netns_path, netns) = (netns.path(), (number % 2 == 0).then_some(netns));
         let netns_path = if netns.is_some() { netns_path } else { String::new() };
         runtimes[0].del_alone(&id(number), &netns_path).succeeded();
     }

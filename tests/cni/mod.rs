@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 use xtask::{lab::PREFIX, progress::wait_for, transfer::tcp_transfer};
 
-use self::runtime::{Runtime, path, pod};
+use self::runtime::{Expected as _, Runtime, delegates, pod};
 use crate::{
     sockets::{connection, listener_in},
     world::{SOON, World, is_answered},
@@ -22,12 +22,7 @@ use crate::{
 
 /// Hosts with a ready agent each, and no pods.
 fn world(hosts: u8) -> World {
-    let mut world = World::new(hosts);
-    for host in 0..usize::from(hosts) {
-        world.start(host, &[]);
-        world.hosts[host].wait_ready().unwrap();
-    }
-    world
+    World::new(hosts).with_ready_agents(&[])
 }
 
 /// A delegate of CNI 1.1.0: Debian's is of 1.0.0, and gets what this one was given as such. What else it is asked, and for
@@ -42,7 +37,7 @@ STATUS|GC) echo "$CNI_COMMAND $(cat)" >> {calls};;
 *) sed 's/"1.1.0"/"1.0.0"/; s/"type":"newest"/"type":"bridge"/' | {plugins}/bridge;;
 esac"#,
         calls = calls.display(),
-        plugins = runtime::PLUGINS
+        plugins = delegates()
     );
     runtime.script("newest", &script);
 }
@@ -72,10 +67,10 @@ fn pods_talk_across_hosts_past_the_stack() {
     }
     for (host, pod, result) in [(0, &one, &one_result), (1, &two, &two_result)] {
         let runtime = &runtimes[host];
-        runtime.del("c1", &path(&pod.netns), Some(result));
+        runtime.del("c1", &pod.netns.path(), Some(result));
         assert!(pod.netns.ip("link show eth0").is_err(), "the interface is gone");
         // Once more, and as for a container that is gone.
-        runtime.del("c1", &path(&pod.netns), Some(result));
+        runtime.del("c1", &pod.netns.path(), Some(result));
         runtime.del("c1", "", None);
         runtime.assert_nothing_is_left(&world.hosts[host]);
     }
@@ -84,9 +79,9 @@ fn pods_talk_across_hosts_past_the_stack() {
 #[test]
 fn a_host_port_leads_into_the_pod_until_it_goes() {
     let world = world(2);
-    let runtime = Runtime::new(&world.hosts[0]);
+    let mut runtime = Runtime::new(&world.hosts[0]);
     let mapping = json!([{ "hostPort": 8081, "containerPort": 80, "protocol": "tcp" }]);
-    *runtime.port_mappings.borrow_mut() = mapping;
+    runtime.port_mappings = mapping;
     let (pod, result) = pod(&runtime, &world.hosts[0], "web");
     let listener = listener_in(&pod.netns, pod.address, 80);
     // From the other host, by the underlay.
@@ -95,7 +90,7 @@ fn a_host_port_leads_into_the_pod_until_it_goes() {
     assert_eq!(client.peer_addr().unwrap(), asked.into());
     let rules = || world.hosts[0].netns.exec("iptables-save -t nat").unwrap();
     assert!(rules().contains("CNI-DN-"), "{}", rules());
-    runtime.del("web", &path(&pod.netns), Some(&result));
+    runtime.del("web", &pod.netns.path(), Some(&result));
     assert!(!rules().contains("CNI-DN-") && !rules().contains(&pod.address.to_string()), "{}", rules());
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }
@@ -115,13 +110,13 @@ fn every_version_has_the_delegates_result() {
         if version != "0.3.1" {
             runtime.check(&id, &pod.netns, &result);
         }
-        runtime.del(&id, &path(&pod.netns), Some(&result));
+        runtime.del(&id, &pod.netns.path(), Some(&result));
     }
     runtime.plugins.truncate(1);
     of_newest_version(&mut runtime);
     let (pod, result) = pod(&runtime, &world.hosts[0], "newest");
     runtime.check("newest", &pod.netns, &result);
-    runtime.del("newest", &path(&pod.netns), Some(&result));
+    runtime.del("newest", &pod.netns.path(), Some(&result));
     runtime.assert_nothing_is_left(&world.hosts[0]);
 
     for (input, version) in [("", "1.1.0"), (r#"{"cniVersion":"0.4.0"}"#, "0.4.0"), (r#"{"cniVersion":"9"}"#, "1.1.0")]
@@ -142,7 +137,7 @@ fn what_is_kept_is_flannels_delegate_configuration_for_root_only() {
     let (pod, _) = pod(&runtime, &world.hosts[0], "c1");
     // A second interface of the same container, as multus has them.
     runtime.set("delegate", json!({ "bridge": "cni0", "ipMasq": false }));
-    let second = runtime.call("ADD", 0, "c1", &path(&pod.netns), "net1", None).succeeded().json();
+    let second = runtime.call("ADD", 0, "c1", &pod.netns.path(), "net1", None).succeeded().json();
     assert_eq!(runtime.states(), ["c1:eth0", "c1:net1"]);
     let directory = runtime.directory.join("state");
     let subnet = world.hosts[0].subnet().unwrap();
@@ -158,12 +153,12 @@ fn what_is_kept_is_flannels_delegate_configuration_for_root_only() {
     assert_eq!((mode(""), mode("c1:eth0")), (0o700, 0o600));
 
     // One goes, the other stays as it is.
-    runtime.del_alone("c1", &path(&pod.netns)).succeeded();
+    runtime.del_alone("c1", &pod.netns.path()).succeeded();
     assert_eq!(runtime.states(), ["c1:net1"]);
-    runtime.call("CHECK", 0, "c1", &path(&pod.netns), "net1", Some(&second)).succeeded();
+    runtime.call("CHECK", 0, "c1", &pod.netns.path(), "net1", Some(&second)).succeeded();
     // As flannel's own plugin would have kept it.
     fs::rename(directory.join("c1:net1"), directory.join("c1")).unwrap();
-    runtime.call("DEL", 0, "c1", &path(&pod.netns), "net1", None).succeeded();
+    runtime.call("DEL", 0, "c1", &pod.netns.path(), "net1", None).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }
 
@@ -172,7 +167,7 @@ fn check_finds_what_is_wrong() {
     let mut world = world(1);
     let runtime = Runtime::alone(&world.hosts[0]);
     let (pod, result) = pod(&runtime, &world.hosts[0], "c1");
-    let check = |previous| runtime.call("CHECK", 0, "c1", &path(&pod.netns), "eth0", previous);
+    let check = |previous| runtime.call("CHECK", 0, "c1", &pod.netns.path(), "eth0", previous);
     assert_eq!(check(Some(&result)).succeeded().output, "");
     check(None).failed(7, "prevResult");
 
@@ -193,7 +188,7 @@ fn check_finds_what_is_wrong() {
     check(Some(&result)).failed(101, "10.5.3.0/24");
     fs::write(&runtime.subnet_file, env).unwrap();
     check(Some(&result)).succeeded();
-    runtime.del_alone("c1", &path(&pod.netns)).succeeded();
+    runtime.del_alone("c1", &pod.netns.path()).succeeded();
     check(Some(&result)).failed(3, "container c1 has no interface eth0");
     world.hosts[0].agent = None;
 }

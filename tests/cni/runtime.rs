@@ -1,50 +1,54 @@
-//! A container runtime, as far as CNI goes: it runs the plugins of a network in their order, with their own previous
-//! result each, and in the reverse order to detach (CNI SPEC.md, section 3).
+//! The lab's container runtime, with what a test expects of it.
 
 use std::{
-    cell::RefCell,
     fs,
-    io::Write as _,
     net::Ipv4Addr,
+    ops::{Deref, DerefMut},
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    process::Stdio,
+    path::Path,
 };
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use xtask::{
-    lab::{Host, Netns, Pod},
+    lab::{
+        Host, Netns, Pod,
+        cni::{self, Reply},
+    },
     progress::wait_for,
 };
 
 use crate::world::{SOON, agent};
 
-/// Where Debian's containernetworking-plugins are.
-pub const PLUGINS: &str = "/usr/lib/cni";
-
-/// What a plugin said.
-#[derive(Debug)]
-pub struct Reply {
-    pub code: Option<i32>,
-    pub output: String,
-    pub log: String,
+/// The folder of the delegates.
+pub fn delegates() -> &'static str {
+    cni::delegates().expect("`cargo xtask setup` installs containernetworking-plugins").to_str().unwrap()
 }
 
-impl Reply {
+/// What a test expects of a plugin.
+pub trait Expected {
     /// The result, or the error result.
-    pub fn json(&self) -> Value {
+    fn json(&self) -> Value;
+
+    /// That it succeeded.
+    fn succeeded(self) -> Self;
+
+    /// That it failed with this code of the error result, and these words in it; nothing else is on its output.
+    fn failed(&self, code: u64, words: &str);
+}
+
+impl Expected for Reply {
+    fn json(&self) -> Value {
         serde_json::from_str(&self.output).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
-    /// That it succeeded.
-    pub fn succeeded(self) -> Self {
+    #[track_caller]
+    fn succeeded(self) -> Self {
         assert_eq!(self.code, Some(0), "{self:?}");
         self
     }
 
-    /// That it failed with this code of the error result, and these words in it; nothing else is on its output.
     #[track_caller]
-    pub fn failed(&self, code: u64, words: &str) {
+    fn failed(&self, code: u64, words: &str) {
         assert_ne!(self.code, Some(0), "{self:?}");
         let result = self.json();
         assert_eq!(result["code"], code, "{self:?}");
@@ -53,54 +57,31 @@ impl Reply {
 }
 
 /// The runtime of a host.
-pub struct Runtime {
-    netns: String,
-    /// Of what the plugins keep: `state`, `addresses`.
-    pub directory: PathBuf,
-    pub subnet_file: PathBuf,
-    pub path: String,
-    pub version: String,
-    /// The plugins of the network.
-    pub plugins: Vec<Value>,
-    /// What the runtime tells all plugins that ask for it, of port mappings.
-    pub port_mappings: RefCell<Value>,
+pub struct Runtime(cni::Runtime);
+
+impl Deref for Runtime {
+    type Target = cni::Runtime;
+
+    fn deref(&self) -> &cni::Runtime {
+        &self.0
+    }
+}
+
+impl DerefMut for Runtime {
+    fn deref_mut(&mut self) -> &mut cni::Runtime {
+        &mut self.0
+    }
 }
 
 impl Runtime {
     /// With the network that flannel's manifest has: this plugin, then `portmap`.
     pub fn new(host: &Host) -> Self {
-        assert!(Path::new(PLUGINS).join("bridge").exists(), "`cargo xtask setup` installs containernetworking-plugins");
-        let directory = host.run_dir().parent().unwrap().join("cni");
-        let subnet_file = host.run_dir().join("subnet.env");
-        // As where the daemon masquerades. `bridge` would translate what goes to other hosts' pods too, and leave rules
-        // behind where the namespace goes first.
-        let delegate = json!({ "hairpinMode": true, "isDefaultGateway": true, "ipMasq": false });
-        let plugins = vec![
-            json!({
-                "type": "flannel",
-                "subnetFile": subnet_file,
-                "dataDir": directory.join("state"),
-                "ipam": { "dataDir": directory.join("addresses") },
-                "delegate": delegate,
-            }),
-            json!({ "type": "portmap", "capabilities": { "portMappings": true } }),
-        ];
-        Self {
-            netns: host.netns.name().to_owned(),
-            path: format!("{}:{PLUGINS}", agent().parent().unwrap().display()),
-            version: "1.0.0".to_owned(),
-            directory,
-            subnet_file,
-            plugins,
-            port_mappings: json!([]).into(),
-        }
+        Self(cni::Runtime::new(host, agent().parent().unwrap()).unwrap())
     }
 
     /// The same without `portmap`.
     pub fn alone(host: &Host) -> Self {
-        let mut runtime = Self::new(host);
-        runtime.plugins.truncate(1);
-        runtime
+        Self(Self::new(host).0.alone())
     }
 
     /// Sets a key of this plugin's configuration.
@@ -119,32 +100,9 @@ impl Runtime {
         }
     }
 
-    /// The configuration of one plugin, for one run of it.
-    pub fn conf(&self, plugin: usize, previous: Option<&Value>) -> Value {
-        let mut conf = self.plugins[plugin].clone();
-        conf["name"] = "cbr0".into();
-        conf["cniVersion"] = self.version.clone().into();
-        if conf["capabilities"]["portMappings"] == true {
-            conf["runtimeConfig"] = json!({ "portMappings": *self.port_mappings.borrow() });
-        }
-        if let Some(previous) = previous {
-            conf["prevResult"] = previous.clone();
-        }
-        conf
-    }
-
     /// Runs a plugin. An empty variable is left out.
     pub fn run(&self, plugin: &str, variables: &[(&str, &str)], input: &[u8]) -> Reply {
-        let file = std::env::split_paths(&self.path).map(|path| path.join(plugin)).find(|file| file.exists()).unwrap();
-        let mut command = std::process::Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.netns)).arg("--").arg(file);
-        command.envs(variables.iter().filter(|(_, value)| !value.is_empty()).copied());
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        // Some end without reading it.
-        let _unread = child.stdin.take().unwrap().write_all(input);
-        let output = child.wait_with_output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        Reply { code: output.status.code(), output: text(output.stdout), log: text(output.stderr) }
+        self.0.run(plugin, variables, input).unwrap()
     }
 
     /// Runs one plugin of the network.
@@ -157,15 +115,7 @@ impl Runtime {
         ifname: &str,
         previous: Option<&Value>,
     ) -> Reply {
-        let variables = [
-            ("CNI_COMMAND", command),
-            ("CNI_CONTAINERID", id),
-            ("CNI_NETNS", netns),
-            ("CNI_IFNAME", ifname),
-            ("CNI_PATH", &self.path),
-        ];
-        let conf = self.conf(plugin, previous);
-        self.run(conf["type"].as_str().unwrap(), &variables, conf.to_string().as_bytes())
+        self.0.call(command, plugin, id, netns, ifname, previous).unwrap()
     }
 
     /// This plugin's ADD of `eth0` alone.
@@ -178,30 +128,18 @@ impl Runtime {
         self.call("DEL", 0, id, netns, "eth0", None)
     }
 
-    /// Attaches a container to the network; the result.
-    pub fn add(&self, id: &str, netns: &Netns) -> Value {
-        (0..self.plugins.len())
-            .fold(None, |previous, plugin| {
-                Some(self.call("ADD", plugin, id, &path(netns), "eth0", previous.as_ref()).succeeded().json())
-            })
-            .unwrap()
-    }
-
     /// That all plugins find it attached as it should be.
     #[track_caller]
     pub fn check(&self, id: &str, netns: &Netns, result: &Value) {
         for plugin in 0..self.plugins.len() {
-            let reply = self.call("CHECK", plugin, id, &path(netns), "eth0", Some(result));
+            let reply = self.call("CHECK", plugin, id, &netns.path(), "eth0", Some(result));
             assert!(reply.code == Some(0) && reply.output.is_empty(), "{}: {reply:?}", self.plugins[plugin]["type"]);
         }
     }
 
     /// Detaches it; `netns` is empty where the container is gone.
     pub fn del(&self, id: &str, netns: &str, result: Option<&Value>) {
-        for plugin in (0..self.plugins.len()).rev() {
-            let reply = self.call("DEL", plugin, id, netns, "eth0", result).succeeded();
-            assert_eq!(reply.output, "", "{reply:?}");
-        }
+        assert_eq!(self.0.del(id, netns, result).unwrap(), "");
     }
 
     /// What is kept of attachments, by name.
@@ -230,22 +168,12 @@ impl Runtime {
     }
 }
 
-/// Where a namespace is.
-pub fn path(netns: &Netns) -> String {
-    format!("/run/netns/{}", netns.name())
-}
-
 /// Makes a namespace, and a pod of it by the runtime's plugins.
 pub fn pod(runtime: &Runtime, host: &Host, id: &str) -> (Pod, Value) {
     let netns = Netns::create(&format!("{}-{id}", host.netns.name())).unwrap();
     netns.ip("link set lo up").unwrap();
-    let result = runtime.add(id, &netns);
-    (Pod { address: address(&result), netns }, result)
-}
-
-/// The address in a result.
-pub fn address(result: &Value) -> Ipv4Addr {
-    result["ips"][0]["address"].as_str().unwrap().split('/').next().unwrap().parse().unwrap()
+    let result = runtime.add(id, &netns).unwrap();
+    (Pod { address: cni::address(&result).unwrap(), netns }, result)
 }
 
 fn names(directory: &Path) -> Vec<String> {

@@ -11,8 +11,7 @@ use std::{
 };
 
 use xtask::{
-    capture::Capture,
-    lab::{Host, Netns},
+    lab::{Host, Netns, capture::Capture},
     process::output,
     transfer::tcp_transfer,
 };
@@ -163,7 +162,8 @@ fn picture(world: &World, engines: &[Engine]) -> String {
             let link = netns.ip_json(&format!("link show {device}")).unwrap();
             names.insert(link[0]["address"].as_str().unwrap().to_owned(), name.clone());
             let filter = "icmp or udp port 8472";
-            captures.push((name, Capture::start(netns, device, filter, packets, world.lab.directory()).unwrap()));
+            let capture = Capture::start(netns, device, filter, world.lab.directory()).unwrap();
+            captures.push((name, packets, capture));
         }
         names.insert(pod.address.to_string(), format!("c{number}"));
         names.insert(host.address.to_string(), format!("node{number}"));
@@ -175,7 +175,8 @@ fn picture(world: &World, engines: &[Engine]) -> String {
     let arguments: Vec<_> = ["-T", "fields", "-E", "aggregator=,"].into_iter().chain(fields).collect();
     let named = |value: &str| names.get(value).cloned().unwrap_or_else(|| value.to_owned());
     let (mut echoes, mut answers) = (Vec::new(), Vec::new());
-    for (station, capture) in captures {
+    for (station, packets, mut capture) in captures {
+        capture.end_after(packets).unwrap();
         for packet in capture.decoded(&arguments).unwrap().lines() {
             let fields = packet.split('\t').filter(|field| !field.is_empty());
             let fields = fields.map(|field| field.split(',').map(named).collect::<Vec<_>>().join(","));

@@ -4,14 +4,12 @@
 //!
 //! * [`lab`] — an underlay, hosts, pods, a store; made of other people's tools
 //! * [`transfer`] — bulk TCP between two of them
-//! * [`capture`] — packets, decoded
 //! * [`variants`] — agents as a later version may be, to be upgraded to
 //! * one module for each command
 //!
 //! It runs programs and depends on no other crate of the project, so that it builds on a machine that has nothing yet.
 
 pub mod bench;
-pub mod capture;
 pub mod chaos;
 pub mod check;
 pub mod fuzz;

@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io::{Seek as _, Write as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -20,14 +21,22 @@ use crate::progress::patience;
 /// # Errors
 /// Where it can't be started, or fails, with its own words.
 pub fn output(command: &mut Command) -> Result<String> {
-    output_with_input(command, Stdio::null())
+    output_from(command, Stdio::null())
 }
 
-/// The same with something on its standard input.
+/// The same with a text on its standard input.
 ///
 /// # Errors
 /// As [`output`].
-pub fn output_with_input(command: &mut Command, input: Stdio) -> Result<String> {
+pub fn output_with_input(command: &mut Command, input: &str) -> Result<String> {
+    // Not a pipe: who does not read it to its end must not stop us.
+    let mut file = tempfile::tempfile()?;
+    file.write_all(input.as_bytes())?;
+    file.rewind()?;
+    output_from(command, file.into())
+}
+
+fn output_from(command: &mut Command, input: Stdio) -> Result<String> {
     let output = command.stdin(input).output().with_context(|| format!("start {command:?}"))?;
     if !output.status.success() {
         let words = [output.stderr, output.stdout].concat();

@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::process::{cargo, inherit, output};
+use crate::{
+    lab::cni,
+    process::{cargo, inherit, output},
+};
 
 /// Options of `cargo xtask setup`.
 #[derive(clap::Args, Default)]
@@ -20,7 +23,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-pub(crate) const PROGRAMS: [(&str, &str); 26] = [
+pub(crate) const PROGRAMS: [(&str, &str); 28] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -45,6 +48,8 @@ pub(crate) const PROGRAMS: [(&str, &str); 26] = [
     ("ebtables", "iptables"),
     ("nft", "nftables"),
     ("conntrack", "conntrack"),
+    ("curl", "curl"),
+    ("dnsmasq", "dnsmasq-base"),
     ("cc", "gcc"),
     ("c++", "g++"),
 ];
@@ -61,9 +66,8 @@ const BUSYBOX: (&str, &str) = ("/usr/share/doc/busybox-static", "busybox-static"
 
 /// The well-known types that etcd's interface files import.
 const PROTO_INCLUDE: (&str, &str) = ("google/protobuf/descriptor.proto", "libprotobuf-dev");
-/// A CNI plugin, in the folders where distributions put them.
-const CNI_PLUGIN: (&[&str], &str) =
-    (&["/usr/lib/cni/bridge", "/opt/cni/bin/bridge", "/usr/libexec/cni/bridge"], "containernetworking-plugins");
+/// The plugins that ours delegates to.
+const CNI_PLUGINS: &str = "containernetworking-plugins";
 
 /// The name under which a distribution's compiler is linked for the eBPF programs; flannel-agent/build.rs looks for it.
 const TOOLCHAIN: &str = "ebpf";
@@ -166,8 +170,8 @@ fn missing() -> Vec<Missing> {
     if !includes.iter().any(|folder| Path::new(folder).join(PROTO_INCLUDE.0).exists()) {
         packages.push(PROTO_INCLUDE.1);
     }
-    if !CNI_PLUGIN.0.iter().any(|file| Path::new(file).exists()) {
-        packages.push(CNI_PLUGIN.1);
+    if cni::delegates().is_none() {
+        packages.push(CNI_PLUGINS);
     }
     missing.extend(packages.into_iter().map(Missing::Package));
     if !has_compiler() {

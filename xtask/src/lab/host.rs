@@ -1,4 +1,4 @@
-//! A host, its pods, and what carries their packets: the agent, or the kernel's vxlan device as flannel sets it up.
+//! A host, its pods, and the agent that carries their packets.
 
 use std::{
     fs,
@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Netns, PREFIX, Store};
+use super::{
+    Netns, Store,
+    cni::{self, Runtime},
+};
 use crate::{
     process::{Process, output},
     progress::wait_for,
@@ -27,6 +30,10 @@ const CLUSTER_RULES: [&str; 6] = [
     "-t nat -A POSTROUTING -s 10.4.0.0/14 -d 10.4.0.0/14 -j RETURN",
     "-t nat -A POSTROUTING -s 10.4.0.0/14 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
 ];
+
+/// Commands that show what the kernel has for the overlay.
+const OVERLAY_TABLES: [&str; 3] =
+    ["ip route show dev flannel.1", "ip neigh show dev flannel.1", "bridge fdb show dev flannel.1"];
 
 /// A host on the underlay. Ends its agent before its namespaces go.
 #[derive(Debug)]
@@ -78,6 +85,11 @@ impl Host {
     ) -> Self {
         let directory = directory.join(name);
         Self { agent: None, pods: Vec::new(), netns, name: name.to_owned(), address, port, directory, bpf }
+    }
+
+    /// The folder of its files.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// The agent's `--run-dir`.
@@ -160,6 +172,19 @@ impl Host {
         self.pods.last().context("a pod was just added")
     }
 
+    /// Makes the next pod by the plugins of a runtime.
+    ///
+    /// # Errors
+    /// Where a plugin fails.
+    pub fn attach_pod(&mut self, runtime: &Runtime) -> Result<&Pod> {
+        let id = format!("pod{}", self.pods.len() + 1);
+        let netns = Netns::create(&format!("{}-{id}", self.netns.name()))?;
+        netns.ip("link set lo up")?;
+        let address = cni::address(&runtime.add(&id, &netns)?)?;
+        self.pods.push(Pod { netns, address });
+        self.pods.last().context("a pod was just added")
+    }
+
     /// Makes the bridge of the host's pods, `cni0`.
     ///
     /// # Errors
@@ -230,63 +255,16 @@ impl Host {
         CLUSTER_RULES.iter().try_for_each(|rule| self.netns.exec(&format!("iptables {rule}")).map(drop))
     }
 
-    /// Makes this host one of flannel's, with plain commands: the kernel's vxlan device, and a lease in the store.
+    /// What the kernel has for the overlay: routes, neighbours and forwarding entries, each in a line.
     ///
     /// # Errors
     /// Where a command fails.
-    pub fn become_kernel_vxlan(&mut self, store: &Store, third_octet: u8) -> Result<KernelVxlan> {
-        let subnet = Ipv4Addr::new(10, 5, third_octet, 0);
-        let address = self.address;
-        // nolearning and dev as flannel does (pkg/backend/vxlan/device.go).
-        self.netns
-            .ip(&format!("link add flannel.1 type vxlan id 1 dev eth0 local {address} dstport 8472 nolearning"))?;
-        self.netns.ip("link set flannel.1 mtu 1450 up")?;
-        self.netns.ip(&format!("address add {subnet}/32 dev flannel.1"))?;
-        self.netns.exec("sysctl -qw net.ipv4.ip_forward=1")?;
-        let links = self.netns.ip_json("link show flannel.1")?;
-        let mac = links[0]["address"].as_str().context("flannel.1 has no MAC")?.to_owned();
-        let value = format!(
-            r#"{{"PublicIP":"{address}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
-        );
-        // "lease 694d7f0d4a1b4a04 granted with TTL(86400s)"
-        let granted = store.etcdctl(&["lease", "grant", "86400"])?;
-        let lease = granted.split_whitespace().nth(1).context("etcdctl granted no lease")?;
-        let lease = format!("--lease={lease}");
-        store.etcdctl(&["put", &lease, "--", &format!("{PREFIX}/subnets/{subnet}-24"), &value])?;
-        let gateway = Ipv4Addr::from_bits(subnet.to_bits() + 1);
-        Ok(KernelVxlan { subnet: Subnet { gateway, len: 24, mtu: 1450 }, mac })
+    pub fn overlay_tables(&self) -> Result<[(&'static str, Vec<String>); 3]> {
+        let mut tables = OVERLAY_TABLES.map(|command| (command, Vec::new()));
+        for (command, lines) in &mut tables {
+            let text = self.netns.exec(command)?;
+            *lines = text.lines().map(|line| line.trim().to_owned()).collect();
+        }
+        Ok(tables)
     }
-
-    /// Programs a peer as flannel does: neighbour, forwarding entry, route (pkg/backend/vxlan/vxlan_network.go).
-    ///
-    /// # Errors
-    /// Where a command fails.
-    pub fn add_kernel_peer(&self, peer_subnet: Ipv4Addr, peer_mac: &str, peer_address: Ipv4Addr) -> Result<()> {
-        let netns = self.netns.name();
-        self.netns.ip(&format!("neigh replace {peer_subnet} lladdr {peer_mac} dev flannel.1 nud permanent"))?;
-        let fdb = format!("fdb replace {peer_mac} dev flannel.1 dst {peer_address} self permanent");
-        output(Command::new("bridge").args(["-n", netns]).args(fdb.split_whitespace()))?;
-        self.netns.ip(&format!("route replace {peer_subnet}/24 via {peer_subnet} dev flannel.1 onlink")).map(drop)
-    }
-
-    /// Programs the peer that a lease in the store names.
-    ///
-    /// # Errors
-    /// Where the store has none, or a command fails.
-    pub fn add_kernel_peer_from(&self, store: &Store, third_octet: u8) -> Result<()> {
-        let subnet = Ipv4Addr::new(10, 5, third_octet, 0);
-        let lease: serde_json::Value = serde_json::from_str(&store.get(&format!("{PREFIX}/subnets/{subnet}-24"))?)?;
-        let mac = lease["BackendData"]["VtepMAC"].as_str().context("no VtepMAC")?;
-        let address = lease["PublicIP"].as_str().context("no PublicIP")?;
-        self.add_kernel_peer(subnet, mac, address.parse()?)
-    }
-}
-
-/// A host that the kernel's vxlan device serves.
-#[derive(Clone, Debug)]
-pub struct KernelVxlan {
-    /// Its subnet.
-    pub subnet: Subnet,
-    /// MAC of its vxlan device.
-    pub mac: String,
 }

@@ -13,9 +13,14 @@
 //!
 //! Everything is made with `ip`, and gone when the [`Lab`] is dropped.
 
+pub mod capture;
+pub mod cni;
 mod host;
+mod kernel_vxlan;
 mod lock;
 mod netns;
+pub mod servers;
+pub mod services;
 mod store;
 
 use std::{
@@ -28,7 +33,8 @@ use anyhow::{Context as _, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 pub use self::{
-    host::{Host, KernelVxlan, Pod, Subnet},
+    host::{Host, Pod, Subnet},
+    kernel_vxlan::KernelVxlan,
     lock::Lock,
     netns::Netns,
     store::Store,

@@ -1,6 +1,6 @@
 //! Network namespaces, by the names that `ip netns` knows.
 
-use std::{fs::File, path::Path, process::Command, time::Duration};
+use std::{fs::File, panic::resume_unwind, path::Path, process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result};
 use nix::{
@@ -10,7 +10,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{process::output, progress::wait_for};
+use crate::{
+    process::{output, output_with_input},
+    progress::wait_for,
+};
 
 /// A network namespace, removed when dropped.
 #[derive(Debug)]
@@ -60,11 +63,16 @@ impl Netns {
         &self.name
     }
 
+    /// The file that it is known by.
+    pub fn path(&self) -> String {
+        format!("/run/netns/{}", self.name)
+    }
+
     /// A command to run in it. Unlike `ip netns exec`, this leaves the mounts alone, so that a bpf file system stays
     /// visible.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.name)).arg("--").arg(program);
+        command.arg(format!("--net={}", self.path())).arg("--").arg(program);
         command
     }
 
@@ -77,12 +85,30 @@ impl Netns {
         output(self.command(words.next().unwrap_or("true")).args(words))
     }
 
+    /// The same with a text on its standard input.
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn feed(&self, line: &str, input: &str) -> Result<String> {
+        let mut words = line.split_whitespace();
+        output_with_input(self.command(words.next().unwrap_or("true")).args(words), input)
+    }
+
+    /// Makes something in it. A socket stays in the namespace that it was made in.
+    ///
+    /// # Errors
+    /// Where it can't be entered.
+    pub fn within<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T> {
+        let made = thread::scope(|scope| scope.spawn(|| self.enter().map(|()| make())).join());
+        made.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
     /// Moves the calling thread, and no other, into it.
     ///
     /// # Errors
     /// Where the namespace is gone, or the kernel refuses.
     pub fn enter(&self) -> Result<()> {
-        let path = format!("/run/netns/{}", self.name);
+        let path = self.path();
         let file = File::open(&path).with_context(|| format!("open {path}"))?;
         setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {path}"))
     }

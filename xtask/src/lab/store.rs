@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    io::{Seek as _, Write as _},
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
@@ -146,12 +145,9 @@ impl Store {
     /// # Errors
     /// Where it fails.
     pub fn etcdctl_with_input(&self, arguments: &[&str], input: &str) -> Result<String> {
-        let mut file = tempfile::tempfile()?;
-        file.write_all(input.as_bytes())?;
-        file.rewind()?;
         let mut command = self.command("etcdctl");
         command.env("ETCDCTL_API", "3").args(["--endpoints", &self.endpoint]).args(arguments);
-        output_with_input(&mut command, file.into())
+        output_with_input(&mut command, input)
     }
 
     /// The store's revision.

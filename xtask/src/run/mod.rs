@@ -1,5 +1,8 @@
 //! `cargo xtask run`: a lab of hosts with the agent on each, and a tour of it. `cargo xtask lab`: into it, and down.
 
+mod calls;
+mod tour;
+
 use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
@@ -15,16 +18,22 @@ use signal_hook::{
     iterator::Signals,
 };
 
+use self::calls::Served;
+pub use self::tour::decoded_packet;
 use crate::{
-    capture::Capture,
-    lab::{Host, Lab, Lock, Netns, PREFIX, Store, remove_leftovers},
-    process::{cargo, inherit, output, workspace},
+    lab::{
+        Host, Lab, Lock, PREFIX, Store,
+        cni::{self, Runtime},
+        remove_leftovers,
+    },
+    process::{cargo, inherit, workspace},
     progress::{heading, step, wait_for},
     setup,
-    transfer::tcp_transfer,
 };
 
 const NAME: &str = "flannel-lab";
+/// How many each host gets.
+const PODS: usize = 2;
 const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#;
 
 /// Options of `cargo xtask run`.
@@ -36,6 +45,9 @@ pub struct Options {
     /// End after the tour instead of staying up
     #[arg(long)]
     once: bool,
+    /// Make pods by plain commands, also where the CNI plugins are installed
+    #[arg(long)]
+    by_hand: bool,
 }
 
 /// Options of `cargo xtask lab`.
@@ -95,27 +107,25 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
         println!("  answered {:.0?} after the agents were started", start.elapsed());
         Ok(())
     })?;
-    step("two pods on each, from its subnet.env", || {
-        for host in &mut hosts {
-            host.add_pod()?;
-            host.add_pod()?;
-        }
-        Ok(())
-    })?;
-    tour(&hosts, &store, &agent, directory)?;
+    let how = step("two pods on each, from its subnet.env", || make_pods(&mut hosts, &agent, options.by_hand))?;
+    tour::tour(&hosts, &store, &agent, how, directory)?;
+    let served = Served::start(&hosts[1], directory)?;
+    served.tour(&lab, &hosts)?;
     hosts.push(join(&lab, &hosts, &agent, &store)?);
     no_peer_state(&hosts)?;
+    tour::tables(&lab, &hosts, &store)?;
     if !options.once {
         println!(
             "\nThe lab is up. In another terminal, for example:\n  \
              cargo xtask lab exec node1 -- ip -d link show flannel.1\n  \
-             cargo xtask lab exec node1-pod1 -- ping {}\nCtrl-C takes it down.",
+             cargo xtask lab exec node1-pod1 -- curl http://{}/\nCtrl-C takes it down.",
             hosts[1].pods[0].address
         );
         signals.forever().next();
         println!();
     }
     step("take the lab down", || {
+        drop(served);
         drop(hosts);
         drop(store);
         drop(lab);
@@ -123,42 +133,29 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
     })
 }
 
-/// Shows what the lab is and does.
-fn tour(hosts: &[Host], store: &Store, agent: &Path, directory: &Path) -> Result<()> {
-    let [first, second, ..] = hosts else { anyhow::bail!("a tour needs two hosts") };
-    let (from, to) = (&first.pods[0], &second.pods[0]);
-
-    heading("what was built");
-    picture(hosts, store)?;
-
-    heading(&format!("ping from each host's first pod to the next host's ({} -> {} first)", from.address, to.address));
-    for (index, host) in hosts.iter().enumerate() {
-        let destination = hosts[(index + 1) % hosts.len()].pods[0].address;
-        let text = host.pods[0].netns.exec(&format!("ping -c 3 -i 0.2 -W 2 {destination}"))?;
-        let summary = text.lines().filter(|line| line.contains("packets transmitted") || line.contains("rtt"));
-        println!("{:>8}-pod1 -> {destination}: {}", host.name, summary.collect::<Vec<_>>().join(", "));
-        anyhow::ensure!(text.contains(" 0% packet loss"), "not every ping was answered");
+/// Gives each host two pods, by the CNI plugin where those that it delegates to are there. How it was done.
+fn make_pods(hosts: &mut [Host], agent: &Path, by_hand: bool) -> Result<&'static str> {
+    let delegates = if by_hand { None } else { cni::delegates() };
+    let ours = agent.parent().context("the agent is in a folder")?;
+    for host in hosts {
+        let runtime = delegates.map(|_| Runtime::new(host, ours)).transpose()?;
+        for _ in 0..PODS {
+            match &runtime {
+                Some(runtime) => host.attach_pod(runtime)?,
+                None => host.add_pod()?,
+            };
+        }
     }
-
-    heading("TCP for two seconds");
-    let transfer = tcp_transfer(&from.netns, &to.netns, to.address, 2, directory)?;
-    println!("{:.2} Gb/s from {} to {}", transfer.gbits, from.address, to.address);
-
-    heading("one packet on the underlay, decoded by tshark");
-    let provoke = || from.netns.exec(&format!("ping -c 1 -W 2 {}", to.address)).map(drop);
-    println!("{}", layers(&decoded_packet(&first.netns, "udp port 8472", directory, provoke)?));
-
-    heading(&format!("what became of the packets on {}", first.name));
-    let counters = output(first.agent_command(agent).arg("counters"))?;
-    for line in counters.lines().filter(|line| line.split_whitespace().nth(1) != Some("0")) {
-        println!("{line}");
-    }
-
-    heading(&format!("the kernel's state on {}: nothing in it belongs to a peer", first.name));
-    for command in ["ip route", "ip neigh show dev flannel.1", "bridge fdb show dev flannel.1"] {
-        println!("$ {command}\n{}", first.netns.exec(command)?.trim_end());
-    }
-    Ok(())
+    let Some(folder) = delegates else {
+        println!("  by hand: bridge and host-local (containernetworking-plugins) are not installed, or not wanted");
+        return Ok("by hand");
+    };
+    println!(
+        "  by the CNI plugin {}, and bridge and host-local in {}",
+        ours.join("flannel").display(),
+        folder.display()
+    );
+    Ok("by the CNI plugin")
 }
 
 /// One more host, and how long it takes until all others reach it.
@@ -178,7 +175,7 @@ fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &Store) -> Result<Host> 
 
 fn start_agents(hosts: &mut [Host], agent: &Path, store: &Store) -> Result<()> {
     for host in &mut *hosts {
-        host.start_agent(agent, store, &[])?;
+        host.start_agent(agent, store, &["--ip-masq"])?;
     }
     for host in hosts {
         host.wait_ready()?;
@@ -210,47 +207,6 @@ fn no_peer_state(hosts: &[Host]) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn picture(hosts: &[Host], store: &Store) -> Result<()> {
-    println!("  underlay 192.168.64.0/24: br0, etcd at {}", store.endpoint());
-    for host in hosts {
-        let subnet = host.subnet()?;
-        println!("   ├─ {} eth0 {}", host.name, host.address);
-        println!("   │    flannel.1, cni0 {}/{}, MTU {}", subnet.gateway, subnet.len, subnet.mtu);
-        for (index, pod) in host.pods.iter().enumerate() {
-            println!("   │      └─ {}-pod{} eth0 {}", host.name, index + 1, pod.address);
-        }
-    }
-    for (key, value) in store.list(&format!("{PREFIX}/subnets/"))? {
-        println!("  {key}\n    {value}");
-    }
-    Ok(())
-}
-
-/// The first packet that `provoke` sends through `eth0` of a namespace and the filter takes, decoded by tshark.
-///
-/// # Errors
-/// Where none comes within two seconds.
-pub fn decoded_packet(
-    netns: &Netns,
-    filter: &str,
-    directory: &Path,
-    provoke: impl FnOnce() -> Result<()>,
-) -> Result<String> {
-    let capture = Capture::start(netns, "eth0", filter, 1, directory)?;
-    provoke()?;
-    capture.decoded(&["-V"])
-}
-
-/// The names of a decoded packet's layers, and its VNI.
-fn layers(decoded: &str) -> String {
-    let layers = decoded.lines().filter(|line| {
-        // Names of layers begin the line; fields are indented, and bytes begin with their offset.
-        let is_layer = line.starts_with(|c: char| c.is_ascii_uppercase()) && !line.starts_with("Frame");
-        is_layer || line.contains("VXLAN Network Identifier")
-    });
-    layers.collect::<Vec<_>>().join("\n")
 }
 
 /// Into a lab, or down with it.
