@@ -7,13 +7,14 @@
 //!
 //! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`. `cargo xtask bench
 //! programs`: each program on single frames; see `tests/benches/programs.rs`. `cargo xtask bench receive`: the way from the
-//! cable into the pod; see `tests/benches/receive.rs`.
+//! cable into the pod; see `tests/benches/receive.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`.
 
 mod connections;
 mod datagrams;
 mod floors;
 mod measure;
 mod picture;
+mod pods;
 mod report;
 mod topology;
 
@@ -82,6 +83,8 @@ enum What {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Pods that are made and removed by the CNI plugin, beside `bridge` alone
+    Pods(pods::Options),
     /// Each program on single frames, with few and with many peers in the maps
     Programs {
         /// Further options; `-- --help` lists them
@@ -101,6 +104,7 @@ pub fn run(options: &Options) -> Result<()> {
         None => traffic(options),
         Some(What::Control { arguments }) => of_tests("control", arguments),
         Some(What::Programs { arguments }) => of_tests("programs", arguments),
+        Some(What::Pods(options)) => pods::run(options),
         Some(What::Receive { arguments }) => of_tests("receive", arguments),
     }
 }
