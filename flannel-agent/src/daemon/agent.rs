@@ -44,6 +44,8 @@ use crate::{
 pub(super) const COMPARE_PERIOD: Duration = Duration::from_secs(10);
 /// The least time between two looks at the kernel, so that a burst of events costs one.
 const SETTLE_TIME: Duration = Duration::from_millis(10);
+/// How much longer it rests than a look for pods took.
+const IDLE_FOR_EACH: u32 = 9;
 /// The least time between two writes of the agent's files.
 const RECORD_PERIOD: Duration = Duration::from_millis(500);
 
@@ -244,6 +246,7 @@ impl Agent<'_> {
         // What was there when the programs were attached may not be all that is there now.
         let mut pods_pending = true;
         let mut not_before = Instant::now();
+        let mut pods_not_before = not_before;
         loop {
             heartbeat.beat();
             tokio::select! {
@@ -285,12 +288,16 @@ impl Agent<'_> {
                     self.compare_or_say(pending.take().unwrap_or(Changed::Topology)).await;
                     not_before = Instant::now() + SETTLE_TIME;
                 }
-                () = sleep_until(not_before), if pods_pending => {
+                () = sleep_until(pods_not_before), if pods_pending => {
                     pods_pending = false;
-                    // It may also be the external interface, made anew.
-                    self.follow_external().await;
+                    let begun = Instant::now();
+                    if !self.has_external {
+                        // It may also be the external interface, made anew.
+                        self.follow_external().await;
+                    }
                     self.attach_pods_or_say().await;
-                    not_before = Instant::now() + SETTLE_TIME;
+                    // A look costs by the number of pods, and holds up who makes them.
+                    pods_not_before = Instant::now() + SETTLE_TIME.max(begun.elapsed() * IDLE_FOR_EACH);
                 }
                 _ = compare.tick() => {
                     let changes = self.table.review(is_heard(&self.dataplane.peers), Clock::now());

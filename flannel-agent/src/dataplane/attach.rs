@@ -1,6 +1,6 @@
 //! Attaching: TCX links where the kernel has them (6.6), else filters of the clsact qdisc.
 
-use std::{fs, io, path::Path};
+use std::{collections::HashSet, fs, io, path::Path};
 
 use aya::{
     programs::{
@@ -71,7 +71,7 @@ pub(super) fn attach(
         }
         if !Hook::OF_PODS.contains(&hook) {
             // What an agent pinned for another interface, or one that is gone.
-            release_all_but(hook, pins, held, &[])?;
+            release_all_but(hook, pins, held, &HashSet::new())?;
         }
         remove_pin(&pin)?;
         let options = TcAttachOptions::TcxOrder(hook.order());
@@ -98,12 +98,12 @@ pub(super) fn release_all_but(
     hook: Hook,
     pins: &PinDirectory,
     held: &mut Held,
-    ifindexes: &[u32],
+    ifindexes: &HashSet<u32>,
 ) -> Result<(), DataplaneError> {
     let is_hook = |place| matches!(place, Place::Tc(of) if of == hook);
     held.retain(|_, attachment| !is_hook(attachment.place) || ifindexes.contains(&attachment.ifindex));
-    let wanted: Vec<_> = ifindexes.iter().map(|ifindex| pins.link(hook.program(), *ifindex)).collect();
-    pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(pin)).try_for_each(|pin| remove_pin(pin))
+    let wanted: HashSet<_> = ifindexes.iter().map(|ifindex| pins.link(hook.program(), *ifindex)).collect();
+    pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(*pin)).try_for_each(|pin| remove_pin(pin))
 }
 
 /// Pins a link, so that the attachment stays when the agent goes. Where that fails, the link is gone.

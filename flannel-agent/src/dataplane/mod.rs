@@ -18,7 +18,11 @@ mod pins;
 pub mod test_run;
 mod xdp;
 
-use std::{collections::BTreeSet, io, path::PathBuf};
+use std::{
+    collections::{BTreeSet, HashSet},
+    io,
+    path::PathBuf,
+};
 
 pub use attach::detach_filters;
 pub use attached::{Attachment, AttachmentState, attached_xdp, attachments};
@@ -283,7 +287,7 @@ impl Dataplane {
     /// [`DataplaneError`] of the last link that failed; the others have their programs.
     pub fn attach_pods(&mut self, links: &[(String, u32)]) -> Result<(), DataplaneError> {
         let mut result = Ok(());
-        let indexes: Vec<u32> = links.iter().map(|(_, ifindex)| *ifindex).collect();
+        let indexes: HashSet<u32> = links.iter().map(|(_, ifindex)| *ifindex).collect();
         let gone: Vec<u32> = self.pods.iter().filter(|ifindex| !indexes.contains(ifindex)).copied().collect();
         for (name, ifindex) in links {
             if self.pods.contains(ifindex) {
