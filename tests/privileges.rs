@@ -109,7 +109,7 @@ fn two_capabilities_and_no_root_are_enough() {
         ("subnet.env", 0o644),
         ("flannel.1.status.json", 0o644),
         ("flannel.1.leases", 0o600),
-        ("flannel.1.lock", 0o644),
+        ("flannel.1.lock", 0o600),
         ("flannel.1.sock", 0o600),
     ];
     for (name, expected) in files {
@@ -165,6 +165,33 @@ fn what_belongs_to_another_user_is_said_and_goes_on_as_it_was() {
     start_as_user(&mut world, 0, "+bpf,+net_admin");
     world.wait_log(0, "leases in etcd");
     world.wait_connected(0, 1);
+}
+
+#[test]
+fn nobody_else_can_hold_the_lock() {
+    let mut world = World::with_agents(1);
+    fs::set_permissions(world.lab.directory(), fs::Permissions::from_mode(0o755)).unwrap();
+    let lock = world.hosts[0].run_dir().join("flannel.1.lock");
+    let as_nobody = || {
+        let mut command = Command::new("setpriv");
+        command.args([&format!("--reuid={USER}"), &format!("--regid={USER}"), "--clear-groups", "--"]);
+        command
+    };
+    let hold = || output(as_nobody().args(["flock", "--nonblock"]).arg(&lock).arg("true"));
+    world.hosts[0].agent = None;
+    assert!(hold().unwrap_err().to_string().contains("Permission denied"));
+    // One that others may read, they may hold.
+    fs::set_permissions(&lock, fs::Permissions::from_mode(0o644)).unwrap();
+    hold().unwrap();
+    world.start(0, &[]);
+    world.wait_log(0, "leases in etcd");
+    world.hosts[0].agent = None;
+    assert!(hold().unwrap_err().to_string().contains("Permission denied"));
+
+    let mut status = as_nobody();
+    status.arg(prepare_user(&world, 0)).arg("--run-dir").arg(world.hosts[0].run_dir()).arg("status");
+    let shown = String::from_utf8(status.output().unwrap().stdout).unwrap();
+    assert!(shown.contains("whether an agent is running, only root and the agent's user can tell"), "{shown}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -15,6 +15,8 @@ use crate::{atomic_file, privileges::permission_hint};
 /// How often the lock is tried, and the time in between.
 const LOOKS: u32 = 10;
 const LOOK_TIME: Duration = Duration::from_millis(10);
+/// Whoever can open the file, be it for reading, can hold the lock, and so keep an agent from starting (flock(2)).
+const MODE: u32 = 0o600;
 
 /// One agent for each overlay of a host.
 pub struct Lock {
@@ -47,7 +49,9 @@ impl Lock {
         let failed = |source| LockError::File { path: path.clone(), source };
         atomic_file::create_directory(run_dir).map_err(failed)?;
         let options = &mut fs::File::options();
-        let mut file = atomic_file::open(&path, options.create(true).append(true).mode(0o644)).map_err(failed)?;
+        let mut file = atomic_file::open(&path, options.create(true).append(true).mode(MODE)).map_err(failed)?;
+        // It may have been there with another.
+        file.set_permissions(fs::Permissions::from_mode(MODE)).map_err(failed)?;
         // Who asks whether it is held (`is_held`) holds it for a moment, since flock can't be asked otherwise.
         for _ in 0..LOOKS {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -61,12 +65,20 @@ impl Lock {
     }
 
     /// Whether an agent has it.
-    pub fn is_held(run_dir: &Path, vni: Vni) -> bool {
+    ///
+    /// # Errors
+    /// [`LockError::File`] where it can't be told: the file is for its user only.
+    pub fn is_held(run_dir: &Path, vni: Vni) -> Result<bool, LockError> {
+        let path = Self::path(run_dir, vni);
         // Not made where it is missing: asking leaves nothing behind.
-        let Ok(file) = atomic_file::open(&Self::path(run_dir, vni), fs::File::options().read(true)) else {
-            return false;
-        };
-        matches!(Flock::lock(file, FlockArg::LockSharedNonblock), Err((_, nix::errno::Errno::EWOULDBLOCK)))
+        match atomic_file::open(&path, fs::File::options().read(true)) {
+            Ok(file) => {
+                let held = Flock::lock(file, FlockArg::LockSharedNonblock);
+                Ok(matches!(held, Err((_, nix::errno::Errno::EWOULDBLOCK))))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(LockError::File { path, source }),
+        }
     }
 
     /// The file behind it.

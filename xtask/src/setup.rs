@@ -23,7 +23,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-pub(crate) const PROGRAMS: [(&str, &str); 28] = [
+pub(crate) const PROGRAMS: [(&str, &str); 29] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -33,6 +33,7 @@ pub(crate) const PROGRAMS: [(&str, &str); 28] = [
     ("ss", "iproute2"),
     ("nsenter", "util-linux"),
     ("setpriv", "util-linux"),
+    ("flock", "util-linux"),
     ("unshare", "util-linux"),
     ("taskset", "util-linux"),
     ("sysctl", "procps"),

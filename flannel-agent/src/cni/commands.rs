@@ -132,7 +132,7 @@ fn agent_status(run_dir: &Path, subnet: &SubnetFile) -> Result<(), Error> {
         let subnets: Vec<_> = subnet.subnets.iter().map(ToString::to_string).collect();
         return Err(Error::NotReady(format!("no agent of {} has a lease of {}", run_dir.display(), subnets.join(","))));
     };
-    if !Lock::is_held(run_dir, *vni) {
+    if !Lock::is_held(run_dir, *vni).map_err(|error| Error::NotReady(error.to_string()))? {
         return Err(Error::LimitedConnectivity(format!("the agent of flannel.{vni} does not run")));
     }
     match status.lease.state {

@@ -109,8 +109,8 @@ impl Sample {
     }
 }
 
-fn table(vni: Vni, running: bool, reasons: &[Reason]) -> String {
-    let agent = if running { "" } else { " (no agent is running; the programs go on without one)" };
+fn table(vni: Vni, running: Option<bool>, reasons: &[Reason]) -> String {
+    let agent = if running == Some(false) { " (no agent is running; the programs go on without one)" } else { "" };
     let seen: Vec<_> = reasons.iter().filter(|reason| reason.packets > 0).collect();
     if seen.is_empty() {
         return format!("flannel.{vni}{agent}: nothing was dropped\n");

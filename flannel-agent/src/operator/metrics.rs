@@ -65,7 +65,9 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
     for (vni, status) in statuses {
         let of = || vec![("vni", vni.to_string())];
         let with = |name: &'static str, value: &str| vec![("vni", vni.to_string()), (name, value.to_owned())];
-        up.get_or_create(&of()).set(is_running(cli, vni).into());
+        if let Some(is_running) = is_running(cli, vni) {
+            up.get_or_create(&of()).set(is_running.into());
+        }
         written.get_or_create(&of()).set(status.written.try_into().unwrap_or(i64::MAX));
         for state in [LeaseState::Held, LeaseState::LastKnown, LeaseState::Lost] {
             lease.get_or_create(&with("state", state.label())).set((status.lease.state == state).into());

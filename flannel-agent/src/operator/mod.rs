@@ -78,9 +78,9 @@ pub fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
     Ok(())
 }
 
-/// Whether an agent serves that overlay now.
-fn is_running(cli: &Cli, vni: Vni) -> bool {
-    Lock::is_held(&cli.run_dir, vni)
+/// Whether an agent serves that overlay now. [`None`] where that can't be told: only its user may know.
+fn is_running(cli: &Cli, vni: Vni) -> Option<bool> {
+    Lock::is_held(&cli.run_dir, vni).ok()
 }
 
 /// Rows in columns.

@@ -11,7 +11,8 @@ use crate::{
 /// What is known of an overlay.
 struct Overlay {
     status: Status,
-    is_running: bool,
+    /// [`None`] where it can't be told.
+    is_running: Option<bool>,
     /// [`None`] where it can't be read.
     dataplane: Option<Dataplane>,
     /// In words.
@@ -28,9 +29,14 @@ pub fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
         .map(|(vni, status)| {
             let is_running = is_running(cli, vni);
             let mut troubles = status.troubles();
-            if !is_running {
-                // What it wrote last may be over.
-                troubles.insert(0, format!("no agent is running; this is from {} ago", time(status.written)));
+            // What it wrote last may be over.
+            let doubt = match is_running {
+                Some(true) => None,
+                Some(false) => Some("no agent is running"),
+                None => Some("whether an agent is running, only root and the agent's user can tell"),
+            };
+            if let Some(doubt) = doubt {
+                troubles.insert(0, format!("{doubt}; this is from {} ago", time(status.written)));
             }
             let dataplane = Dataplane::read(cli, vni, &status);
             match &dataplane {
