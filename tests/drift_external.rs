@@ -1,6 +1,6 @@
 //! What changes about the external interface: agent, programs, device, lease and peers follow.
 
-use std::time::Duration;
+use std::time::Instant;
 
 use xtask::{lab::PREFIX, progress::wait_for};
 
@@ -33,13 +33,17 @@ const RULES: [&[&str]; 3] = [&[], &["--iface=eth0"], &["--iface-regex=^eth"]];
 fn down_and_up() {
     let talk = Talk::start(&[]);
     let netns = &talk.world.hosts[0].netns;
-    // Nothing of ours was changed, so nothing is counted that is not repaired: the routes are the operator's.
     netns.ip("link set eth0 down").unwrap();
-    std::thread::sleep(Duration::from_millis(500));
-    talk.flows_again("up", |_| {
+    talk.world.wait_log(0, "nothing can be sent to the peer 192.168.64.2");
+    // Nothing of ours was changed, so nothing is counted that is not repaired: the routes are the operator's.
+    let before = talk.repaired();
+    let up = |_: &World| {
         netns.ip("link set eth0 up").unwrap();
         netns.ip("route replace default via 192.168.64.254").unwrap();
-    });
+    };
+    let since = Instant::now();
+    talk.flows_again("up", up, || talk.has_flowed(since));
+    assert_eq!(talk.repaired(), before);
     assert!(talk.world.status(0)["troubles"].as_array().unwrap().is_empty(), "{:#}", talk.world.status(0));
 }
 

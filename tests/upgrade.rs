@@ -32,13 +32,26 @@ fn variant(variant: Variant) -> PathBuf {
 
 /// What the kernel lets an agent use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kernel {
+pub enum Kernel {
     This,
     /// As before 6.6: links to TC hooks are invalid.
     WithoutTcx,
 }
 
 impl Kernel {
+    /// Two hosts with a ready agent and a pod each.
+    pub fn two_hosts(self) -> World {
+        let mut world = World::new(2);
+        for host in 0..2 {
+            self.start(&mut world, host, &agent());
+        }
+        for host in &mut world.hosts {
+            host.wait_ready().unwrap();
+            host.add_pod().unwrap();
+        }
+        world
+    }
+
     fn start(self, world: &mut World, host: usize, binary: &Path) {
         let World { hosts, store, .. } = world;
         thread::scope(|scope| {
@@ -106,14 +119,7 @@ fn versions(world: &World, host: usize) -> Vec<String> {
 }
 
 fn there_and_back(kernel: Kernel) {
-    let mut world = World::new(2);
-    for host in 0..2 {
-        kernel.start(&mut world, host, &agent());
-    }
-    for host in &mut world.hosts {
-        host.wait_ready().unwrap();
-        host.add_pod().unwrap();
-    }
+    let mut world = kernel.two_hosts();
     world.wait_connected(0, 1);
     let links = fs::read_dir(world.hosts[0].pin_dir().join("1")).unwrap().count() - 1;
     assert_eq!(links == 0, kernel == Kernel::WithoutTcx, "{links} links are pinned");

@@ -33,7 +33,24 @@ pub enum Repair {
 }
 
 impl Repair {
-    /// Its name in the log and in `status`.
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::Device,
+        Self::DeviceSettings,
+        Self::DeviceAddress,
+        Self::Route,
+        Self::Neighbour,
+        Self::ForwardingEntry,
+        Self::Program,
+        Self::Pin,
+        Self::MapEntry,
+        Self::ExternalInterface,
+        Self::NextHop,
+        Self::IpForward,
+        Self::Conntrack,
+    ];
+
+    /// Its name in the log, in `status` and in the metrics.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Device => "device",

@@ -15,6 +15,7 @@ use crate::{
     dataplane::{self, PinDirectory},
     lease::HoldReason,
     registry::ResyncCause,
+    repair::Repair,
     status::{LeaseState, Status},
 };
 
@@ -55,7 +56,9 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
     let held_total = counters(&mut registry, "peers_held_ever", "How often the guard kept a peer, by reason");
 
     let rules = gauges(&mut registry, "packet_rules_set", "Whether the packet rules are as they should be");
-    let repairs = counters(&mut registry, "packet_rules_repairs", "How often another program had changed them");
+    let rules_repairs = counters(&mut registry, "packet_rules_repairs", "How often another program had changed them");
+    let repairs =
+        counters(&mut registry, "repairs", "What somebody else changed and was made right again, by what it was");
 
     let statuses = match Status::read_all(&cli.run_dir) {
         Ok(statuses) => statuses,
@@ -85,7 +88,11 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
         passed_over_total.get_or_create(&of()).inc_by(status.store.passed_over_total);
         config.get_or_create(&of()).set(status.config_differs.is_some().into());
         rules.get_or_create(&of()).set(status.rules.problem.is_none().into());
-        repairs.get_or_create(&of()).inc_by(status.rules.repairs);
+        rules_repairs.get_or_create(&of()).inc_by(status.rules.repairs);
+        for repair in Repair::ALL.map(Repair::label) {
+            let count = status.drift.repaired.get(repair).map_or(0, |repaired| repaired.count);
+            repairs.get_or_create(&with("repair", repair)).inc_by(count);
+        }
         peers.get_or_create(&of()).set(count(status.peers));
         for reason in HoldReason::ALL {
             let number = status.held.iter().filter(|peer| peer.reason == reason).count();
