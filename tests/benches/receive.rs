@@ -1,36 +1,25 @@
 //! `cargo xtask bench receive`: how many small datagrams a second come from the cable into a pod, by the kernel's vxlan
 //! device, by our programs at TC, and by those at XDP.
 //!
-//! The other host's end of the cable is fed with XDP frames, so the receiver gets them as from a NIC's driver, and no
-//! sender's stack is measured. (veth takes such frames only where the other end has GRO or XDP on.) Generator and receiver
-//! share one core: the receiving side runs as softirq behind each batch. What reaches a rule in the pod is counted.
+//! Generator and receiver share one core: the receiving side runs as softirq behind each batch. What reaches a rule in the
+//! pod is counted.
 
-#[path = "../frames.rs"]
-#[expect(dead_code, reason = "the tests use the rest")]
-mod frames;
+mod cable;
 
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
+use cable::{CONFIG, PORT, between_pods, generator, in_tunnel, kernel, median, ours, pin, tunnel};
 use clap::Parser;
-use etherparse::{EtherType, PacketBuilder};
 use flannel_agent::dataplane::generator::Generator;
-use flannel_common::generator::Generated;
-use frames::{Mac, Tunnel, ethernet, vxlan};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 use xtask::{
-    lab::{Host, Lab, Netns, PREFIX, Store, remove_leftovers},
+    lab::{Host, Lab, PREFIX, remove_leftovers},
     progress::{step, wait_for},
 };
 
 const NAME: &str = "flannel-receive";
-const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "SubnetMax": "10.5.199.0", "Backend": {"Type": "vxlan"}}"#;
-const PORT: u16 = 9999;
 /// Frames of one call. The kernel sleeps for some 25 ms at the end of each.
 const BURST: u32 = 1 << 20;
 
@@ -78,17 +67,15 @@ fn main() {
 type Rates = Vec<f64>;
 
 fn measure(options: &Options, directory: &Path) -> Vec<(&'static str, Rates)> {
-    let mut core = CpuSet::new();
-    core.set(0).unwrap();
     let lab = Lab::new(NAME, directory).unwrap();
     let store = lab.store().unwrap();
     store.put(&format!("{PREFIX}/config"), CONFIG).unwrap();
     let mut rivals = [
-        kernel(&lab, &store, options.rules),
-        ours(&lab, &store, "ours, TC", "--xdp=off", 1, options.rules),
-        ours(&lab, &store, "ours, native XDP", "--xdp=native", 3, options.rules),
+        Rival::new("kernel vxlan", kernel(&lab, &store, options.rules)),
+        Rival::new("ours, TC", ours(&lab, &store, "--xdp=off", 1, options.rules)),
+        Rival::new("ours, native XDP", ours(&lab, &store, "--xdp=native", 3, options.rules)),
     ];
-    sched_setaffinity(Pid::from_raw(0), &core).unwrap();
+    pin(0);
     let mut results: Vec<(&str, Rates)> = rivals.iter().map(|rival| (rival.name, Rates::new())).collect();
     for round in 0..options.rounds {
         for turn in 0..rivals.len() {
@@ -103,17 +90,10 @@ fn measure(options: &Options, directory: &Path) -> Vec<(&'static str, Rates)> {
 }
 
 impl Rival {
-    fn new(name: &'static str, hosts: [Host; 2], rules: bool) -> Self {
-        let pod = &hosts[1].pods[0];
-        pod.netns.exec(&format!("iptables -t raw -A PREROUTING -p udp --dport {PORT} -j DROP")).unwrap();
-        for host in &hosts {
-            host.netns.exec("ethtool -K eth0 gro on").unwrap();
-        }
-        if rules {
-            hosts.iter().try_for_each(Host::set_cluster_rules).unwrap();
-        }
-        hosts[0].pods[0].netns.exec(&format!("ping -c 1 -W 5 {}", pod.address)).unwrap();
-        let generator = Generator::load(&generated(&hosts)).unwrap();
+    fn new(name: &'static str, hosts: [Host; 2]) -> Self {
+        let rule = format!("iptables -t raw -A PREROUTING -p udp --dport {PORT} -j DROP");
+        hosts[1].pods[0].netns.exec(&rule).unwrap();
+        let generator = generator(&hosts, in_tunnel(&hosts, &tunnel(&hosts), &between_pods(&hosts)));
         let mut rival = Self { name, hosts, generator };
         // A flow passes the stack by from its second packet on.
         let arrived = wait_for("the first frames", Duration::from_secs(10), || {
@@ -145,69 +125,12 @@ impl Rival {
     }
 }
 
-/// Two hosts with the agent, the first with this number.
-fn ours(lab: &Lab, store: &Store, name: &'static str, mode: &str, number: u8, rules: bool) -> Rival {
-    let agent = xtask::process::workspace().join("target/release/flannel-agent");
-    let numbers = [number, number + 1];
-    let names = numbers.map(|number| format!("ours{number}"));
-    let mut hosts = lab.cable(names.each_ref().map(String::as_str), numbers).unwrap();
-    for host in &mut hosts {
-        host.start_agent(&agent, store, &["--iface=eth0", mode]).unwrap();
-        host.wait_ready().unwrap();
-        host.add_pod().unwrap();
-    }
-    Rival::new(name, hosts, rules)
-}
-
-fn kernel(lab: &Lab, store: &Store, rules: bool) -> Rival {
-    let mut hosts = lab.cable(["vxlan1", "vxlan2"], [11, 12]).unwrap();
-    for (host, octet) in hosts.iter_mut().zip([251, 252]) {
-        let vxlan = host.become_kernel_vxlan(store, octet).unwrap();
-        host.add_pod_in(&vxlan.subnet).unwrap();
-    }
-    hosts[0].add_kernel_peer_from(store, 252).unwrap();
-    hosts[1].add_kernel_peer_from(store, 251).unwrap();
-    Rival::new("kernel vxlan", hosts, rules)
-}
-
-/// A datagram from the first host's pod to the second's, in the tunnel.
-fn generated(hosts: &[Host; 2]) -> Generated {
-    let mac = |netns: &Netns, device: &str| -> Mac {
-        let links = netns.ip_json(&format!("link show {device}")).unwrap();
-        let octets =
-            links[0]["address"].as_str().unwrap().split(':').map(|octet| u8::from_str_radix(octet, 16).unwrap());
-        octets.collect::<Vec<_>>().try_into().unwrap()
-    };
-    let [sender, receiver] = hosts;
-    let mut packet = Vec::new();
-    PacketBuilder::ipv4(sender.pods[0].address.octets(), receiver.pods[0].address.octets(), 63)
-        .udp(PORT, PORT)
-        .write(&mut packet, &[0x5a; 64])
-        .unwrap();
-    let inner = ethernet(mac(&sender.netns, "flannel.1"), mac(&receiver.netns, "flannel.1"), EtherType::IPV4);
-    let tunnel = Tunnel {
-        source_mac: mac(&sender.netns, "eth0"),
-        destination_mac: mac(&receiver.netns, "eth0"),
-        source: sender.address.octets(),
-        destination: receiver.address.octets(),
-        ..frames::FROM_TWO
-    };
-    let frame = tunnel.around(&vxlan(8, 1), &[inner, packet].concat());
-    let links = sender.netns.ip_json("link show eth0").unwrap();
-    Generated { ifindex: links[0]["ifindex"].as_u64().unwrap() as u32, frame: frame.try_into().unwrap() }
-}
-
 fn print(options: &Options, results: &[(&str, Rates)]) {
     let rules = if options.rules { "with" } else { "without" };
     println!(
         "\n1000 datagrams of 64 bytes a second at a rule in the pod, medians of {} rounds, {rules} a cluster's rules",
         options.rounds
     );
-    let median = |rates: &Rates| {
-        let mut sorted = rates.clone();
-        sorted.sort_by(f64::total_cmp);
-        (sorted[sorted.len() / 2], sorted[0], sorted[sorted.len() - 1])
-    };
     let (kernel, ..) = median(&results[0].1);
     for (name, rates) in results {
         let (median, min, max) = median(rates);

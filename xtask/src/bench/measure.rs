@@ -134,7 +134,10 @@ fn others() -> Result<f64> {
 }
 
 /// p50 and p99 of a TCP round trip, there and back, in microseconds.
-fn round_trip(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Result<[f64; 2]> {
+///
+/// # Errors
+/// Where `sockperf` fails.
+pub fn round_trip(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Result<[f64; 2]> {
     let mut listen = sockperf(path.server, 1, "server", path);
     let _server = Process::start(&mut listen, &directory.join("sockperf.log"))?;
     let sockets = format!("ss -Hltn sport = {PORT}");

@@ -7,10 +7,11 @@
 //!
 //! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`. `cargo xtask bench
 //! programs`: each program on single frames; see `tests/benches/programs.rs`. `cargo xtask bench receive`: the way from the
-//! cable into the pod; see `tests/benches/receive.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`.
+//! cable into the pod; see `tests/benches/receive.rs`. `cargo xtask bench attack`: traffic beside a flood of forged tunnel
+//! packets; see `tests/benches/attack.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`.
 
 mod connections;
-mod datagrams;
+pub mod datagrams;
 mod floors;
 mod measure;
 mod picture;
@@ -30,6 +31,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+pub use self::{measure::round_trip, topology::Path as TrafficPath};
 use self::{
     report::{Conditions, Report, Results, Sample},
     topology::{Mode, Pair, Rival, Rules},
@@ -85,6 +87,12 @@ enum What {
     },
     /// Pods that are made and removed by the CNI plugin, beside `bridge` alone
     Pods(pods::Options),
+    /// Traffic between pods, and beside it forged tunnel packets as fast as they can be sent
+    Attack {
+        /// Further options; `-- --help` lists them
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Each program on single frames, with few and with many peers in the maps
     Programs {
         /// Further options; `-- --help` lists them
@@ -105,6 +113,7 @@ pub fn run(options: &Options) -> Result<()> {
         Some(What::Control { arguments }) => of_tests("control", arguments),
         Some(What::Programs { arguments }) => of_tests("programs", arguments),
         Some(What::Pods(options)) => pods::run(options),
+        Some(What::Attack { arguments }) => of_tests("attack", arguments),
         Some(What::Receive { arguments }) => of_tests("receive", arguments),
     }
 }

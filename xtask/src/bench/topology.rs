@@ -80,12 +80,14 @@ impl Mode {
     }
 }
 
-/// From where to where a rival is measured.
-pub(super) struct Path<'a> {
-    pub(super) client: &'a Netns,
-    pub(super) server: &'a Netns,
+/// From where to where is measured.
+pub struct Path<'a> {
+    /// The client's namespace.
+    pub client: &'a Netns,
     /// The server's.
-    pub(super) address: Ipv4Addr,
+    pub server: &'a Netns,
+    /// The server's.
+    pub address: Ipv4Addr,
 }
 
 impl Path<'_> {
