@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 5 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 6 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -28,6 +28,9 @@ pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
 pub const HEARD: &str = "HEARD";
 /// LRU hash: [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow), for flows that may pass the host's stack by.
 pub const FLOWS: &str = "FLOWS";
+/// LRU hash: the host's side of a pod's veth -> the MAC that the pod last sent from. A bridge that does not know where a MAC
+/// is sends a copy of what is for it to every pod.
+pub const PODS: &str = "PODS";
 /// Per-CPU array: [`Event`](crate::event::Event) -> [`Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// Per-CPU array: [`Event`](crate::event::Event) -> [`Drops`](crate::drops::Drops): samples of what was dropped.
@@ -36,7 +39,7 @@ pub const DROPS: &str = "DROPS";
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 8] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, COUNTERS, DROPS];
+pub const PINNED: [&str; 9] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, PODS, COUNTERS, DROPS];
 
 /// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
 pub const MAX_SLOTS: u32 = 1 << 22;
@@ -45,6 +48,9 @@ pub const MAX_PREFIXES: u32 = 1 << 17;
 
 /// The most flows that are remembered; the one not used for longest makes room.
 pub const MAX_FLOWS: u32 = 1 << 16;
+
+/// The most pods whose MAC is remembered. What is for others takes the stack.
+pub const MAX_PODS: u32 = 1 << 12;
 
 /// The unit of [`HEARD`]: nanoseconds of CLOCK_MONOTONIC, as a power of two so that the program need not divide
 /// (1.07 s).

@@ -14,6 +14,7 @@ use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey},
     maps::Config,
+    packet::Mac,
 };
 use network_types::{
     eth::EthHdr,
@@ -23,7 +24,7 @@ use network_types::{
 };
 
 use crate::{
-    maps::{CONFIG, FLOWS, VTEP_ADDRESSES},
+    maps::{CONFIG, FLOWS, PODS, VTEP_ADDRESSES},
     packet::{Headers, Note, Packet},
 };
 
@@ -31,8 +32,7 @@ use crate::{
 const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
 const FRAGMENT_MASK: u16 = 0x2000 | FRAGMENT_OFFSET_MASK;
 
-/// The veth of a flow that came out at several. A bridge floods what is for a MAC that it does not know the port of, so that
-/// a copy for each pod passes [`to_pod`]: none of them tells where the pod is, and for a while all is left to the stack.
+/// The veth of a flow that came out at several, whose pods all send from its MAC: for a while all is left to the stack.
 const AMBIGUOUS: u32 = 0;
 
 /// What a packet is to its flow.
@@ -176,6 +176,9 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
         return Event::PodUnnoted;
     };
     let (now, veth) = (now(), packet.device());
+    if !is_of_pod(veth, ethernet.dst_addr) {
+        return Event::PodUnnoted;
+    }
     let before = known(&place.key).unwrap_or(Flow::new(place.key));
     let age = now.wrapping_sub(before.ingress);
     let flow = if before.veth == AMBIGUOUS && age < 2 * config.bypass_time {
@@ -190,6 +193,26 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
         Ok(()) if flow.veth == veth => Event::PodReleased,
         _ => Event::PodUnnoted,
     }
+}
+
+/// Ingress of the host's side of a pod's veth: notes which MAC the pod sends from, of packets that take the stack. Those are
+/// ARP and the first of each flow, and one in a while of every other.
+#[inline(always)]
+pub(crate) fn note_pod(packet: &Packet<'_>) {
+    let (veth, Some(ethernet)) = (packet.device(), packet.header::<EthHdr>(0)) else { return };
+    if !is_of_pod(veth, ethernet.src_addr) {
+        // Where there is no room, what is for the pod goes on through the stack.
+        let _full = PODS.insert(veth, ethernet.src_addr, 0);
+    }
+}
+
+/// Whether the pod at a veth sends from a MAC. A bridge floods what is for a MAC that it does not know the port of, so that a
+/// copy for each pod passes [`to_pod`]; and another pod's stack would take what is put into it past the bridge.
+#[inline(always)]
+fn is_of_pod(veth: u32, mac: Mac) -> bool {
+    // SAFETY: a map value lives as long as the program. If another veth's comes in its place meanwhile, it is compared, and
+    // believed only where it is the same.
+    unsafe { PODS.get(veth) }.is_some_and(|of_pod| *of_pod == mac)
 }
 
 /// Whether a pod's packet is for a VTEP's tunnel port: only hosts may send these, since a masqueraded one would look like

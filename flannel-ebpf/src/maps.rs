@@ -9,7 +9,8 @@ use flannel_common::{
     drops::Drops,
     event::Event,
     flow::{Flow, FlowKey, SourcePorts},
-    maps::{Config, Counter, MAX_FLOWS, MAX_PREFIXES, Vtep},
+    maps::{Config, Counter, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep},
+    packet::Mac,
 };
 
 #[map]
@@ -29,6 +30,9 @@ pub(crate) static HEARD: Array<u32> = Array::with_max_entries(1, 0);
 
 #[map]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+
+#[map]
+pub(crate) static PODS: LruHashMap<u32, Mac> = LruHashMap::with_max_entries(MAX_PODS, 0);
 
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(Event::COUNT, 0);

@@ -156,14 +156,17 @@ impl Loaded {
                 ingress: before.is_some() && is_fresh(input.ingress()),
                 pod_mac: POD_MAC,
                 gateway_mac: GATEWAY_MAC,
+                sender: input.sender(),
             },
         };
+        self.programs.set_pod(ifindex, packet.known.sender).unwrap();
         let fate = self.world.fate(program, packet);
         let start = now();
         self.run(input, program, packet.note, ifindex, &fate, out)?;
         check_frame(&self.world, &fate.frame, input.frame, out)?;
         self.check_counter(&fate, input.frame.len())?;
         self.check_flow(&fate, key, before, ifindex, start)?;
+        equal("the MAC that the pod sends from", self.programs.pod(ifindex).unwrap(), fate.sender)?;
         match fate.heard {
             Some(address) if !self.take_heard(address) => Err(format!("{address:?} was not heard")),
             _ => Ok(()),

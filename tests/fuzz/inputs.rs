@@ -111,6 +111,16 @@ impl<'a> Input<'a> {
         }
     }
 
+    /// The MAC that the pod at the veth is known to send from: seldom none, or another than that of the frame.
+    pub fn sender(&self) -> Option<Mac> {
+        let to = *self.frame.first_chunk()?;
+        match self.head[7] >> 5 {
+            0 => None,
+            1 => Some(NEXT_HOP_MAC),
+            _ => Some(to),
+        }
+    }
+
     pub fn look(&self) -> Look {
         if self.head[7] & 1 == 0 { Look::Verdict } else { Look::Note }
     }
@@ -134,6 +144,7 @@ impl fmt::Debug for Input<'_> {
             .field("egress, ingress", &(self.egress(), self.ingress()))
             .field("gso_size", &self.gso_size())
             .field("note", &self.note(&WORLDS[self.world()]()))
+            .field("sender", &self.sender())
             .field("look", &self.look())
             .field("frame", &hex(self.frame))
             .finish()

@@ -9,8 +9,9 @@ use aya::{
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey},
-    maps::{Counter, FLOWS, HEARD, VTEP_ADDRESSES},
+    maps::{Counter, FLOWS, HEARD, PODS, VTEP_ADDRESSES},
     noted,
+    packet::Mac,
 };
 
 use super::{Dataplane, DataplaneError, Hook, XdpMode, peers::absent_is_fine, take_map};
@@ -34,6 +35,7 @@ pub struct TestRuns {
     _programs: ProgramArray<MapData>,
     heard: Array<MapData, u32>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
+    pods: BpfHashMap<MapData, u32, Mac>,
 }
 
 /// What a TC program is run on.
@@ -69,7 +71,8 @@ impl TestRuns {
         let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
         let addresses = Map::HashMap(pinned(VTEP_ADDRESSES)?);
         let addresses = addresses.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
-        Ok(Self { dataplane, noted, _programs: programs, heard, addresses })
+        let pods = Map::LruHashMap(pinned(PODS)?).try_into().map_err(DataplaneError::map("open", PODS))?;
+        Ok(Self { dataplane, noted, _programs: programs, heard, addresses, pods })
     }
 
     /// Runs a TC program; its verdict. The frame goes to `out`.
@@ -177,6 +180,30 @@ impl TestRuns {
     /// [`DataplaneError::Map`].
     pub fn flows(&self) -> Result<Vec<FlowKey>, DataplaneError> {
         self.dataplane.flows.keys().collect::<Result<_, _>>().map_err(DataplaneError::map("read", FLOWS))
+    }
+
+    /// The MAC that the pod at a veth is known to send from.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn pod(&self, veth: u32) -> Result<Option<Mac>, DataplaneError> {
+        match self.pods.get(&veth, 0) {
+            Ok(mac) => Ok(Some(mac)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(DataplaneError::map("read", PODS)(error)),
+        }
+    }
+
+    /// Has the programs know the MAC that the pod at a veth sends from, or none.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn set_pod(&mut self, veth: u32, mac: Option<Mac>) -> Result<(), DataplaneError> {
+        let written = match mac {
+            Some(mac) => self.pods.insert(veth, mac, 0),
+            None => absent_is_fine(self.pods.remove(&veth)),
+        };
+        written.map_err(DataplaneError::map("write", PODS))
     }
 
     /// The id of the VTEP with this address (wire order).

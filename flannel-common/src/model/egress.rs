@@ -4,7 +4,7 @@ use std::vec::Vec;
 
 use super::{
     Fate, FlowChange, Frame, Note, Packet, Peer, World,
-    wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, flow, is_ipv4, one_hop_on, word},
+    wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, one_hop_on, word},
 };
 use crate::event::{Event, Outcome};
 
@@ -76,8 +76,17 @@ impl World {
         Fate { frame: Frame::InTunnel(self.in_tunnel(peer, ip, inner)), note: 0, ..unchanged(event) }
     }
 
-    /// A pod sent it.
+    /// A pod sent it. Of what takes the stack it is noted who did.
     pub(super) fn ingress_of_pod(&self, packet: Packet<'_>) -> Fate {
+        let fate = self.bypassed_or_left(packet);
+        let takes_the_stack = fate.event.is_some_and(|event| event.outcome() == Outcome::Pass);
+        match takes_the_stack && self.may_bypass() {
+            true => Fate { sender: bytes(packet.frame, 6), ..fate },
+            false => fate,
+        }
+    }
+
+    fn bypassed_or_left(&self, packet: Packet<'_>) -> Fate {
         // Whatever note it bears, the pod may have made it.
         let packet = Packet { note: 0, ..packet };
         let other = Fate::unchanged(Event::PodOther, packet);

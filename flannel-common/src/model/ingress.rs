@@ -164,6 +164,10 @@ impl World {
         if kind != Kind::Data || !is_unchanged || !self.is_of_own_subnet(ip.destination()) {
             return unnoted;
         }
+        // A bridge may have sent every pod a copy.
+        if packet.known.sender != Some(pod) {
+            return unnoted;
+        }
         Fate { event: Some(Event::PodReleased), flow: FlowChange::Ingress(key, pod, gateway), ..unnoted }
     }
 }

@@ -91,6 +91,8 @@ pub struct Known {
     pub pod_mac: Mac,
     /// The MAC that its packets come from.
     pub gateway_mac: Mac,
+    /// The MAC that the pod at this veth last sent from, of what took the stack.
+    pub sender: Option<Mac>,
 }
 
 /// What must become of a packet.
@@ -106,6 +108,8 @@ pub struct Fate {
     pub flow: FlowChange,
     /// Which VTEP is known to be alive.
     pub heard: Option<[u8; 4]>,
+    /// The MAC that the pod at this veth is known to send from, from then on.
+    pub sender: Option<Mac>,
 }
 
 /// The bytes of a packet afterwards.
@@ -140,6 +144,7 @@ impl Fate {
             note: packet.note,
             flow: FlowChange::Unchanged,
             heard: None,
+            sender: packet.known.sender,
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{
     datapath::{Peers, surplus_or_missing},
     history::{Subnet, Vtep, subnet_of, vtep_of},
     invariants::{Invariant, Named, differences, never_named, removed, two_owners, was_named},
-    ledger::Lost,
+    ledger::{Lost, PodId},
     report::Report,
     resources::{Life, Sample},
     timeline::HostId,
@@ -203,30 +203,17 @@ impl Watcher {
     /// Connects pods whose hosts know each other.
     pub(super) fn connect(&self, cluster: &mut Cluster<'_>) {
         cluster.look_at_announcements();
+        let strangers = strangers(cluster);
+        // The maps were seen a moment ago. A lease that was deleted since takes out a host that has not sent yet.
+        let involved: BTreeSet<_> = strangers.iter().flat_map(|(hosts, _)| *hosts).collect();
+        let read = |place: usize| Some((place, Peers::read(cluster.places[place].host.as_ref()?.pin_dir()).ok()?));
+        let peers: BTreeMap<_, _> = involved.into_iter().filter_map(read).collect();
         let now = cluster.now();
         let mut ledger = cluster.traffic.ledger();
-        let knows = |one: &Place, two: &Place| {
-            let subnet = two.subnet.as_ref().map(|of| ((of.gateway.to_bits() - 1).into(), of.len));
-            let known = one.peers.as_ref().zip(subnet).and_then(|(peers, subnet)| peers.by_subnet.get(&subnet));
-            known.zip(two.host.as_ref()).is_some_and(|(vtep, host)| vtep.address == host.address)
-        };
-        for one in &cluster.places {
-            for two in cluster.places.iter().filter(|two| two.id != one.id) {
-                if !(knows(one, two) && knows(two, one)) {
-                    continue;
-                }
-                let ready = |place: &Place| {
-                    let is_old = |pod: &&LivePod| pod.since.is_some_and(|since| now.saturating_sub(since) > POD_START);
-                    let old = place.pods.iter().flatten().filter(is_old);
-                    old.map(|pod| pod.id).collect::<Vec<_>>()
-                };
-                for from in ready(one) {
-                    for to in ready(two) {
-                        if !ledger.is_connected(from, to) {
-                            ledger.connect(from, to, now);
-                        }
-                    }
-                }
+        for ([one, two], (from, to)) in strangers {
+            let knows = |here, there: usize| knows(peers.get(&here), &cluster.places[there]);
+            if knows(one, two) && knows(two, one) {
+                ledger.connect(from, to, now);
             }
         }
     }
@@ -326,4 +313,36 @@ impl Watcher {
         }
         Ok(unrest)
     }
+}
+
+/// Whether a host's maps lead to the host of a place.
+fn knows(peers: Option<&Peers>, place: &Place) -> bool {
+    let subnet = place.subnet.as_ref().map(|of| ((of.gateway.to_bits() - 1).into(), of.len));
+    let known = peers.zip(subnet).and_then(|(peers, subnet)| peers.by_subnet.get(&subnet));
+    known.zip(place.host.as_ref()).is_some_and(|(vtep, host)| vtep.address == host.address)
+}
+
+/// The pods that are not connected though their hosts knew each other when their maps were last seen, with these hosts'
+/// places.
+fn strangers(cluster: &Cluster<'_>) -> Vec<([usize; 2], (PodId, PodId))> {
+    let now = cluster.now();
+    let ledger = cluster.traffic.ledger();
+    let ready = |place: &Place| {
+        let is_old = |pod: &&LivePod| pod.since.is_some_and(|since| now.saturating_sub(since) > POD_START);
+        let old = place.pods.iter().flatten().filter(is_old);
+        old.map(|pod| pod.id).collect::<Vec<_>>()
+    };
+    let mut strangers = Vec::new();
+    for (one, here) in cluster.places.iter().enumerate() {
+        for (two, there) in cluster.places.iter().enumerate().filter(|(two, _)| *two != one) {
+            let stays = !here.may_end && !there.may_end;
+            if !stays || !knows(here.peers.as_ref(), there) || !knows(there.peers.as_ref(), here) {
+                continue;
+            }
+            let pairs = ready(here).into_iter().flat_map(|from| ready(there).into_iter().map(move |to| (from, to)));
+            let unconnected = pairs.filter(|(from, to)| !ledger.is_connected(*from, *to));
+            strangers.extend(unconnected.map(|pods| ([one, two], pods)));
+        }
+    }
+    strangers
 }
