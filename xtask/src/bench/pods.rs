@@ -189,7 +189,7 @@ struct Traffic {
 impl Traffic {
     fn start(netns: &Netns, address: &str, directory: &Path) -> Result<Self> {
         let mut flow = netns.command("iperf3");
-        flow.args(["-c", address, "-t", "3600", "-b", TRAFFIC]);
+        flow.args(["-c", address, "-t", "3600", "-b", TRAFFIC, "--forceflush"]);
         let flow = Process::start(&mut flow, &directory.join("flow.log"))?;
         wait_for("the flow", LIMIT, || flow.log().contains("sec"))?;
         let mut pings = netns.command("ping");
