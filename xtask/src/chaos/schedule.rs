@@ -262,7 +262,12 @@ fn parts(fault: &Fault) -> Vec<(Part, Duration, Duration)> {
     let until = |after: Duration| at + lasts + after;
     match kind {
         Kind::AgentKilled | Kind::AgentStopped | Kind::LeaseOutslept => vec![(Part::Agent(place), at, until(START))],
-        Kind::LeaseDeleted => vec![(Part::Agent(place), at, until(START)), (Part::Etcd, at, at + START)],
+        // A host that is not told goes on, while another may have its subnet at once.
+        Kind::LeaseDeleted => [Part::Agent(place), Part::PathToEtcd(place), Part::Cable(place)]
+            .map(|part| (part, at, until(START)))
+            .into_iter()
+            .chain([(Part::Etcd, at, at + START)])
+            .collect(),
         Kind::EtcdKilled | Kind::EtcdRestarted | Kind::EtcdAway => vec![(Part::Etcd, at, until(START))],
         Kind::Compaction => vec![(Part::Etcd, at, until(START / 4))],
         Kind::ForeignLease => {
