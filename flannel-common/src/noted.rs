@@ -6,5 +6,7 @@ pub const PROGRAM: usize = 0;
 pub const IS_OVER: usize = 1;
 /// The note (`tc_index`) before, and after it has run.
 pub const NOTE: usize = 2;
+/// Whom the packet is for (`pkt_type`), after it has run.
+pub const PACKET_TYPE: usize = 3;
 /// How many programs there can be.
 pub const PROGRAMS: u32 = 5;

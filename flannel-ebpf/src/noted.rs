@@ -22,6 +22,7 @@ pub(crate) fn noted(ctx: TcContext) -> i32 {
     let skb = unsafe { &mut *ctx.skb.skb };
     if skb.cb[noted::IS_OVER] != 0 {
         skb.cb[noted::NOTE] = skb.tc_index;
+        skb.cb[noted::PACKET_TYPE] = skb.pkt_type;
         return TC_ACT_SHOT;
     }
     skb.cb[noted::IS_OVER] = 1;

@@ -14,7 +14,7 @@ use aya_ebpf::{
     },
     helpers::{
         bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
-        bpf_skb_adjust_room, bpf_skb_load_bytes, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_skb_adjust_room, bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -29,7 +29,9 @@ use network_types::{
 
 /// `AF_INET`, for `struct bpf_redir_neigh`.
 const AF_INET: u32 = 2;
-/// `PACKET_OTHERHOST` (include/uapi/linux/if_packet.h): addressed to another host's MAC.
+/// `PACKET_HOST` (include/uapi/linux/if_packet.h): addressed to the device's MAC.
+const PACKET_HOST: u32 = 0;
+/// `PACKET_OTHERHOST`: addressed to another host's MAC.
 const PACKET_OTHERHOST: u32 = 3;
 /// The VLAN id within a tag's control information (IEEE 802.1Q).
 const VLAN_ID_MASK: u32 = 0x0fff;
@@ -254,9 +256,16 @@ impl<'a> Packet<'a> {
         Ok(())
     }
 
-    /// Notes the device whose peer, in the pod's namespace, takes the packet as received.
+    /// Notes the device whose peer, in the pod's namespace, takes the packet as received and its own. Whom the frame around
+    /// it was for stays with it before 6.15 (`skb_do_redirect`), and what `xdp_decap` took out is for the inner MAC, another
+    /// host's: a pod's IP takes nothing of another host's, its TCP no broadcasts.
     #[inline(always)]
     pub(crate) fn redirect_to_peer(&self, ifindex: u32) {
+        // SAFETY: the context is valid; this field is readable for TC programs.
+        if unsafe { (*self.skb()).pkt_type } != PACKET_HOST {
+            // SAFETY: the context is valid.
+            unsafe { bpf_skb_change_type(self.skb(), PACKET_HOST) };
+        }
         // SAFETY: no memory involved.
         unsafe { bpf_redirect_peer(ifindex, 0) };
     }

@@ -84,15 +84,18 @@ impl TestRuns {
         self.run(packet, 1, &mut context, out).map(|verdict| verdict as i32)
     }
 
-    /// Runs a TC program; the note that the packet has afterwards. The frame goes to `out`.
+    /// Runs a TC program; the note that the packet has afterwards, and whom it is for (`pkt_type`). The frame goes to `out`.
     ///
     /// # Errors
     /// [`DataplaneError::Program`].
-    pub fn note(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<u16, DataplaneError> {
+    pub fn note(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<(u16, u8), DataplaneError> {
         let mut context = context(hook, packet);
         self.run(packet, 2, &mut context, out)?;
-        let at = CB + 4 * noted::NOTE;
-        Ok(u16::from_ne_bytes([context[at], context[at + 1]]))
+        let low = |word| {
+            let at = CB + 4 * word;
+            u16::from_ne_bytes([context[at], context[at + 1]])
+        };
+        Ok((low(noted::NOTE), low(noted::PACKET_TYPE) as u8))
     }
 
     fn run(
