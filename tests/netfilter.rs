@@ -192,6 +192,25 @@ fn a_policy_that_drops_is_defeated_as_long_as_it_drops() {
 }
 
 #[test]
+fn rules_of_a_flannel_beside_it_stay() {
+    const OTHERS: &str = "table ip flannel-ipv4 { chain postrtg { ip saddr 10.9.0.0/16 return; }; }
+        table ip6 flannel-ipv6 { chain postrtg { ip6 saddr fd09::/48 return; }; }
+";
+    let mut world = World::without_config(1);
+    let with_vni = config("").replace("\"vxlan\"", "\"vxlan\", \"VNI\": 7");
+    world.store.put(&format!("{PREFIX}/config"), &with_vni).unwrap();
+    feed(&world, "nft -f -", OTHERS);
+    let before = ours(&world);
+    world.start(0, MASQUERADE);
+    world.hosts[0].wait_ready().unwrap();
+    let (_, with_ours) = ours(&world);
+    assert!(with_ours.contains("flannel-ipv4-7"), "{with_ours}");
+    world.hosts[0].agent = None;
+    assert!(world.agent_on(0).arg("cleanup").status().unwrap().success());
+    assert_eq!(ours(&world), before);
+}
+
+#[test]
 fn users_rules_win() {
     for more in BOTH {
         let mut world = world(1, &config(more), MASQUERADE);

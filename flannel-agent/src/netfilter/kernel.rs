@@ -151,9 +151,10 @@ impl Kernel {
                 .await?
                 .contains(&rules.network.to_string())
         {
-            unwanted.push(&flannels);
+            unwanted.push(flannels.as_str());
         }
-        if exists(FLANNELS_IPV6_TABLE) {
+        // It does not say whose it is, and comes and goes with the one for IPv4.
+        if exists(FLANNELS_IPV6_TABLE) && unwanted.contains(&flannels.as_str()) {
             unwanted.push(FLANNELS_IPV6_TABLE);
         }
         match nft::replace(&unwanted, wanted) {
