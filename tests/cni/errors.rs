@@ -111,6 +111,26 @@ fn a_container_is_attached_once_and_its_leftovers_are_not_in_the_way() {
 }
 
 #[test]
+fn what_flannels_plugin_kept_of_one_interface_outlives_the_next() {
+    let world = world(1);
+    let runtime = Runtime::alone(&world.hosts[0]);
+    let (pod, _) = pod(&runtime, &world.hosts[0], "c1");
+    // As flannel's plugin keeps it: by the container's name alone.
+    let state = runtime.directory.join("state");
+    std::fs::rename(state.join("c1:eth0"), state.join("c1")).unwrap();
+    let second = |command| {
+        runtime.call(command, 0, "c1", &path(&pod.netns), "net1", None).succeeded();
+    };
+    second("ADD");
+    assert_eq!(runtime.states(), ["c1", "c1:net1"]);
+    assert_eq!(runtime.addresses().len(), 2);
+    second("DEL");
+    assert!(is_answered(&world.hosts[0].netns, &pod.address.to_string()));
+    runtime.del_alone("c1", &path(&pod.netns)).succeeded();
+    runtime.assert_nothing_is_left(&world.hosts[0]);
+}
+
+#[test]
 fn a_namespace_that_vanished_is_detached() {
     let world = world(1);
     let runtime = Runtime::new(&world.hosts[0]);

@@ -10,7 +10,7 @@ use super::{
     error::Error,
     netns,
     request::{Attachment, Network, Operation, Request},
-    state::{Kept, States},
+    state::{FIRST_INTERFACE, Kept, States},
     subnet_file::SubnetFile,
 };
 use crate::{
@@ -43,7 +43,9 @@ fn add(request: &Request, attachment: &Attachment, netns: &Path) -> Result<Vec<u
         return Err(Error::InterfaceExists { ifname: attachment.ifname.clone(), netns: netns.to_owned() });
     }
     let states = States(&network.data_dir);
-    if let Some(kept) = states.load(attachment)? {
+    // What flannel's plugin kept is of the container's first interface, which may well be there.
+    let is_others = |kept: &Kept| kept.is_flannels() && attachment.ifname != FIRST_INTERFACE;
+    if let Some(kept) = states.load(attachment)?.filter(|kept| !is_others(kept)) {
         // Of a container of that name before a reboot: its address is still reserved.
         detach(network, path, &kept, |delegate, conf| delegate.detach(attachment, conf))?;
     }

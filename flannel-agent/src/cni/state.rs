@@ -14,7 +14,7 @@ use crate::atomic_file;
 /// Between the two names; neither may have it.
 const SEPARATOR: char = ':';
 /// The interface of an attachment that flannel's plugin kept, which does not say: what runtimes call the first.
-const FIRST_INTERFACE: &str = "eth0";
+pub(super) const FIRST_INTERFACE: &str = "eth0";
 
 /// The directory.
 #[derive(Clone, Copy, Debug)]
