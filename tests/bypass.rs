@@ -409,3 +409,46 @@ fn packets_of_pods_that_take_the_stack() {
         }
     });
 }
+
+/// Both directions, as CNI's plugin `bandwidth` limits them: a queue at the host's side of the veth, and one of an `ifb` that
+/// all that the pod sends is led through.
+#[test]
+fn a_pod_whose_bandwidth_is_limited_stays_limited() {
+    const QUEUE: &str = "root tbf rate 20mbit burst 64kb latency 100ms";
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let host = &world.hosts[1].netns;
+    let [one, two] = [0, 1].map(|host| &world.hosts[host].pods[0]);
+    let assert_limited = |from: &Pod, to: &Pod| {
+        let gbits =
+            |seconds| tcp_transfer(&from.netns, &to.netns, to.address, seconds, world.lab.directory()).unwrap().gbits;
+        // The agent is told of the queue.
+        wait_for("the limit", SOON, || gbits(1) < 0.1).unwrap();
+        let limited = gbits(3);
+        assert!(limited > 0.005 && limited < 0.04, "{limited} Gb/s to {}", to.address);
+    };
+    host.exec(&format!("tc qdisc add dev pod1 {QUEUE}")).unwrap();
+    assert_limited(one, two);
+    host.exec("tc qdisc del dev pod1 root").unwrap();
+    for line in [
+        "ip link add ifb1 type ifb",
+        "ip link set ifb1 up",
+        &format!("tc qdisc add dev ifb1 {QUEUE}"),
+        "tc qdisc add dev pod1 handle ffff: ingress",
+        "tc filter add dev pod1 parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev ifb1",
+    ] {
+        host.exec(line).unwrap();
+    }
+    assert_limited(two, one);
+    // Others send no tunnel packets either.
+    let socket = socket_in(&two.netns, SocketAddrV4::new(two.address, Stream::PORT));
+    socket.send_to(b"x", (world.hosts[0].address, 8472)).unwrap();
+    wait_for("the drop", SOON, || world.counter(1, "pod_tunnel") == 1).unwrap();
+    host.exec("tc qdisc del dev pod1 ingress").unwrap();
+    wait_for("the bypass", SOON, || {
+        let before = world.counter(1, "pod_encapsulated");
+        tcp_transfer(&two.netns, &one.netns, one.address, 1, world.lab.directory()).unwrap();
+        world.counter(1, "pod_encapsulated") > before + 100
+    })
+    .unwrap();
+}

@@ -58,7 +58,7 @@ impl Dataplane {
     }
 
     /// Pins what is no longer pinned: somebody removed it, or the file system that it was on.
-    fn repair_pins(&mut self) -> Result<u32, DataplaneError> {
+    pub(super) fn repair_pins(&mut self) -> Result<u32, DataplaneError> {
         let Self { pins, maps, held, .. } = self;
         let maps: Vec<_> = maps.iter().filter(|(name, _)| !pins.map(name).exists()).collect();
         let is_unpinned = |pin: &Path, attachment: &Attachment| attachment.link.is_some() && !pin.exists();

@@ -14,15 +14,12 @@ pub mod generator;
 mod held;
 mod peers;
 mod pins;
+mod pods;
 #[cfg(feature = "generator")]
 pub mod test_run;
 mod xdp;
 
-use std::{
-    collections::{BTreeSet, HashSet},
-    io,
-    path::PathBuf,
-};
+use std::{collections::BTreeMap, io, path::PathBuf};
 
 pub use attach::detach_filters;
 pub use attached::{Attachment, AttachmentState, attached_xdp, attachments};
@@ -198,6 +195,10 @@ pub enum BpfLogLevel {
 /// The loaded dataplane.
 pub struct Dataplane {
     ebpf: Ebpf,
+    /// The same programs with no bypass, for pods whose packets are queued; once there are any.
+    unbypassed: Option<Ebpf>,
+    /// What they are loaded with.
+    parameters: Parameters,
     pins: PinDirectory,
     counters: PerCpuArray<MapData, Counter>,
     flows: BpfHashMap<MapData, FlowKey, Flow>,
@@ -207,10 +208,45 @@ pub struct Dataplane {
     held: held::Held,
     /// How much of that it has attached again.
     repaired: u32,
-    /// The pods' links that this process attached its programs to.
-    pods: BTreeSet<u32>,
+    /// The pods' links that this process attached its programs to, and whether they are queued.
+    pods: BTreeMap<u32, bool>,
     /// The peers in the maps.
     pub peers: PeerMaps,
+}
+
+/// What programs are loaded with.
+#[derive(Clone, Copy)]
+struct Parameters {
+    config: Config,
+    capacity: Capacity,
+    log: BpfLogLevel,
+}
+
+impl Parameters {
+    /// Loads these programs, with the pinned maps, or makes the maps.
+    fn load(&self, pins: &PinDirectory, hooks: &[Hook]) -> Result<Ebpf, DataplaneError> {
+        let level: u8 = match self.log {
+            BpfLogLevel::Off => 0,
+            BpfLogLevel::Trace => aya_log::Level::Trace as u8,
+        };
+        let mut loader = EbpfLoader::new();
+        loader.override_global(CONFIG, &self.config, true).override_global(aya_log::LEVEL, &level, true);
+        for map in &pins::layout(self.capacity) {
+            loader.map_max_entries(map.name, map.max_entries).map_pin_path(map.name, pins.map(map.name));
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        if self.log != BpfLogLevel::Off {
+            follow_log(&mut ebpf);
+        }
+        for hook in hooks {
+            program(&mut ebpf, *hook)?.load().map_err(|source| DataplaneError::Program {
+                call: "load",
+                program: hook.program(),
+                source,
+            })?;
+        }
+        Ok(ebpf)
+    }
 }
 
 impl Dataplane {
@@ -227,27 +263,8 @@ impl Dataplane {
         pins.create()?;
         let layout = pins::layout(capacity);
         let predecessor = pins.adopt(&layout)?;
-
-        let level: u8 = match log {
-            BpfLogLevel::Off => 0,
-            BpfLogLevel::Trace => aya_log::Level::Trace as u8,
-        };
-        let mut loader = EbpfLoader::new();
-        loader.override_global(CONFIG, config, true).override_global(aya_log::LEVEL, &level, true);
-        for map in &layout {
-            loader.map_max_entries(map.name, map.max_entries).map_pin_path(map.name, pins.map(map.name));
-        }
-        let mut ebpf = loader.load(OBJECT)?;
-        if log != BpfLogLevel::Off {
-            follow_log(&mut ebpf);
-        }
-        for hook in Hook::ALL {
-            program(&mut ebpf, hook)?.load().map_err(|source| DataplaneError::Program {
-                call: "load",
-                program: hook.program(),
-                source,
-            })?;
-        }
+        let parameters = Parameters { config: *config, capacity, log };
+        let mut ebpf = parameters.load(&pins, &Hook::ALL)?;
         let peers = PeerMaps::open(&mut ebpf, config, predecessor)?;
         let counters = take_map(&mut ebpf, COUNTERS)?;
         let counters = counters.try_into().map_err(DataplaneError::map("open", COUNTERS))?;
@@ -257,13 +274,15 @@ impl Dataplane {
         let maps = maps.collect::<Result<_, DataplaneError>>()?;
         Ok(Self {
             ebpf,
+            unbypassed: None,
+            parameters,
             pins,
             counters,
             flows,
             maps,
             held: held::Held::new(),
             repaired: 0,
-            pods: BTreeSet::new(),
+            pods: BTreeMap::new(),
             peers,
         })
     }
@@ -274,54 +293,11 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError`].
     pub fn attach(&mut self, hook: Hook, interface: &str, ifindex: u32) -> Result<(), DataplaneError> {
-        let Self { ebpf, pins, held, repaired, .. } = self;
+        let is_queued = Hook::OF_PODS.contains(&hook) && self.pods.get(&ifindex) == Some(&true);
+        let Self { ebpf, unbypassed, pins, held, repaired, .. } = self;
+        let ebpf = unbypassed.as_mut().filter(|_| is_queued).unwrap_or(ebpf);
         let is_repair = attach::attach(program(ebpf, hook)?, hook, pins, held, interface, ifindex)?;
         *repaired += u32::from(is_repair);
-        Ok(())
-    }
-
-    /// Attaches the pods' programs to these links (name and number), and detaches them from all others. What this process
-    /// attached already is left to [`repair`](Self::repair).
-    ///
-    /// # Errors
-    /// [`DataplaneError`] of the last link that failed; the others have their programs.
-    pub fn attach_pods(&mut self, links: &[(String, u32)]) -> Result<(), DataplaneError> {
-        let mut result = Ok(());
-        let indexes: HashSet<u32> = links.iter().map(|(_, ifindex)| *ifindex).collect();
-        let gone: Vec<u32> = self.pods.iter().filter(|ifindex| !indexes.contains(ifindex)).copied().collect();
-        for (name, ifindex) in links {
-            if self.pods.contains(ifindex) {
-                continue;
-            }
-            match Hook::OF_PODS.iter().try_for_each(|hook| self.attach(*hook, name, *ifindex)) {
-                Ok(()) => drop(self.pods.insert(*ifindex)),
-                Err(error) => result = Err(error),
-            }
-        }
-        for hook in Hook::OF_PODS {
-            attach::release_all_but(hook, &self.pins, &mut self.held, &indexes)?;
-        }
-        if !gone.is_empty() {
-            self.pods.retain(|ifindex| !gone.contains(ifindex));
-            self.forget_flows(&gone)?;
-        }
-        result
-    }
-
-    /// Forgets the flows into veths that are gone: their pods' addresses may be others' at once. Those of which nothing came
-    /// in yet do not say whose they are, and go as well; the next packet of one that lives is noted again.
-    fn forget_flows(&mut self, veths: &[u32]) -> Result<(), DataplaneError> {
-        let mut stale = Vec::new();
-        for entry in self.flows.iter() {
-            let (key, flow) = entry.map_err(DataplaneError::map("read", FLOWS))?;
-            if flow.veth == 0 || veths.contains(&flow.veth) {
-                stale.push(key);
-            }
-        }
-        for key in stale {
-            // A program may have been faster.
-            let _gone = self.flows.remove(&key);
-        }
         Ok(())
     }
 

@@ -26,6 +26,8 @@ use rtnetlink::{
 };
 use tokio::{sync::mpsc, task::JoinHandle};
 
+pub use self::pods::PodLink;
+
 /// A netlink request that the kernel refused.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -74,7 +76,7 @@ impl DeviceError {
 pub enum Changed {
     /// A neighbour: a next hop's MAC may be known, changed or unsure now.
     Neighbour,
-    /// A route, an address or a link: next hops may be others.
+    /// A route, an address or a link: next hops may be others. Or a link's queue.
     Topology,
 }
 
@@ -97,6 +99,9 @@ impl DeviceEvent {
             Message::NewLink(link) | Message::DelLink(link) => (Changed::Topology, Some(link.header.index)),
             Message::NewAddress(address) | Message::DelAddress(address) => {
                 (Changed::Topology, Some(address.header.index))
+            }
+            Message::NewQueueDiscipline(queue) | Message::DelQueueDiscipline(queue) => {
+                (Changed::Topology, Some(queue.header.index as u32))
             }
             _ => (Changed::Topology, None),
         };
@@ -146,8 +151,13 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Socket`].
     pub fn open() -> Result<(Self, mpsc::Receiver<DeviceEvent>, JoinHandle<()>), DeviceError> {
-        let groups =
-            [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Ifaddr];
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Tc,
+        ];
         let (connection, handle, mut messages) = new_multicast_connection(&groups).map_err(DeviceError::Socket)?;
         let (sender, receiver) = mpsc::channel(1024);
         let connection = tokio::spawn(async move {

@@ -9,18 +9,34 @@ use rtnetlink::{
     packet_route::{
         link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
         route::{RouteAddress, RouteAttribute, RouteMessage},
+        tc::{TcAttribute, TcMessage},
     },
 };
 
 use super::{DeviceError, Netlink};
 
+/// Disciplines that hold no packet back: a device's without a queue, and the hooks of programs.
+const UNQUEUED: [&str; 2] = ["noqueue", "clsact"];
+
+/// The host's side of a pod's veth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodLink {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub index: u32,
+    /// Whether somebody has given it a queueing discipline, as CNI's plugin `bandwidth` does: for what the pod receives, or
+    /// (`ingress`) for what it sends, which is then led through another device's.
+    pub is_queued: bool,
+}
+
 impl Netlink {
     /// The veths whose other side is in another namespace, and which are ports of a bridge that has an address in the
-    /// subnet, or which part of the subnet is routed to. Names and numbers.
+    /// subnet, or which part of the subnet is routed to.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn pods(&self, subnet: Ipv4Net) -> Result<Vec<(String, u32)>, DeviceError> {
+    pub async fn pods(&self, subnet: Ipv4Net) -> Result<Vec<PodLink>, DeviceError> {
         let links: Vec<LinkMessage> =
             self.handle.link().get().execute().try_collect().await.map_err(DeviceError::call("list", "links"))?;
         let veths: Vec<_> = links.iter().filter_map(Veth::of).collect();
@@ -35,7 +51,17 @@ impl Netlink {
         let routed: HashSet<u32> = routes.iter().filter_map(|route| target_within(route, subnet)).collect();
         let is_pods =
             |veth: &Veth| veth.bridge.is_some_and(|bridge| gateways.contains(&bridge)) || routed.contains(&veth.index);
-        Ok(veths.into_iter().filter(is_pods).map(|veth| (veth.name, veth.index)).collect())
+        let queued = self.queued().await?;
+        let pod = |Veth { name, index, .. }| PodLink { name, index, is_queued: queued.contains(&index) };
+        Ok(veths.into_iter().filter(is_pods).map(pod).collect())
+    }
+
+    /// The devices with a queueing discipline that may hold packets back.
+    async fn queued(&self) -> Result<HashSet<u32>, DeviceError> {
+        let disciplines = self.handle.qdisc().get().execute();
+        let disciplines: Vec<TcMessage> =
+            disciplines.try_collect().await.map_err(DeviceError::call("list", "queueing disciplines"))?;
+        Ok(disciplines.iter().filter(|discipline| holds_back(discipline)).map(|tc| tc.header.index as u32).collect())
     }
 }
 
@@ -61,6 +87,11 @@ impl Veth {
         }
         (is_veth && is_elsewhere).then_some(veth)
     }
+}
+
+fn holds_back(discipline: &TcMessage) -> bool {
+    let is_queue = |kind: &String| !UNQUEUED.contains(&kind.as_str());
+    discipline.attributes.iter().any(|attribute| matches!(attribute, TcAttribute::Kind(kind) if is_queue(kind)))
 }
 
 /// The device of a route to part of the subnet.

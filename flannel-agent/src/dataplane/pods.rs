@@ -1,0 +1,70 @@
+//! Programs of the pods' links.
+
+use std::collections::HashSet;
+
+use flannel_common::maps::{Config, FLOWS};
+
+use super::{Dataplane, DataplaneError, Hook, Parameters, attach};
+use crate::device::PodLink;
+
+impl Dataplane {
+    /// Attaches the pods' programs to these links, and detaches them from all others. What this process attached already is
+    /// left to [`repair`](Self::repair). What passes the stack by would pass a link's queue by as well: packets from and to
+    /// one that has a queue take the stack.
+    ///
+    /// # Errors
+    /// [`DataplaneError`] of the last link that failed; the others have their programs.
+    pub fn attach_pods(&mut self, links: &[PodLink]) -> Result<(), DataplaneError> {
+        let mut result = Ok(());
+        let indexes: HashSet<u32> = links.iter().map(|link| link.index).collect();
+        let gone: Vec<u32> = self.pods.keys().filter(|ifindex| !indexes.contains(ifindex)).copied().collect();
+        for PodLink { name, index, is_queued } in links {
+            if self.pods.get(index) == Some(is_queued) {
+                continue;
+            }
+            self.pods.insert(*index, *is_queued);
+            let loaded = if *is_queued { self.load_unbypassed() } else { Ok(()) };
+            let attach = |()| Hook::OF_PODS.iter().try_for_each(|hook| self.attach(*hook, name, *index));
+            if let Err(error) = loaded.and_then(attach) {
+                self.pods.remove(index);
+                result = Err(error);
+            }
+        }
+        for hook in Hook::OF_PODS {
+            attach::release_all_but(hook, &self.pins, &mut self.held, &indexes)?;
+        }
+        if !gone.is_empty() {
+            self.pods.retain(|ifindex, _| !gone.contains(ifindex));
+            self.forget_flows(&gone)?;
+        }
+        result
+    }
+
+    fn load_unbypassed(&mut self) -> Result<(), DataplaneError> {
+        if self.unbypassed.is_none() {
+            // With the maps of the others, which are found by their pins.
+            self.repair_pins()?;
+            let config = Config { bypass_time: 0, ..self.parameters.config };
+            let parameters = Parameters { config, ..self.parameters };
+            self.unbypassed = Some(parameters.load(&self.pins, &Hook::OF_PODS)?);
+        }
+        Ok(())
+    }
+
+    /// Forgets the flows into veths that are gone: their pods' addresses may be others' at once. Those of which nothing came
+    /// in yet do not say whose they are, and go as well; the next packet of one that lives is noted again.
+    fn forget_flows(&mut self, veths: &[u32]) -> Result<(), DataplaneError> {
+        let mut stale = Vec::new();
+        for entry in self.flows.iter() {
+            let (key, flow) = entry.map_err(DataplaneError::map("read", FLOWS))?;
+            if flow.veth == 0 || veths.contains(&flow.veth) {
+                stale.push(key);
+            }
+        }
+        for key in stale {
+            // A program may have been faster.
+            let _gone = self.flows.remove(&key);
+        }
+        Ok(())
+    }
+}
