@@ -14,11 +14,11 @@ use nix::libc;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
-use xtask::{lab::PREFIX, process::output, variants::Variant};
+use xtask::{lab::PREFIX, process::output, progress::wait_for, variants::Variant};
 
 use crate::{
     numbered::{BothWays, kill},
-    world::{World, agent},
+    world::{SOON, World, agent},
 };
 
 /// What the agent says when it has taken over.
@@ -155,6 +155,25 @@ fn other_programs_and_another_layout_and_back_lose_nothing() {
 #[test]
 fn the_same_without_tcx() {
     there_and_back(Kernel::WithoutTcx);
+}
+
+/// A filter has no pin that it would go with.
+#[test]
+fn without_tcx_what_is_no_pods_any_more_loses_its_filters() {
+    let mut world = World::new(1);
+    Kernel::WithoutTcx.start(&mut world, 0, &agent());
+    world.hosts[0].wait_ready().unwrap();
+    world.hosts[0].add_pod().unwrap();
+    let netns = &world.hosts[0].netns;
+    let has_filters =
+        |direction: &str| !netns.exec(&format!("tc filter show dev pod1 {direction}")).unwrap().is_empty();
+    wait_for("filters", SOON, || ["ingress", "egress"].into_iter().all(has_filters)).unwrap();
+    // Programs are loaded anew for that, and filters swapped.
+    netns.ip("link set eth0 mtu 1400").unwrap();
+    world.wait_log(0, "repaired (external_interface)");
+    assert!(["ingress", "egress"].into_iter().all(has_filters));
+    netns.ip("link set pod1 nomaster").unwrap();
+    wait_for("no filters", SOON, || !["ingress", "egress"].into_iter().any(has_filters)).unwrap();
 }
 
 #[test]

@@ -62,7 +62,9 @@ impl Agent<'_> {
     /// Loads the programs anew, and makes everything for the lease and the external interface as they are now.
     pub(super) async fn rebuild(&mut self) -> Result<Link, DaemonError> {
         // The maps with the peers are adopted, and the programs swapped in one step each.
-        self.dataplane = load(self.cli, &self.network, &self.external, &self.device, &self.own)?;
+        let dataplane = load(self.cli, &self.network, &self.external, &self.device, &self.own)?;
+        let before = std::mem::replace(&mut self.dataplane, dataplane);
+        self.dataplane.succeed(before);
         self.compare(Changed::Topology).await?;
         let (link, _made) = self.ensure_datapath().await?;
         self.set_rules().await;

@@ -11,6 +11,7 @@ use aya::{
     sys::SyscallError,
 };
 use flannel_common::vxlan::Vni;
+use nix::net::if_::if_indextoname;
 use tracing::{debug, warn};
 
 use super::{
@@ -101,7 +102,17 @@ pub(super) fn release_all_but(
     ifindexes: &HashSet<u32>,
 ) -> Result<(), DataplaneError> {
     let is_hook = |place| matches!(place, Place::Tc(of) if of == hook);
-    held.retain(|_, attachment| !is_hook(attachment.place) || ifindexes.contains(&attachment.ifindex));
+    held.retain(|_, attachment| {
+        let stays = !is_hook(attachment.place) || ifindexes.contains(&attachment.ifindex);
+        // A device that is gone took its filters with it.
+        if !stays
+            && attachment.link.is_none()
+            && let Ok(interface) = if_indextoname(attachment.ifindex)
+        {
+            detach_filter(hook, &interface.to_string_lossy(), pins.vni());
+        }
+        stays
+    });
     let wanted: HashSet<_> = ifindexes.iter().map(|ifindex| pins.link(hook.program(), *ifindex)).collect();
     pins.links(hook.program())?.iter().filter(|pin| !wanted.contains(*pin)).try_for_each(|pin| remove_pin(pin))
 }
@@ -171,12 +182,16 @@ fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str, vni
 /// Removes an overlay's filters, as kernels without TCX have them, from an interface. Links go with their pins.
 pub fn detach_filters(interface: &str, vni: Vni) {
     for hook in Hook::ALL {
-        let filter =
-            SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, filter_handle(vni), None);
-        // There is none on most interfaces, and nobody to ask but by removing it.
-        if filter.is_ok_and(|filter| filter.detach().is_ok()) {
-            debug!("removed the filter {} from {interface}", hook.program());
-        }
+        detach_filter(hook, interface, vni);
+    }
+}
+
+fn detach_filter(hook: Hook, interface: &str, vni: Vni) {
+    let filter =
+        SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, filter_handle(vni), None);
+    // There is none on most interfaces, and nobody to ask but by removing it.
+    if filter.is_ok_and(|filter| filter.detach().is_ok()) {
+        debug!("removed the filter {} from {interface}", hook.program());
     }
 }
 

@@ -42,6 +42,11 @@ impl Dataplane {
         Ok(Repaired { programs: std::mem::take(&mut self.repaired), pins: pins? })
     }
 
+    /// Takes over from the dataplane before this one what it has attached without a pin, by which it would be found.
+    pub fn succeed(&mut self, before: Self) {
+        self.held.extend(before.held.into_iter().filter(|(_, attachment)| attachment.link.is_none()));
+    }
+
     fn repair_attachments(&mut self) -> Result<(), DataplaneError> {
         let all: Vec<_> = self.held.values().map(|attachment| (attachment.place, attachment.ifindex)).collect();
         let mut result = Ok(());
