@@ -199,7 +199,7 @@ fn rules_of_a_flannel_beside_it_stay() {
     let mut world = World::without_config(1);
     let with_vni = config("").replace("\"vxlan\"", "\"vxlan\", \"VNI\": 7");
     world.store.put(&format!("{PREFIX}/config"), &with_vni).unwrap();
-    feed(&world, "nft -f -", OTHERS);
+    world.hosts[0].netns.feed("nft -f -", OTHERS).unwrap();
     let before = ours(&world);
     world.start(0, MASQUERADE);
     world.hosts[0].wait_ready().unwrap();

@@ -119,14 +119,14 @@ fn what_flannels_plugin_kept_of_one_interface_outlives_the_next() {
     let state = runtime.directory.join("state");
     std::fs::rename(state.join("c1:eth0"), state.join("c1")).unwrap();
     let second = |command| {
-        runtime.call(command, 0, "c1", &path(&pod.netns), "net1", None).succeeded();
+        runtime.call(command, 0, "c1", &pod.netns.path(), "net1", None).succeeded();
     };
     second("ADD");
     assert_eq!(runtime.states(), ["c1", "c1:net1"]);
     assert_eq!(runtime.addresses().len(), 2);
     second("DEL");
     assert!(is_answered(&world.hosts[0].netns, &pod.address.to_string()));
-    runtime.del_alone("c1", &path(&pod.netns)).succeeded();
+    runtime.del_alone("c1", &pod.netns.path()).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }
 
