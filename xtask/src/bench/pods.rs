@@ -4,6 +4,10 @@
 use std::{
     fmt, fs,
     path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -11,6 +15,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::{NAME, order};
 use crate::{
@@ -75,7 +80,12 @@ pub(super) fn run(options: &Options) -> Result<()> {
     let directory = std::env::temp_dir().join(NAME);
     let _lock = Lock::take(NAME)?;
     remove_leftovers(NAME, &directory)?;
-    let samples = measure(options, &directory);
+    // From here on a signal ends the measurement, but not the taking down.
+    let stopped = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stopped))?;
+    }
+    let samples = measure(options, &directory, &stopped);
     remove_leftovers(NAME, &directory)?;
     let mut samples = samples?;
     println!(
@@ -100,7 +110,7 @@ pub(super) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn measure(options: &Options, directory: &Path) -> Result<Vec<Sample>> {
+fn measure(options: &Options, directory: &Path, stopped: &AtomicBool) -> Result<Vec<Sample>> {
     let lab = Lab::new(NAME, directory)?;
     let store = lab.store()?;
     store.put("/coreos.com/network/config", r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
@@ -125,7 +135,9 @@ fn measure(options: &Options, directory: &Path) -> Result<Vec<Sample>> {
     bridge.plugins = vec![given];
 
     let mut server = peer.netns.command("iperf3");
-    let _server = Process::start(server.args(["-s", "-B", &peer.address.to_string()]), &directory.join("iperf3.log"))?;
+    server.args(["-s", "--forceflush", "-B", &peer.address.to_string()]);
+    let server = Process::start(&mut server, &directory.join("iperf3.log"))?;
+    wait_for("iperf3 to listen", LIMIT, || server.log().contains("listening"))?;
     let mut samples = Vec::new();
     for round in 0..options.rounds {
         for at_once in AT_ONCE {
@@ -135,7 +147,9 @@ fn measure(options: &Options, directory: &Path) -> Result<Vec<Sample>> {
                 let traffic = Traffic::start(&pod.netns, &peer.address.to_string(), directory)?;
                 let what = if maker == Maker::Ours { "flannel" } else { "bridge alone" };
                 let step_name = format!("round {} of {}: {what}, {at_once} at once", round + 1, options.rounds);
-                samples.push(step(&step_name, || come_and_go(host, runtime, maker, at_once, options.pods.into()))?);
+                samples.push(step(&step_name, || {
+                    come_and_go(host, runtime, maker, at_once, options.pods.into(), stopped)
+                })?);
                 traffic.end()?;
             }
         }
@@ -144,19 +158,32 @@ fn measure(options: &Options, directory: &Path) -> Result<Vec<Sample>> {
 }
 
 /// Makes so many pods, and removes them.
-fn come_and_go(host: &Host, runtime: &Runtime, maker: Maker, at_once: usize, pods: usize) -> Result<Sample> {
+fn come_and_go(
+    host: &Host,
+    runtime: &Runtime,
+    maker: Maker,
+    at_once: usize,
+    pods: usize,
+    stopped: &AtomicBool,
+) -> Result<Sample> {
     let name = |number| format!("{}-m{number}", host.netns.name());
     let netns = (0..pods).map(|number| Netns::create(&name(number))).collect::<Result<Vec<_>>>()?;
     let before = cpu_time(host)?;
-    let added = timed(&netns, at_once, |id, netns| runtime.add(id, netns).map(drop))?;
-    let removed = timed(&netns, at_once, |id, netns| runtime.del(id, &netns.path(), None).map(drop))?;
+    let added = timed(&netns, at_once, stopped, |id, netns| runtime.add(id, netns).map(drop))?;
+    let removed = timed(&netns, at_once, stopped, |id, netns| runtime.del(id, &netns.path(), None).map(drop))?;
     Ok(Sample { maker, at_once, added, removed, agent: cpu_time(host)? - before })
 }
 
-fn timed(netns: &[Netns], at_once: usize, call: impl Fn(&str, &Netns) -> Result<()> + Sync) -> Result<Times> {
+fn timed(
+    netns: &[Netns],
+    at_once: usize,
+    stopped: &AtomicBool,
+    call: impl Fn(&str, &Netns) -> Result<()> + Sync,
+) -> Result<Times> {
     let worker = |worker: usize| {
         let mut times = Vec::new();
         for number in (worker..netns.len()).step_by(at_once) {
+            anyhow::ensure!(!stopped.load(Ordering::Relaxed), "stopped");
             let begun = Instant::now();
             call(&format!("m{number}"), &netns[number])?;
             times.push(begun.elapsed());
