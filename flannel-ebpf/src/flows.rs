@@ -123,7 +123,7 @@ impl Place {
             Direction::Egress => flow.egress,
             Direction::Ingress => flow.ingress,
         };
-        (now.wrapping_sub(released) < config.bypass_time).then_some(flow)
+        (age(released, now) < config.bypass_time).then_some(flow)
     }
 }
 
@@ -143,6 +143,12 @@ fn known(key: &FlowKey) -> Option<Flow> {
 pub(crate) fn now() -> u64 {
     // SAFETY: takes nothing and returns a number.
     unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// How long ago the stack let a packet out; longer than anything where it never did, which soon after boot is not long ago.
+#[inline(always)]
+fn age(released: u64, now: u64) -> u64 {
+    if released == 0 { u64::MAX } else { now.wrapping_sub(released) }
 }
 
 /// Egress of `flannel.<VNI>`: a packet that `from_pod` saw, with the tag that it had there, came out of the stack.
@@ -180,7 +186,7 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
         return Event::PodUnnoted;
     }
     let before = known(&place.key).unwrap_or(Flow::new(place.key));
-    let age = now.wrapping_sub(before.ingress);
+    let age = age(before.ingress, now);
     let flow = if before.veth == AMBIGUOUS && age < 2 * config.bypass_time {
         return Event::PodUnnoted;
     } else if before.veth != veth && age < config.bypass_time {
