@@ -134,11 +134,12 @@ fn attacks(scene: &Scene) -> Vec<Attack> {
         By::FromOverlay,
         one(scene.tunnel(&nested(overlay(pod), 9)), Event::Admitted),
     );
-    let collides = scene.colliding_port(overlay(pod), third_pod);
+    let (source, port) = scene.collision(overlay(pod), third_pod);
+    let collides = datagram(source, overlay(pod), port, 8472, &[vxlan(8, 1), forged.clone()].concat());
     add(
         "a tunnel within: to the overlay address, and with the tag of what is in it",
         By::FromOverlay,
-        one(scene.tunnel(&nested(overlay(pod), collides)), Event::Admitted),
+        one(scene.tunnel(&collides), Event::Admitted),
     );
 
     for (name, header) in [
@@ -300,14 +301,18 @@ impl Scene {
         self.tunnel_from(self.peer, &self.inner(packet))
     }
 
-    /// A source port with which the tunnel packet within has the same tag as what is in it.
-    fn colliding_port(&self, local: [u8; 4], forged: [u8; 4]) -> u16 {
+    /// A pod of the peer's and a source port with which the tunnel packet within has the same tag as what is in it. Not every
+    /// pod has such a port.
+    fn collision(&self, local: [u8; 4], forged: [u8; 4]) -> ([u8; 4], u16) {
         let key = |local, remote, local_port: u16, remote_port: u16| {
             let (local_port, remote_port) = (local_port.to_be_bytes(), remote_port.to_be_bytes());
             FlowKey { local, remote, local_port, remote_port, protocol: 17 }.tag(1)
         };
         let tag = key(self.pod, forged, 53, 40000);
-        (1..u16::MAX).find(|port| key(local, self.peer_pod, 8472, *port) == tag).unwrap()
+        let [a, b, c, _] = self.peer_pod;
+        let sources = (2..255).map(|host| [a, b, c, host]);
+        let mut all = sources.flat_map(|source| (1..u16::MAX).map(move |port| (source, port)));
+        all.find(|(source, port)| key(local, *source, 8472, *port) == tag).unwrap()
     }
 }
 

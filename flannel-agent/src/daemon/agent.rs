@@ -401,13 +401,18 @@ impl Agent<'_> {
 
     /// A pod that gets no programs goes through the stack, as all packets once did.
     pub(super) async fn attach_pods_or_say(&mut self) {
-        let attached = match self.netlink.pods(self.own.key.subnet).await {
-            Ok(pods) => self.dataplane.attach_pods(&pods).map_err(DaemonError::from),
-            Err(error) => Err(error.into()),
-        };
-        if let Err(error) = attached {
+        if let Err(error) = self.attach_pods().await {
             warn!("{error}; its pod goes through the stack; trying again in {COMPARE_PERIOD:?}");
         }
+    }
+
+    async fn attach_pods(&mut self) -> Result<(), DaemonError> {
+        let pods = self.netlink.pods(self.own.key.subnet).await?;
+        if !self.dataplane.knows_pods(&pods) {
+            // Those that were there before have no need to send something again.
+            self.dataplane.note_pods(&pods, &self.netlink.macs_behind().await?)?;
+        }
+        Ok(self.dataplane.attach_pods(&pods)?)
     }
 
     /// Before pods are told of their subnet, as far as that can be.

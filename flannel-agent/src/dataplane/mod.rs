@@ -35,7 +35,8 @@ pub use features::Features;
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey},
-    maps::{CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS},
+    maps::{CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS, PODS},
+    packet::Mac,
 };
 pub use held::Repaired;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
@@ -202,6 +203,7 @@ pub struct Dataplane {
     pins: PinDirectory,
     counters: PerCpuArray<MapData, Counter>,
     flows: BpfHashMap<MapData, FlowKey, Flow>,
+    pod_macs: BpfHashMap<MapData, u32, Mac>,
     /// The pinned maps.
     maps: Vec<(&'static str, MapData)>,
     /// What this process has attached.
@@ -269,6 +271,7 @@ impl Dataplane {
         let counters = take_map(&mut ebpf, COUNTERS)?;
         let counters = counters.try_into().map_err(DataplaneError::map("open", COUNTERS))?;
         let flows = take_map(&mut ebpf, FLOWS)?.try_into().map_err(DataplaneError::map("open", FLOWS))?;
+        let pod_macs = take_map(&mut ebpf, PODS)?.try_into().map_err(DataplaneError::map("open", PODS))?;
         let pinned = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
         let maps = layout.iter().map(|map| Ok((map.name, pinned(map.name)?)));
         let maps = maps.collect::<Result<_, DataplaneError>>()?;
@@ -279,6 +282,7 @@ impl Dataplane {
             pins,
             counters,
             flows,
+            pod_macs,
             maps,
             held: held::Held::new(),
             repaired: 0,

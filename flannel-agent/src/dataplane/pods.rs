@@ -1,13 +1,37 @@
 //! Programs of the pods' links.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
-use flannel_common::maps::{Config, FLOWS};
+use aya::maps::MapError;
+use flannel_common::{
+    maps::{Config, FLOWS, PODS},
+    packet::Mac,
+};
 
 use super::{Dataplane, DataplaneError, Hook, Parameters, attach};
 use crate::device::PodLink;
 
 impl Dataplane {
+    /// Whether this process has its programs on all of these.
+    pub fn knows_pods(&self, links: &[PodLink]) -> bool {
+        links.iter().all(|link| self.pods.contains_key(&link.index))
+    }
+
+    /// Notes which MACs pods send from. What the programs have seen themselves stays.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn note_pods(&mut self, links: &[PodLink], macs: &HashMap<u32, Mac>) -> Result<(), DataplaneError> {
+        const BPF_NOEXIST: u64 = 1;
+        for (index, mac) in links.iter().filter_map(|link| Some((link.index, macs.get(&link.index)?))) {
+            match self.pod_macs.insert(index, mac, BPF_NOEXIST) {
+                Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                result => result.map_err(DataplaneError::map("write", PODS))?,
+            }
+        }
+        Ok(())
+    }
+
     /// Attaches the pods' programs to these links, and detaches them from all others. What this process attached already is
     /// left to [`repair`](Self::repair). What passes the stack by would pass a link's queue by as well: packets from and to
     /// one that has a queue take the stack.

@@ -35,7 +35,6 @@ pub struct TestRuns {
     _programs: ProgramArray<MapData>,
     heard: Array<MapData, u32>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
-    pods: BpfHashMap<MapData, u32, Mac>,
 }
 
 /// What a TC program is run on.
@@ -71,8 +70,7 @@ impl TestRuns {
         let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
         let addresses = Map::HashMap(pinned(VTEP_ADDRESSES)?);
         let addresses = addresses.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
-        let pods = Map::LruHashMap(pinned(PODS)?).try_into().map_err(DataplaneError::map("open", PODS))?;
-        Ok(Self { dataplane, noted, _programs: programs, heard, addresses, pods })
+        Ok(Self { dataplane, noted, _programs: programs, heard, addresses })
     }
 
     /// Runs a TC program; its verdict. The frame goes to `out`.
@@ -190,7 +188,7 @@ impl TestRuns {
     /// # Errors
     /// [`DataplaneError::Map`].
     pub fn pod(&self, veth: u32) -> Result<Option<Mac>, DataplaneError> {
-        match self.pods.get(&veth, 0) {
+        match self.dataplane.pod_macs.get(&veth, 0) {
             Ok(mac) => Ok(Some(mac)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(DataplaneError::map("read", PODS)(error)),
@@ -203,8 +201,8 @@ impl TestRuns {
     /// [`DataplaneError::Map`].
     pub fn set_pod(&mut self, veth: u32, mac: Option<Mac>) -> Result<(), DataplaneError> {
         let written = match mac {
-            Some(mac) => self.pods.insert(veth, mac, 0),
-            None => absent_is_fine(self.pods.remove(&veth)),
+            Some(mac) => self.dataplane.pod_macs.insert(veth, mac, 0),
+            None => absent_is_fine(self.dataplane.pod_macs.remove(&veth)),
         };
         written.map_err(DataplaneError::map("write", PODS))
     }

@@ -1,13 +1,16 @@
 //! Where pods are: the host's sides of their veths, whoever made them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
+use flannel_common::packet::Mac;
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_route::{
+        AddressFamily,
         link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+        neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteMessage},
         tc::{TcAttribute, TcMessage},
     },
@@ -56,6 +59,21 @@ impl Netlink {
         Ok(veths.into_iter().filter(is_pods).map(pod).collect())
     }
 
+    /// The MAC that is known to be behind each device: by the bridge that it is a port of, or as a neighbour there.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn macs_behind(&self) -> Result<HashMap<u32, Mac>, DeviceError> {
+        let mut macs = HashMap::new();
+        for family in [AddressFamily::Inet, AddressFamily::Bridge] {
+            let dump = self.handle.neighbours().get().set_address_family(family).execute();
+            let entries: Vec<NeighbourMessage> =
+                dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+            macs.extend(entries.iter().filter_map(mac_behind));
+        }
+        Ok(macs)
+    }
+
     /// The devices with a queueing discipline that may hold packets back.
     async fn queued(&self) -> Result<HashSet<u32>, DeviceError> {
         let disciplines = self.handle.qdisc().get().execute();
@@ -87,6 +105,15 @@ impl Veth {
         }
         (is_veth && is_elsewhere).then_some(veth)
     }
+}
+
+/// The device and the MAC of an entry. Permanent ones are the port's own.
+fn mac_behind(entry: &NeighbourMessage) -> Option<(u32, Mac)> {
+    let mac = entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(mac) => Mac::try_from(mac.as_slice()).ok(),
+        _ => None,
+    })?;
+    (entry.header.state != NeighbourState::Permanent).then_some((entry.header.ifindex, mac))
 }
 
 fn holds_back(discipline: &TcMessage) -> bool {
