@@ -409,8 +409,12 @@ impl Agent<'_> {
     async fn attach_pods(&mut self) -> Result<(), DaemonError> {
         let pods = self.netlink.pods(self.own.key.subnet).await?;
         if !self.dataplane.knows_pods(&pods) {
-            // Those that were there before have no need to send something again.
-            self.dataplane.note_pods(&pods, &self.netlink.macs_behind().await?)?;
+            // Those that were there before have no need to send something again. Where that can't be told, they do.
+            let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);
+            let noted = noted.and_then(|macs| Ok(self.dataplane.note_pods(&pods, &macs)?));
+            if let Err(error) = noted {
+                warn!("{error}; flows into new pods take the stack until these have sent something");
+            }
         }
         Ok(self.dataplane.attach_pods(&pods)?)
     }

@@ -17,13 +17,14 @@ impl Dataplane {
         links.iter().all(|link| self.pods.contains_key(&link.index))
     }
 
-    /// Notes which MACs pods send from. What the programs have seen themselves stays.
+    /// Notes which MACs those pods send from that are new to this process. What the programs have seen themselves stays.
     ///
     /// # Errors
     /// [`DataplaneError::Map`].
     pub fn note_pods(&mut self, links: &[PodLink], macs: &HashMap<u32, Mac>) -> Result<(), DataplaneError> {
         const BPF_NOEXIST: u64 = 1;
-        for (index, mac) in links.iter().filter_map(|link| Some((link.index, macs.get(&link.index)?))) {
+        let new = links.iter().map(|link| link.index).filter(|index| !self.pods.contains_key(index));
+        for (index, mac) in new.filter_map(|index| Some((index, macs.get(&index)?))) {
             match self.pod_macs.insert(index, mac, BPF_NOEXIST) {
                 Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 result => result.map_err(DataplaneError::map("write", PODS))?,

@@ -90,7 +90,8 @@ pub struct DeviceEvent {
 }
 
 impl DeviceEvent {
-    fn of(message: &RouteNetlinkMessage) -> Self {
+    /// [`None`] for what nothing depends on.
+    fn of(message: &RouteNetlinkMessage) -> Option<Self> {
         use RouteNetlinkMessage as Message;
         let (kind, ifindex) = match message {
             Message::NewNeighbour(entry) | Message::DelNeighbour(entry) => {
@@ -103,9 +104,17 @@ impl DeviceEvent {
             Message::NewQueueDiscipline(queue) | Message::DelQueueDiscipline(queue) => {
                 (Changed::Topology, Some(queue.header.index as u32))
             }
+            // Of the group that tells of queues. Filters are looked at in turn; where the agent attaches programs as filters, each
+            // such look is told here, and would be the reason for the next.
+            Message::NewTrafficFilter(_)
+            | Message::DelTrafficFilter(_)
+            | Message::NewTrafficChain(_)
+            | Message::DelTrafficChain(_)
+            | Message::NewTrafficClass(_)
+            | Message::DelTrafficClass(_) => return None,
             _ => (Changed::Topology, None),
         };
-        Self { kind, ifindex }
+        Some(Self { kind, ifindex })
     }
 }
 
@@ -166,9 +175,10 @@ impl Netlink {
                     let event = match message.payload {
                         NetlinkPayload::InnerMessage(message) => DeviceEvent::of(&message),
                         // The kernel had more to say than the socket holds.
-                        NetlinkPayload::Overrun(_) => DeviceEvent { kind: Changed::Topology, ifindex: None },
-                        _ => continue,
+                        NetlinkPayload::Overrun(_) => Some(DeviceEvent { kind: Changed::Topology, ifindex: None }),
+                        _ => None,
                     };
+                    let Some(event) = event else { continue };
                     // Where the queue is full, the periodic comparison makes up for it.
                     let _lost = sender.try_send(event);
                 }
@@ -260,5 +270,19 @@ pub fn local_ports() -> flannel_common::flow::SourcePorts {
     match (ports.next(), ports.next()) {
         (Some(Ok(min)), Some(Ok(max))) if min < max => flannel_common::flow::SourcePorts { min, max },
         _ => DEFAULT,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_route::tc::TcMessage;
+
+    use super::*;
+
+    #[test]
+    fn a_queue_is_news_and_a_filter_is_none() {
+        let message = TcMessage::default();
+        assert!(DeviceEvent::of(&RouteNetlinkMessage::NewQueueDiscipline(message.clone())).is_some());
+        assert_eq!(DeviceEvent::of(&RouteNetlinkMessage::NewTrafficFilter(message)), None);
     }
 }
