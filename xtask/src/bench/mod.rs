@@ -122,18 +122,23 @@ fn of_tests(name: &str, arguments: &[String]) -> Result<()> {
     inherit(cargo().args(["bench", "--package", "tests", "--bench", name, "--"]).args(arguments))
 }
 
-fn traffic(options: &Options) -> Result<()> {
-    let directory = std::env::temp_dir().join(NAME);
-    let _lock = Lock::take(NAME)?;
-    remove_leftovers(NAME, &directory)?;
+/// Measures in a folder and under a name of which nothing is left afterwards.
+fn in_lab<T>(name: &str, measure: impl FnOnce(&Path, &AtomicBool) -> Result<T>) -> Result<T> {
+    let directory = std::env::temp_dir().join(name);
+    let _lock = Lock::take(name)?;
+    remove_leftovers(name, &directory)?;
     // From here on a signal ends the measurement, but not the taking down.
     let stopped = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&stopped))?;
     }
-    let report = measure(options, &directory, &stopped);
-    remove_leftovers(NAME, &directory)?;
-    let report = report?;
+    let result = measure(&directory, &stopped);
+    remove_leftovers(name, &directory)?;
+    result
+}
+
+fn traffic(options: &Options) -> Result<()> {
+    let report = in_lab(NAME, |directory, stopped| measure(options, directory, stopped))?;
     println!("\n{report}");
     if let Some(path) = &options.json {
         let text = serde_json::to_string_pretty(&report.to_json())?;

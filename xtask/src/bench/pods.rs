@@ -4,10 +4,7 @@
 use std::{
     fmt, fs,
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -15,11 +12,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::{NAME, order};
+use super::{NAME, in_lab, order};
 use crate::{
-    lab::{Host, Lab, Lock, Netns, cni::Runtime, remove_leftovers},
+    lab::{Host, Lab, Netns, cni::Runtime},
     process::{Process, workspace},
     progress::{step, wait_for},
 };
@@ -77,17 +73,7 @@ struct Sample {
 /// # Errors
 /// Where the lab does not come up, a plugin fails, or a ping is lost meanwhile.
 pub(super) fn run(options: &Options) -> Result<()> {
-    let directory = std::env::temp_dir().join(NAME);
-    let _lock = Lock::take(NAME)?;
-    remove_leftovers(NAME, &directory)?;
-    // From here on a signal ends the measurement, but not the taking down.
-    let stopped = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&stopped))?;
-    }
-    let samples = measure(options, &directory, &stopped);
-    remove_leftovers(NAME, &directory)?;
-    let mut samples = samples?;
+    let mut samples = in_lab(NAME, |directory, stopped| measure(options, directory, stopped))?;
     println!(
         "\nms{:>29} {:>23}\n{:<14}{:>8} {:>7} {:>7} {:>7} {:>7} {:>7}  agent's CPU per pod",
         "ADD", "DEL", "", "p50", "p99", "worst", "p50", "p99", "worst"
