@@ -58,11 +58,22 @@ impl World {
         Self::new(hosts).ready(&[])
     }
 
-    /// Starts the agent on all hosts, and gives each a pod once it is ready.
+    /// Starts the agent on all hosts, and gives each a pod once it is ready. Then waits until the pods have their programs:
+    /// until then all their packets take the stack.
     pub fn ready(self, arguments: &[&str]) -> Self {
         let mut world = self.with_ready_agents(arguments);
         for host in &mut world.hosts {
             host.add_pod().unwrap();
+        }
+        for host in 0..world.hosts.len() {
+            let waited = wait_for("the programs of pods", SOON, || {
+                let status = world.status(host);
+                let hooks = status["dataplane"]["hooks"].as_array().unwrap();
+                ["from_pod", "to_pod"]
+                    .iter()
+                    .all(|name| hooks.iter().any(|hook| hook["program"] == *name && hook["state"] == "attached"))
+            });
+            waited.unwrap();
         }
         world
     }
@@ -103,12 +114,18 @@ impl World {
         self.counter_row(host, label).0
     }
 
-    /// A counter of a host: packets and bytes.
+    /// A counter of a host: packets and bytes. What was sent to a next hop that the kernel resolves is in it; how long that
+    /// takes is the kernel's business.
     pub fn counter_row(&self, host: usize, label: &str) -> (u64, u64) {
         let text = xtask::process::output(self.agent_on(host).arg("counters")).unwrap();
-        let row = text.lines().find(|line| line.split_whitespace().next() == Some(label)).unwrap();
-        let mut numbers = row.split_whitespace().skip(1).map(|number| number.parse().unwrap());
-        (numbers.next().unwrap(), numbers.next().unwrap())
+        let row = |label: &str| {
+            let row = text.lines().find(|line| line.split_whitespace().next() == Some(label))?;
+            let mut numbers = row.split_whitespace().skip(1).map(|number| number.parse::<u64>().unwrap());
+            Some((numbers.next()?, numbers.next()?))
+        };
+        let (packets, bytes) = row(label).unwrap();
+        let (left_packets, left_bytes) = row(&format!("{label}_neighbour")).unwrap_or_default();
+        (packets + left_packets, bytes + left_bytes)
     }
 
     /// The lease of a host: the last part of its key, and the value.
