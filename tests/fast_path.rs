@@ -6,7 +6,7 @@ use etherparse::{EtherType, Ipv4Header};
 use flannel_agent::dataplane::Hook;
 use flannel_common::{
     event::Event,
-    flow::{Flow, FlowKey},
+    flow::{Egress, Flow, FlowKey, Ingress},
 };
 use nix::time::{ClockId, clock_gettime};
 
@@ -32,7 +32,11 @@ pub fn flow_of(packet: &[u8], veth: u32, ago: Duration) -> Flow {
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
     let released = (now - ago).as_nanos() as u64;
     let key = FlowKey { local, remote, local_port, remote_port, protocol };
-    Flow { egress: released, ingress: released, veth, pod_mac: POD_MAC, gateway_mac: GATEWAY_MAC, ..Flow::new(key) }
+    Flow {
+        egress: Egress { released, sent_as: key },
+        ingress: Ingress { released, received_as: key, veth, pod_mac: POD_MAC, gateway_mac: GATEWAY_MAC },
+        ..Flow::new(key)
+    }
 }
 
 fn ports(transport: &[u8], offset: usize) -> [u8; 2] {

@@ -73,16 +73,18 @@ events! {
     PodEncapsulated = "pod_encapsulated", Forward;
     /// from_pod: the same, to a peer whose next hop the kernel resolves.
     PodEncapsulatedNeighbour = "pod_encapsulated_neighbour", Forward;
+    /// from_pod: a packet of a flow that the stack let out translated a moment ago; translated so, and encapsulated past the stack.
+    PodTranslated = "pod_translated", Forward;
     /// from_pod: a packet that may become one of a flow past the stack; left to the stack.
     PodSlow = "pod_slow", Pass;
     /// from_pod: a packet that always takes the stack: not TCP or UDP, a fragment, with options, not to the overlay, ...
     PodOther = "pod_other", Pass;
-    /// from_pod: the outer header could not be written into the room made for it.
+    /// from_pod: the headers could not be written into the room made for them.
     PodEncapFailed = "pod_encap_failed", Drop;
     /// from_pod: a pod's own packet to the tunnel port of a VTEP; only hosts may send these.
     PodTunnel = "pod_tunnel", Drop;
 
-    /// to_pod: a packet of a flow that came in by the overlay and went through the stack unchanged; noted.
+    /// to_pod: a packet of a flow that came in by the overlay and went through the stack, unchanged or translated; noted.
     PodReleased = "pod_released", Pass;
     /// to_pod: any other packet.
     PodUnnoted = "pod_unnoted", Pass;
@@ -107,11 +109,13 @@ events! {
     Admitted = "admitted", Pass;
     /// from_underlay: a packet of a flow that the stack let in a moment ago; decapsulated and put into the pod.
     Delivered = "delivered", Forward;
+    /// from_underlay: a packet of a flow that the stack let in translated a moment ago; decapsulated, translated so, and put into the pod.
+    DeliveredTranslated = "delivered_translated", Forward;
     /// from_underlay: a tunnel packet that xdp_decap admitted and took out of the tunnel; handed to the vxlan device as received.
     HandedIn = "handed_in", Forward;
     /// from_underlay: taken out of the tunnel by xdp_decap, but of a VLAN that is not the interface's own.
     DecapForeignVlan = "decap_foreign_vlan", Drop;
-    /// from_underlay: the inner Ethernet header could not be written.
+    /// from_underlay: the inner headers could not be written.
     DecapFailed = "decap_failed", Drop;
     /// xdp_decap, from_underlay: a tunnel packet shorter than its headers, or than these say.
     TunnelTruncated = "tunnel_truncated", Drop;

@@ -1,11 +1,11 @@
-//! Flows: what identifies one to the network between the hosts, and what is remembered of one that may pass the host's
-//! stack by.
+//! Flows: what identifies one to the network between the hosts, what is remembered of one that may pass the host's stack by,
+//! and of a packet while it is in the stack.
 
 use crate::packet::Mac;
 
 /// A flow as its local pod sees it. All in wire order.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
     /// The local pod's address.
     pub local: [u8; 4],
@@ -27,19 +27,25 @@ impl FlowKey {
     /// another, but for one in 8,192. The VNI tells overlays apart that share an interface.
     #[inline(always)]
     pub fn tag(&self, vni: u32) -> u32 {
+        let rest = self.ports() | u64::from(self.protocol ^ vni << 8) << 32;
+        (mix(self.addresses(), rest) >> 51) as u32 & Self::TAG_MASK
+    }
+
+    #[inline(always)]
+    fn addresses(&self) -> u64 {
         let word = |bytes: [u8; 4]| u64::from(u32::from_ne_bytes(bytes));
+        word(self.local) | word(self.remote) << 32
+    }
+
+    #[inline(always)]
+    fn ports(&self) -> u64 {
         let ports = [self.local_port[0], self.local_port[1], self.remote_port[0], self.remote_port[1]];
-        // Two rounds of Fibonacci hashing.
-        const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
-        let hash = (word(self.local) | word(self.remote) << 32).wrapping_mul(MULTIPLIER);
-        let rest = word(ports) | u64::from(self.protocol ^ vni << 8) << 32;
-        let hash = (hash ^ hash >> 29 ^ rest).wrapping_mul(MULTIPLIER);
-        (hash >> 51) as u32 & Self::TAG_MASK
+        u64::from(u32::from_ne_bytes(ports))
     }
 }
 
-/// What is known of a flow. Times are those at which the host's stack let a packet of it out unchanged, in nanoseconds
-/// of CLOCK_MONOTONIC; 0 for never.
+/// What is known of a flow, as it was before the host's stack. Times are those at which the stack let a packet of it out, in
+/// nanoseconds of CLOCK_MONOTONIC; 0 for never.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
@@ -47,38 +53,117 @@ pub struct Flow {
     /// finds the flow that it looked for, has read what belongs to it.
     pub key: FlowKey,
     /// From the pod to the overlay.
-    pub egress: u64,
+    pub egress: Egress,
     /// From the overlay to the pod.
-    pub ingress: u64,
-    /// The host's side of the pod's veth, as of `ingress`.
-    pub veth: u32,
-    /// The pod's MAC, as of `ingress`.
-    pub pod_mac: Mac,
-    /// The MAC that the pod's packets come from, as of `ingress`.
-    pub gateway_mac: Mac,
+    pub ingress: Ingress,
     /// Room for what a later version notes.
     #[cfg(feature = "next-layout")]
     pub reserved: [u64; 2],
 }
 
+/// What is known of a flow's packets from the pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Egress {
+    /// When the stack let one out.
+    pub released: u64,
+    /// As what: the same flow, or another where netfilter translates.
+    pub sent_as: FlowKey,
+}
+
+/// What is known of a flow's packets to the pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ingress {
+    /// When the stack let one out.
+    pub released: u64,
+    /// As what.
+    pub received_as: FlowKey,
+    /// The host's side of the pod's veth.
+    pub veth: u32,
+    /// The pod's MAC.
+    pub pod_mac: Mac,
+    /// The MAC that the pod's packets come from.
+    pub gateway_mac: Mac,
+}
+
 impl Flow {
     /// Nothing is known yet.
-    pub const fn new(key: FlowKey) -> Self {
+    pub fn new(key: FlowKey) -> Self {
         Self {
             key,
-            egress: 0,
-            ingress: 0,
-            veth: 0,
-            pod_mac: [0; 6],
-            gateway_mac: [0; 6],
+            egress: Egress::default(),
+            ingress: Ingress::default(),
             #[cfg(feature = "next-layout")]
             reserved: [0; 2],
         }
     }
 }
 
-const _: () =
-    assert!(size_of::<FlowKey>() == 16 && size_of::<Flow>() == if cfg!(feature = "next-layout") { 64 } else { 48 });
+const _: () = {
+    assert!(size_of::<FlowKey>() == 16 && size_of::<Original>() == 32);
+    assert!(size_of::<Flow>() == if cfg!(feature = "next-layout") { 96 } else { 80 });
+};
+
+/// The last packet of a tag that was left to the stack, as it was before. It is found by the tag, which the packet carries
+/// through the stack, and told from others by what no translation changes. Two CPUs may write one at once: the digest of
+/// what they left together fits neither's packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Original {
+    /// Its flow.
+    pub key: FlowKey,
+    /// [`Original::digest`].
+    pub digest: u64,
+    /// The kernel's hash of its flow, or its socket's number for it. It stays with the packet, and nobody else can know it.
+    pub hash: u32,
+    /// No byte may be undefined.
+    pub reserved: u32,
+}
+
+impl Original {
+    /// How many there are: one for each tag and direction.
+    pub const COUNT: u32 = 2 * (FlowKey::TAG_MASK + 1);
+
+    /// Where that of a tag is, for packets from pods or to them.
+    #[inline(always)]
+    pub const fn index(tag: u32, is_from_pod: bool) -> u32 {
+        tag & FlowKey::TAG_MASK | if is_from_pod { 0 } else { FlowKey::TAG_MASK + 1 }
+    }
+
+    /// That of a packet of the flow `key`.
+    #[inline(always)]
+    pub fn new(key: FlowKey, constants: Constants, hash: u32) -> Self {
+        Self { key, digest: Self::digest(&key, constants), hash, reserved: 0 }
+    }
+
+    /// A digest of a flow, and of what no translation changes in a packet.
+    #[inline(always)]
+    pub fn digest(key: &FlowKey, constants: Constants) -> u64 {
+        let Constants { id_and_len, sequence, acknowledgement } = constants;
+        let digest = mix(key.addresses(), key.ports() | u64::from(key.protocol) << 32);
+        mix(digest ^ u64::from(id_and_len), u64::from(sequence) | u64::from(acknowledgement) << 32)
+    }
+}
+
+/// What no translation changes in a packet, in the byte order of the packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Constants {
+    /// Total length and identification of IPv4.
+    pub id_and_len: u32,
+    /// TCP's sequence number; of UDP nothing.
+    pub sequence: u32,
+    /// TCP's acknowledgement number; of UDP nothing.
+    pub acknowledgement: u32,
+}
+
+/// A round of Fibonacci hashing for each word.
+#[inline(always)]
+const fn mix(one: u64, two: u64) -> u64 {
+    const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+    let hash = one.wrapping_mul(MULTIPLIER);
+    (hash ^ hash >> 29 ^ two).wrapping_mul(MULTIPLIER)
+}
 
 /// The range of UDP source ports for encapsulated packets, host order: `net.ipv4.ip_local_port_range`, as the
 /// kernel's vxlan device takes it when it has no range of its own.
@@ -140,6 +225,33 @@ mod tests {
         ] {
             assert_ne!(tag, other.tag(1), "{other:?}");
         }
+    }
+
+    #[test]
+    fn digests_differ_by_each_part() {
+        let key = FlowKey { local: [10, 5, 1, 2], remote: [10, 5, 2, 2], protocol: 6, ..FlowKey::default() };
+        let constants = Constants { id_and_len: 1, sequence: 2, acknowledgement: 3 };
+        let digest = Original::digest(&key, constants);
+        for (key, constants) in [
+            (FlowKey { local: [10, 5, 1, 3], ..key }, constants),
+            (FlowKey { remote: [10, 5, 2, 3], ..key }, constants),
+            (FlowKey { local_port: [0, 1], ..key }, constants),
+            (FlowKey { remote_port: [0, 1], ..key }, constants),
+            (FlowKey { protocol: 17, ..key }, constants),
+            (key, Constants { id_and_len: 2, ..constants }),
+            (key, Constants { sequence: 3, ..constants }),
+            (key, Constants { acknowledgement: 4, ..constants }),
+        ] {
+            assert_ne!(digest, Original::digest(&key, constants), "{key:?} {constants:?}");
+        }
+    }
+
+    #[test]
+    fn each_tag_and_direction_has_a_place() {
+        assert_eq!(Original::index(0, true), 0);
+        assert_eq!(Original::index(0x1fff, true), 0x1fff);
+        assert_eq!(Original::index(0, false), 0x2000);
+        assert_eq!(Original::index(0x3fff, false), Original::COUNT - 1);
     }
 
     proptest! {

@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 6 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 7 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -28,6 +28,9 @@ pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
 pub const HEARD: &str = "HEARD";
 /// LRU hash: [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow), for flows that may pass the host's stack by.
 pub const FLOWS: &str = "FLOWS";
+/// Array: [`Original::index`](crate::flow::Original::index) of a tag -> [`Original`](crate::flow::Original): the last packet
+/// with that tag which was left to the stack.
+pub const ORIGINALS: &str = "ORIGINALS";
 /// LRU hash: the host's side of a pod's veth -> the MAC that the pod last sent from. A bridge that does not know where a MAC
 /// is sends a copy of what is for it to every pod.
 pub const PODS: &str = "PODS";
@@ -39,7 +42,8 @@ pub const DROPS: &str = "DROPS";
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 9] = [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, PODS, COUNTERS, DROPS];
+pub const PINNED: [&str; 10] =
+    [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, ORIGINALS, PODS, COUNTERS, DROPS];
 
 /// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
 pub const MAX_SLOTS: u32 = 1 << 22;
@@ -199,7 +203,7 @@ mod user {
     use super::{Config, Counter, Vtep};
     use crate::{
         drops::Drops,
-        flow::{Flow, FlowKey},
+        flow::{Flow, FlowKey, Original},
     };
 
     // SAFETY: #[repr(C)], integers and byte arrays only, no padding (the sizes are asserted above).
@@ -214,6 +218,8 @@ mod user {
     unsafe impl aya::Pod for FlowKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Flow {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Original {}
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use flannel_common::{
     event::{Event, Outcome},
-    flow::Flow,
+    flow::Ingress,
     maps::{Config, Decapsulated},
     vxlan,
 };
@@ -17,12 +17,12 @@ use network_types::{
 
 use crate::{
     admit::{Admitted, admit},
-    encap::{HOP_LEN, next_hop_header},
     flows::{self, Direction, Place, place},
     frame::Frame,
     leases::overlay_device,
     maps::CONFIG,
-    packet::{Headers, Note, Packet, Unframed},
+    next_hop::{NextHop, Translation},
+    packet::{Header, Headers, Note, Packet, Unframed},
 };
 
 #[inline(always)]
@@ -47,14 +47,14 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let inner = admitted.inner;
     // The kernel would go on segmenting it as a tunnel packet (`udp4_ufo_fragment`): what adjusts the room leaves the type.
     let is_stale = packet.is_gso() && inner.proto == IpProto::Udp as u8;
-    if let Some(flow) = place.fresh(&config, Direction::Ingress, now)
+    if let Some(known) = place.fresh_ingress(&config, now)
         && !admitted.needs_kernel
         && !is_stale
         && inner.ttl > 1
         && is_framed
         && packet.remove_tunnel().is_ok()
     {
-        return deliver(packet, &inner, &flow);
+        return deliver(packet, &inner, &place, &known);
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     Event::Admitted
@@ -78,10 +78,10 @@ fn decapsulated(packet: &Packet<'_>, config: &Config) -> Event {
         return Event::DecapFailed;
     };
     let place = place(packet, &inner, EthHdr::LEN, Direction::Ingress);
-    if let Some(flow) = place.fresh(config, Direction::Ingress, flows::now())
+    if let Some(known) = place.fresh_ingress(config, flows::now())
         && inner.ttl > 1
     {
-        return deliver(packet, &inner, &flow);
+        return deliver(packet, &inner, &place, &known);
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     packet.redirect_to_ingress(overlay_device());
@@ -110,18 +110,35 @@ pub(crate) fn xdp_decap(frame: &Frame<'_>) -> Option<Event> {
     Some(Event::XdpDecapsulated)
 }
 
+/// What a packet begins with that bypasses the stack.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Delivery {
+    ethernet: EthHdr,
+    ip: NextHop,
+}
+
+// SAFETY: #[repr(C)] of two headers, without padding between them.
+unsafe impl Header for Delivery {}
+
 /// Puts what was in the tunnel into the pod, as the stack did with the last one of its flow.
 #[inline(always)]
-fn deliver(packet: &Packet<'_>, inner: &Ipv4Hdr, flow: &Flow) -> Event {
-    let Flow { veth, pod_mac, gateway_mac, .. } = *flow;
-    let mut header = [0; EthHdr::LEN + HOP_LEN];
-    header[..6].copy_from_slice(&pod_mac);
-    header[6..12].copy_from_slice(&gateway_mac);
-    header[12..EthHdr::LEN].copy_from_slice(&(EtherType::Ipv4 as u16).to_ne_bytes());
-    header[EthHdr::LEN..].copy_from_slice(&next_hop_header(inner));
+fn deliver(packet: &Packet<'_>, inner: &Ipv4Hdr, place: &Place, known: &Ingress) -> Event {
+    let translation = Translation::between(&place.key, &known.received_as);
+    let header = Delivery {
+        ethernet: EthHdr { dst_addr: known.pod_mac, src_addr: known.gateway_mac, ether_type: EtherType::Ipv4 as u16 },
+        ip: NextHop::new(inner, &known.received_as, Direction::Ingress, &translation),
+    };
     if packet.write(&header).is_err() {
         return Event::DecapFailed;
     }
-    packet.redirect_to_peer(veth);
-    Event::Delivered
+    let event = match translation {
+        None => Event::Delivered,
+        Some(translation) => match translation.adjust(packet, inner.proto, EthHdr::LEN + Ipv4Hdr::LEN) {
+            Ok(()) => Event::DeliveredTranslated,
+            Err(()) => return Event::DecapFailed,
+        },
+    };
+    packet.redirect_to_peer(known.veth);
+    event
 }

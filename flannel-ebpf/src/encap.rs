@@ -9,7 +9,6 @@
 //! segments what has to be, and forgets that a pod put it into a tunnel already. `from_overlay` then tries again.
 
 use flannel_common::{
-    checksum,
     event::{Event, Outcome},
     maps::{Config, Vtep},
     packet::{Inner, OuterHeader},
@@ -20,18 +19,19 @@ use crate::{
     flows::{self, Direction, Kind, Place, place},
     leases::Leases,
     maps::CONFIG,
-    packet::{Headers as _, NoRoom, Note, Packet, random_id},
+    next_hop::{NextHop, Translation},
+    packet::{Header, Headers as _, NoRoom, Note, Packet, random_id},
 };
 
 #[inline(always)]
 pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
-    let released = released_flow(packet, &config);
-    let event = try_encapsulate(packet);
+    let released = flows::released(packet, &config);
+    let event = try_encapsulate(packet, &config);
     match event.outcome() {
         Outcome::Forward => {
-            if let Some(place) = released {
-                flows::note_egress(&place);
+            if let Some(released) = released {
+                released.note();
             }
         }
         Outcome::Pass => packet.write_note(Note::HandedOn(config.vni)),
@@ -40,23 +40,12 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
     event
 }
 
-/// The flow of a packet that `from_pod` left to the stack, where it is unchanged.
-#[inline(always)]
-fn released_flow(packet: &Packet<'_>, config: &Config) -> Option<Place> {
-    if config.bypass_time == 0 || !packet.is_ipv4() {
-        return None;
-    }
-    let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;
-    let place = place(packet, &ip, EthHdr::LEN, Direction::Egress);
-    (place.kind == Kind::Data && packet.has_note(Note::FromPod(place.key.tag(config.vni)))).then_some(place)
-}
-
 #[inline(always)]
 pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
-    let vni = CONFIG.load().vni;
-    if packet.has_note(Note::HandedOn(vni)) {
+    let config = CONFIG.load();
+    if packet.has_note(Note::HandedOn(config.vni)) {
         packet.forget_note();
-        let event = try_encapsulate(packet);
+        let event = try_encapsulate(packet, &config);
         return match event.outcome() {
             // The host's stack would send it to the overlay again and again.
             Outcome::Pass => Event::EncapImpossible,
@@ -67,24 +56,26 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
         return Event::NotAdmitted;
     };
     let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
-    let tag = place.key.tag(vni);
+    let tag = place.key.tag(config.vni);
     if !packet.has_note(Note::Admitted(tag)) {
         return Event::NotAdmitted;
     }
     packet.write_note(Note::Received(tag));
+    if config.bypass_time != 0 {
+        flows::leave_original(packet, &place, tag, Direction::Ingress);
+    }
     Event::Received
 }
 
 #[inline(always)]
-fn try_encapsulate(packet: &Packet<'_>) -> Event {
-    let config = CONFIG.load();
+fn try_encapsulate(packet: &Packet<'_>, config: &Config) -> Event {
     if !packet.is_ipv4() {
         return Event::EncapNotIpv4;
     }
     let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
         return Event::EncapTruncated;
     };
-    let Some(vtep) = (Leases { config: &config }).peer_of(u32::from_be_bytes(ip.dst_addr)) else {
+    let Some(vtep) = (Leases { config }).peer_of(u32::from_be_bytes(ip.dst_addr)) else {
         return Event::EncapNoPeer;
     };
     if vtep.ifindex == 0 {
@@ -94,11 +85,13 @@ fn try_encapsulate(packet: &Packet<'_>) -> Event {
     if len > config.mtu && !packet.is_gso() {
         return Event::EncapTooBig;
     }
-    let header = match outer_header(packet, &config, vtep, len, ip.tos) {
-        Ok(header) => header,
+    let inner = match make_room(packet, config, len, ip.tos) {
+        Ok(inner) => inner,
         Err(NoRoom::Nested) => return Event::EncapNested,
         Err(NoRoom::Refused) => return Event::EncapNoRoom,
     };
+    let mut header = vtep.header;
+    header.complete(&inner);
     if packet.write(&header).is_err() {
         return Event::EncapFailed;
     }
@@ -144,7 +137,11 @@ fn bypass_or_leave(packet: &Packet<'_>, config: &Config) -> Event {
     match bypass(packet, config, &ip, &place) {
         Some(event) => event,
         None => {
-            packet.write_note(Note::FromPod(place.key.tag(config.vni)));
+            let tag = place.key.tag(config.vni);
+            packet.write_note(Note::FromPod(tag));
+            if config.bypass_time != 0 {
+                flows::leave_original(packet, &place, tag, Direction::Egress);
+            }
             Event::PodSlow
         }
     }
@@ -153,8 +150,8 @@ fn bypass_or_leave(packet: &Packet<'_>, config: &Config) -> Event {
 /// Sends a packet past the stack, where it may go. [`None`] where it may not, and is as it was.
 #[inline(always)]
 fn bypass(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place) -> Option<Event> {
-    place.fresh(config, Direction::Egress, flows::now())?;
-    let vtep = (Leases { config }).peer_of(u32::from_be_bytes(ip.dst_addr)).filter(|vtep| vtep.ifindex != 0)?;
+    let sent_as = place.fresh_egress(config, flows::now())?.sent_as;
+    let vtep = (Leases { config }).peer_of(u32::from_be_bytes(sent_as.remote)).filter(|vtep| vtep.ifindex != 0)?;
     // The stack tells the sender what is too big, or too old.
     let len = packet.len() - EthHdr::LEN as u32;
     let largest = match packet.segment_size() {
@@ -164,9 +161,20 @@ fn bypass(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place) -> 
     if largest > config.mtu || ip.ttl <= 1 {
         return None;
     }
-    let header = outer_header(packet, config, vtep, len, ip.tos).ok()?;
-    if packet.write(&with_hop(&header, ip)).is_err() {
+    let translation = Translation::between(&place.key, &sent_as);
+    let inner = make_room(packet, config, len, ip.tos).ok()?;
+    let mut header =
+        Encapsulation { outer: vtep.header, inner: NextHop::new(ip, &sent_as, Direction::Egress, &translation) };
+    header.outer.complete(&inner);
+    if packet.write(&header).is_err() {
         return Some(Event::PodEncapFailed);
+    }
+    if let Some(translation) = translation {
+        if translation.adjust(packet, ip.proto, OuterHeader::LEN + Ipv4Hdr::LEN).is_err() {
+            return Some(Event::PodEncapFailed);
+        }
+        send(packet, vtep);
+        return Some(Event::PodTranslated);
     }
     Some(match send(packet, vtep) {
         Sent::Resolved => Event::PodEncapsulated,
@@ -174,37 +182,24 @@ fn bypass(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place) -> 
     })
 }
 
-/// Bytes of the IPv4 header up to its checksum.
-pub(crate) const HOP_LEN: usize = 12;
-
-/// The beginning of an IPv4 header after one more hop: the TTL is one less, and the checksum fits (RFC 1624).
-#[inline(always)]
-pub(crate) fn next_hop_header(ip: &Ipv4Hdr) -> [u8; HOP_LEN] {
-    let [l0, l1] = ip.tot_len;
-    let [i0, i1] = ip.id;
-    let [f0, f1] = ip.frags;
-    let [c0, c1] = checksum::decrement_ttl(ip.check);
-    [ip.vihl, ip.tos, l0, l1, i0, i1, f0, f1, ip.ttl - 1, ip.proto, c0, c1]
+/// What goes in front of a packet that bypasses the stack, and the beginning of the packet itself.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Encapsulation {
+    outer: OuterHeader,
+    inner: NextHop,
 }
 
-/// The outer header, and the beginning of the inner IPv4 header after one more hop.
-#[inline(always)]
-fn with_hop(header: &OuterHeader, ip: &Ipv4Hdr) -> [u8; OuterHeader::LEN + HOP_LEN] {
-    let mut bytes = [0; OuterHeader::LEN + HOP_LEN];
-    bytes[..OuterHeader::LEN].copy_from_slice(&header.0);
-    bytes[OuterHeader::LEN..].copy_from_slice(&next_hop_header(ip));
-    bytes
-}
+// SAFETY: #[repr(C)] of bytes.
+unsafe impl Header for Encapsulation {}
 
-/// Makes room for the outer header of a packet with `len` bytes of IPv4, and says what goes there.
+/// Makes room for the outer header of a packet with `len` bytes of IPv4; what that header depends on.
 #[inline(always)]
-fn outer_header(packet: &Packet<'_>, config: &Config, vtep: &Vtep, len: u32, tos: u8) -> Result<OuterHeader, NoRoom> {
+fn make_room(packet: &Packet<'_>, config: &Config, len: u32, tos: u8) -> Result<Inner, NoRoom> {
     // The hash is that of the inner flow, so it is taken while the inner headers are the only ones.
     let source_port = config.source_ports.of(packet.flow_hash());
     packet.make_room()?;
-    let mut header = vtep.header;
-    header.complete(&Inner { len, tos, id: random_id(), source_port });
-    Ok(header)
+    Ok(Inner { len, tos, id: random_id(), source_port })
 }
 
 /// How an encapsulated packet is sent.

@@ -1,18 +1,21 @@
 //! Flows that pass the host's stack by.
 //!
 //! A flow is bypassed only while it is certain what the stack would do with it: where the stack lets a packet out
-//! unchanged (`to_overlay`, `to_pod`), that is noted, and on the other side of the stack (`from_pod`, `from_underlay`) the
-//! next packets of the same flow may go past it, until the note is too old. Whether a packet was changed on its way is
-//! told by the tag that it carries through the stack. What netfilter translates has another tuple on the two sides, and
-//! what it refuses comes out nowhere.
+//! (`to_overlay`, `to_pod`), that is noted, and on the other side of the stack (`from_pod`, `from_underlay`) the next packets
+//! of the same flow may go past it, until the note is too old. What the stack refuses comes out nowhere.
+//!
+//! What netfilter translates has other addresses and ports on the two sides. So the flow that a packet had is left in a place
+//! (`ORIGINALS`) whose number the packet carries through the stack, and noted is what the stack made of it. That place may
+//! have got another packet's flow meanwhile; it is believed only where it fits the packet that came out: by what no
+//! translation changes in a packet, and by the kernel's hash, which stays with it and which no sender of packets knows.
 //!
 //! conntrack sees every packet that begins or ends a connection: SYN, FIN and RST never bypass, and take the flow's
-//! notes away.
+//! notes away, on either side of the stack.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use flannel_common::{
     event::Event,
-    flow::{Flow, FlowKey},
+    flow::{Constants, Egress, Flow, FlowKey, Ingress, Original},
     maps::Config,
     packet::Mac,
 };
@@ -24,7 +27,7 @@ use network_types::{
 };
 
 use crate::{
-    maps::{CONFIG, FLOWS, PODS, VTEP_ADDRESSES},
+    maps::{CONFIG, FLOWS, ORIGINALS, PODS, VTEP_ADDRESSES},
     packet::{Headers, Note, Packet},
 };
 
@@ -53,6 +56,8 @@ pub(crate) struct Place {
     pub(crate) kind: Kind,
     /// Bytes of TCP or UDP header.
     pub(crate) header_len: u32,
+    /// What no translation changes in it.
+    constants: Constants,
 }
 
 /// Which end of a packet the local pod is.
@@ -72,12 +77,16 @@ pub(crate) fn place(packet: &impl Headers, ip: &Ipv4Hdr, offset: usize, directio
     let mut ports = ([0; 2], [0; 2]);
     let mut kind = Kind::Other;
     let mut header_len = 0;
+    let id_and_len = u32::from_ne_bytes([ip.tot_len[0], ip.tot_len[1], ip.id[0], ip.id[1]]);
+    let mut constants = Constants { id_and_len, ..Constants::default() };
     if is_plain && ip.proto == IpProto::Tcp as u8 {
         if let Some(tcp) = packet.header::<TcpHdr>(transport) {
             let is_turn = tcp.syn() | tcp.fin() | tcp.rst() != 0;
             kind = if is_turn { Kind::Turn } else { Kind::Data };
             ports = (tcp.source, tcp.dest);
             header_len = u32::from(tcp.doff()) * 4;
+            constants.sequence = u32::from_ne_bytes(tcp.seq);
+            constants.acknowledgement = u32::from_ne_bytes(tcp.ack_seq);
         }
     } else if is_plain
         && ip.proto == IpProto::Udp as u8
@@ -97,45 +106,112 @@ pub(crate) fn place(packet: &impl Headers, ip: &Ipv4Hdr, offset: usize, directio
             FlowKey { local: ip.dst_addr, remote: ip.src_addr, local_port: destination, remote_port: source, protocol }
         }
     };
-    Place { key, kind, header_len }
+    Place { key, kind, header_len, constants }
 }
 
 impl Place {
-    /// The note of the flow, where the stack let a packet of it out lately in this direction. A packet that begins or
-    /// ends a connection takes the note away.
+    /// What is known of the flow's packets from the pod, where the stack let one out lately.
     #[inline(always)]
-    pub(crate) fn fresh(&self, config: &Config, direction: Direction, now: u64) -> Option<Flow> {
-        // A constant to the verifier, which leaves out what follows.
-        if config.bypass_time == 0 {
+    pub(crate) fn fresh_egress(&self, config: &Config, now: u64) -> Option<Egress> {
+        if !self.may_bypass(config) {
             return None;
         }
-        match self.kind {
-            Kind::Data => {}
-            Kind::Turn => {
-                // There may be none.
-                let _absent = FLOWS.remove(self.key);
-                return None;
-            }
-            Kind::Other => return None,
+        let egress = known_egress(&self.key)?;
+        (age(egress.released, now) < config.bypass_time).then_some(egress)
+    }
+
+    /// What is known of the flow's packets to the pod, where the stack let one out lately.
+    #[inline(always)]
+    pub(crate) fn fresh_ingress(&self, config: &Config, now: u64) -> Option<Ingress> {
+        if !self.may_bypass(config) {
+            return None;
         }
-        let flow = known(&self.key)?;
-        let released = match direction {
-            Direction::Egress => flow.egress,
-            Direction::Ingress => flow.ingress,
-        };
-        (age(released, now) < config.bypass_time).then_some(flow)
+        let ingress = known_ingress(&self.key)?;
+        (age(ingress.released, now) < config.bypass_time).then_some(ingress)
+    }
+
+    /// Whether it is a packet that may bypass the stack at all. One that begins or ends a connection takes the flow's notes
+    /// away.
+    #[inline(always)]
+    fn may_bypass(&self, config: &Config) -> bool {
+        // A constant to the verifier, which leaves out what follows.
+        if config.bypass_time == 0 {
+            return false;
+        }
+        if self.kind == Kind::Turn {
+            forget(&self.key);
+        }
+        self.kind == Kind::Data
     }
 }
 
-/// What is known of a flow.
+/// Forgets what is known of a flow.
 #[inline(always)]
-fn known(key: &FlowKey) -> Option<Flow> {
+fn forget(key: &FlowKey) {
+    // There may be nothing.
+    let _absent = FLOWS.remove(key);
+}
+
+/// Leaves the flow of a packet that the stack gets for whoever sees it come out, who has the tag from the packet.
+#[inline(always)]
+pub(crate) fn leave_original(packet: &Packet<'_>, place: &Place, tag: u32, direction: Direction) {
+    if place.kind != Kind::Data {
+        return;
+    }
+    let hash = packet.flow_hash();
+    let Some(entry) = ORIGINALS.get_ptr_mut(Original::index(tag, direction == Direction::Egress)) else { return };
+    // SAFETY: a map value lives as long as the program. Another CPU may write it at the same time; whoever reads a mixture
+    // finds that its digest does not fit.
+    unsafe {
+        (&raw mut (*entry).key).write(place.key);
+        (&raw mut (*entry).digest).write(Original::digest(&place.key, place.constants));
+        (&raw mut (*entry).hash).write(hash);
+    }
+}
+
+/// The flow that a packet which comes out of the stack had before. [`None`] where that is not certain: there is another one's
+/// by now, or the stack changed more than addresses and ports.
+#[inline(always)]
+fn original(packet: &Packet<'_>, place: &Place, tag: u32, direction: Direction) -> Option<FlowKey> {
+    let entry = ORIGINALS.get_ptr(Original::index(tag, direction == Direction::Egress))?;
+    // SAFETY: as above.
+    let (key, digest, hash) = unsafe {
+        (
+            (&raw const (*entry).key).read_volatile(),
+            (&raw const (*entry).digest).read_volatile(),
+            (&raw const (*entry).hash).read_volatile(),
+        )
+    };
+    let is_its = hash == packet.hash_so_far() && digest == Original::digest(&key, place.constants);
+    (is_its && key.protocol == place.key.protocol).then_some(key)
+}
+
+/// Puts a whole entry in the place of the one before. By reference: a copy more would not fit on the stack.
+#[inline(always)]
+fn remember(flow: &Flow) -> Result<(), i32> {
+    FLOWS.insert(flow.key, flow, 0)
+}
+
+#[inline(always)]
+fn known_egress(key: &FlowKey) -> Option<Egress> {
+    // SAFETY: the place of a field, of a flow that the entry leads to.
+    known(key, |flow| unsafe { &raw const (*flow).egress })
+}
+
+#[inline(always)]
+fn known_ingress(key: &FlowKey) -> Option<Ingress> {
+    // SAFETY: as above.
+    known(key, |flow| unsafe { &raw const (*flow).ingress })
+}
+
+/// A part of what is known of a flow.
+#[inline(always)]
+fn known<T: Copy>(key: &FlowKey, part: impl FnOnce(*const Flow) -> *const T) -> Option<T> {
     let entry = FLOWS.get_ptr(key)?;
     // SAFETY: a map value lives as long as the program. The kernel may give it to another flow meanwhile, and writes it from
     // its beginning, where the key is: so the key is read last.
-    let (mut flow, owner) = unsafe { (entry.read_volatile(), (&raw const (*entry).key).read_volatile()) };
-    flow.key = owner;
-    (owner == *key).then_some(flow)
+    let (part, owner) = unsafe { (part(entry).read_volatile(), (&raw const (*entry).key).read_volatile()) };
+    (owner == *key).then_some(part)
 }
 
 /// Now, as flows have it. As exact as the kernel's tick.
@@ -151,16 +227,46 @@ fn age(released: u64, now: u64) -> u64 {
     if released == 0 { u64::MAX } else { now.wrapping_sub(released) }
 }
 
-/// Egress of `flannel.<VNI>`: a packet that `from_pod` saw, with the tag that it had there, came out of the stack.
-#[inline(always)]
-pub(crate) fn note_egress(place: &Place) {
-    let flow = known(&place.key).unwrap_or(Flow::new(place.key));
-    // A whole entry in the place of the one before. Where there is no room, the flow goes on through the stack.
-    let _full = FLOWS.insert(place.key, Flow { egress: now(), ..flow }, 0);
+/// A flow that the stack let a packet of out: before and after.
+pub(crate) struct Released {
+    original: FlowKey,
+    sent_as: FlowKey,
 }
 
-/// Egress of the host's side of a pod's veth: a packet that came by the overlay, with the tag that it had there, came
-/// out of the stack.
+/// Egress of `flannel.<VNI>`: what is to be noted of a packet that `from_pod` left to the stack, if it gets away.
+#[inline(always)]
+pub(crate) fn released(packet: &Packet<'_>, config: &Config) -> Option<Released> {
+    if config.bypass_time == 0 || !packet.is_ipv4() {
+        return None;
+    }
+    let tag = packet.noted(Note::FromPod)?;
+    let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;
+    let place = place(packet, &ip, EthHdr::LEN, Direction::Egress);
+    match place.kind {
+        Kind::Data => {}
+        Kind::Turn => {
+            forget(&place.key);
+            return None;
+        }
+        Kind::Other => return None,
+    }
+    Some(Released { original: original(packet, &place, tag, Direction::Egress)?, sent_as: place.key })
+}
+
+impl Released {
+    #[inline(always)]
+    pub(crate) fn note(&self) {
+        let mut flow = Flow::new(self.original);
+        flow.egress = Egress { released: now(), sent_as: self.sent_as };
+        if let Some(ingress) = known_ingress(&self.original) {
+            flow.ingress = ingress;
+        }
+        // Where there is no room, the flow goes on through the stack.
+        let _full = remember(&flow);
+    }
+}
+
+/// Egress of the host's side of a pod's veth: a packet that came by the overlay came out of the stack.
 #[inline(always)]
 pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
@@ -172,12 +278,21 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
         return Event::PodUnnoted;
     };
     let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
-    let is_unchanged = packet.has_note(Note::Received(place.key.tag(config.vni)));
+    let tag = packet.noted(Note::Received);
     // The note has served: the pod may send the packet on.
     packet.forget_note();
-    if place.kind != Kind::Data || !is_unchanged || !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
+    let Some(tag) = tag else {
+        return Event::PodUnnoted;
+    };
+    if place.kind == Kind::Turn {
+        forget(&place.key);
+    }
+    if place.kind != Kind::Data || !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
         return Event::PodUnnoted;
     }
+    let Some(original) = original(packet, &place, tag, Direction::Ingress) else {
+        return Event::PodUnnoted;
+    };
     let Some(ethernet) = packet.header::<EthHdr>(0) else {
         return Event::PodUnnoted;
     };
@@ -185,18 +300,20 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     if !is_of_pod(veth, ethernet.dst_addr) {
         return Event::PodUnnoted;
     }
-    let before = known(&place.key).unwrap_or(Flow::new(place.key));
-    let age = age(before.ingress, now);
-    let flow = if before.veth == AMBIGUOUS && age < 2 * config.bypass_time {
+    let before = known_ingress(&original).unwrap_or_default();
+    let age = age(before.released, now);
+    let ingress = if before.veth == AMBIGUOUS && age < 2 * config.bypass_time {
         return Event::PodUnnoted;
     } else if before.veth != veth && age < config.bypass_time {
-        // Too old already for `fresh`.
-        Flow { ingress: now.wrapping_sub(config.bypass_time), veth: AMBIGUOUS, ..before }
+        // Too old already to be fresh.
+        Ingress { released: now.wrapping_sub(config.bypass_time), veth: AMBIGUOUS, ..before }
     } else {
-        Flow { ingress: now, veth, pod_mac: ethernet.dst_addr, gateway_mac: ethernet.src_addr, ..before }
+        let (pod_mac, gateway_mac) = (ethernet.dst_addr, ethernet.src_addr);
+        Ingress { released: now, received_as: place.key, veth, pod_mac, gateway_mac }
     };
-    match FLOWS.insert(place.key, flow, 0) {
-        Ok(()) if flow.veth == veth => Event::PodReleased,
+    let flow = Flow { ingress, egress: known_egress(&original).unwrap_or_default(), ..Flow::new(original) };
+    match remember(&flow) {
+        Ok(()) if ingress.veth == veth => Event::PodReleased,
         _ => Event::PodUnnoted,
     }
 }

@@ -18,6 +18,7 @@
 //! * [`decap`] — `from_underlay` and `xdp_decap`, ingress of the external interface
 //! * [`admit`] — which tunnel packets they take
 //! * [`flows`] — what may pass the stack by; `to_pod`
+//! * [`next_hop`] — what passes it by, as the stack would have sent it on
 //! * [`leases`] — the maps, asked as the lease table
 //! * [`packet`], [`frame`] — the only places that touch packet memory and call helpers on it
 //! * [`maps`], [`count`], [`sample`] — what the agent shares with the programs
@@ -32,6 +33,7 @@ mod flows;
 mod frame;
 mod leases;
 mod maps;
+mod next_hop;
 mod packet;
 mod sample;
 

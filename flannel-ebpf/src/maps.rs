@@ -8,7 +8,7 @@ use aya_ebpf::{
 use flannel_common::{
     drops::Drops,
     event::Event,
-    flow::{Flow, FlowKey, SourcePorts},
+    flow::{Flow, FlowKey, Original, SourcePorts},
     maps::{Config, Counter, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep},
     packet::Mac,
 };
@@ -30,6 +30,9 @@ pub(crate) static HEARD: Array<u32> = Array::with_max_entries(1, 0);
 
 #[map]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+
+#[map]
+pub(crate) static ORIGINALS: Array<Original> = Array::with_max_entries(Original::COUNT, 0);
 
 #[map]
 pub(crate) static PODS: LruHashMap<u32, Mac> = LruHashMap::with_max_entries(MAX_PODS, 0);

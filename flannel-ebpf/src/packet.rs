@@ -9,12 +9,13 @@ use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_ADJ_ROOM_ENCAP_L2_SHIFT, BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_ENCAP_L2_ETH,
         BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
-        BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS, bpf_adj_room_mode, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
-        bpf_tunnel_key,
+        BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode,
+        bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key,
     },
     helpers::{
-        bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
-        bpf_skb_adjust_room, bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_l4_csum_replace, bpf_redirect,
+        bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_type, bpf_skb_load_bytes,
+        bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -179,11 +180,19 @@ impl<'a> Packet<'a> {
         Some(unsafe { ptr::read_unaligned(start as *const T) })
     }
 
-    /// The hash of the packet's flow, as the kernel computes it for its own tunnels.
+    /// The hash of the packet's flow, as the kernel computes it for its own tunnels. The packet keeps it, also when it is
+    /// translated.
     #[inline(always)]
     pub(crate) fn flow_hash(&self) -> u32 {
         // SAFETY: the context is valid.
         unsafe { bpf_get_hash_recalc(self.skb()) }
+    }
+
+    /// The hash that it has, whatever became of its addresses since it was computed; 0 for none.
+    #[inline(always)]
+    pub(crate) fn hash_so_far(&self) -> u32 {
+        // SAFETY: the context is valid.
+        unsafe { (*self.skb()).hash }
     }
 
     /// Makes room for an outer header between the Ethernet and the IPv4 header, so that the packet can still be
@@ -231,6 +240,23 @@ impl<'a> Packet<'a> {
         let result =
             unsafe { bpf_skb_store_bytes(self.skb(), 0, ptr::from_ref(header).cast(), size_of::<T>() as u32, 0) };
         if result == 0 { Ok(()) } else { Err(()) }
+    }
+
+    /// Has the TCP or UDP checksum at `offset` fit other addresses and ports. Both differences are as of
+    /// [`checksum::difference`](flannel_common::checksum::difference).
+    ///
+    /// Where the checksum is still to be completed, addresses are in what is there already and ports are not
+    /// (`inet_proto_csum_replace_by_diff`, net/core/utils.c); and of UDP, 0 stands for none.
+    #[inline(always)]
+    pub(crate) fn adjust_checksum(&self, offset: u32, addresses: u32, ports: u32, is_udp: bool) -> Result<(), ()> {
+        let flags = if is_udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        for (difference, flags) in [(addresses, flags | u64::from(BPF_F_PSEUDO_HDR)), (ports, flags)] {
+            // SAFETY: the context is valid. A size of 0 says that a difference is given.
+            if unsafe { bpf_l4_csum_replace(self.skb(), offset, 0, difference.into(), flags) } != 0 {
+                return Err(());
+            }
+        }
+        Ok(())
     }
 
     /// Takes the outer headers away, from behind the outer Ethernet header to the inner IPv4 header. What the outer
@@ -330,6 +356,15 @@ impl<'a> Packet<'a> {
     pub(crate) fn write_note(&self, note: Note) {
         // SAFETY: the context is valid; TC programs may write this field.
         unsafe { (*self.skb()).tc_index = note.index() };
+    }
+
+    /// The tag of the note, where an earlier program left one of this kind.
+    #[inline(always)]
+    pub(crate) fn noted(&self, kind: fn(u32) -> Note) -> Option<u32> {
+        // SAFETY: the context is valid.
+        let index = unsafe { (*self.skb()).tc_index };
+        let tag = index & FlowKey::TAG_MASK;
+        (kind(tag).index() == index).then_some(tag)
     }
 
     /// Whether an earlier program left this note.

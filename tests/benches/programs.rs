@@ -23,7 +23,7 @@ use flannel_agent::{
 };
 use flannel_common::{
     event::Event,
-    flow::{Flow, FlowKey, SourcePorts},
+    flow::{Egress, Flow, FlowKey, Ingress, SourcePorts},
     maps::{Config, Vtep},
     packet::{OuterHeader, Tunnel as Header},
     vxlan::Vni,
@@ -251,7 +251,11 @@ fn know(dataplane: &mut Dataplane, peers: u32) {
                 remote_port: remote_port.to_be_bytes(),
                 protocol: TCP,
             };
-            let flow = Flow { egress: released, ingress: released, veth: 1, ..Flow::new(key) };
+            let flow = Flow {
+                egress: Egress { released, sent_as: key },
+                ingress: Ingress { released, received_as: key, veth: 1, ..Ingress::default() },
+                ..Flow::new(key)
+            };
             dataplane.insert_flow(&flow).unwrap();
         }
     }

@@ -12,7 +12,7 @@ use flannel_agent::dataplane::{
 };
 use flannel_common::{
     event::{Event, Outcome},
-    flow::{Flow, FlowKey},
+    flow::{Egress, Flow, FlowKey, Ingress, Original},
     maps::{Counter, Vtep},
     model::{self, Fate, FlowChange, Frame, Known, Lease, World},
     packet::{OuterHeader, Tunnel},
@@ -107,6 +107,11 @@ fn runnable(input: &Input<'_>) -> Option<model::Program> {
     (frame.len() >= least).then_some(input.program())
 }
 
+/// Whether a program is on the side of the stack where packets go in.
+fn goes_in(program: model::Program) -> bool {
+    matches!(program, model::Program::FromPod | model::Program::FromOverlay)
+}
+
 impl Loaded {
     fn new(world: World, pins: &Path, ifindex: u32) -> Self {
         let config = &world.config;
@@ -145,20 +150,28 @@ impl Loaded {
         out: &mut Vec<u8>,
     ) -> Result<(), String> {
         let key = input.flow();
+        let note = input.note(&self.world);
+        let [sent_as, received_as] = input.sent_and_received_as(key.unwrap_or_default());
         let before = key.and_then(|key| self.make_known(input, key, ifindex));
         let is_fresh = |age: Option<Age>| age == Some(Age::Fresh);
         let packet = model::Packet {
             frame: input.frame,
             is_gso: input.gso_size() != 0,
-            note: input.note(&self.world),
+            note,
             known: Known {
                 egress: before.is_some() && is_fresh(input.egress()),
                 ingress: before.is_some() && is_fresh(input.ingress()),
                 pod_mac: POD_MAC,
                 gateway_mac: GATEWAY_MAC,
+                sent_as,
+                received_as,
+                original: input.original(),
                 sender: input.sender(),
             },
         };
+        let place = self.place_of_original(program, note, key);
+        let left = if key.is_some() && goes_in(program) { Original::default() } else { packet.known.original };
+        self.programs.set_original(place, left).unwrap();
         self.programs.set_pod(ifindex, packet.known.sender).unwrap();
         let fate = self.world.fate(program, packet);
         let start = now();
@@ -166,6 +179,9 @@ impl Loaded {
         check_frame(&self.world, &fate.frame, input.frame, out)?;
         self.check_counter(&fate, input.frame.len())?;
         self.check_flow(&fate, key, before, ifindex, start)?;
+        let after = Original { hash: left.hash, ..self.programs.original(place).unwrap() };
+        equal("what is left for the other side of the stack", after, fate.original.unwrap_or(left))?;
+        self.programs.set_original(place, Original::default()).unwrap();
         equal("the MAC that the pod sends from", self.programs.pod(ifindex).unwrap(), fate.sender)?;
         match fate.heard {
             Some(address) if !self.take_heard(address) => Err(format!("{address:?} was not heard")),
@@ -182,8 +198,10 @@ impl Loaded {
             Age::Stale => now.saturating_sub(BYPASS_TIME + A_MOMENT).as_nanos() as u64,
             Age::Ahead => (now + BYPASS_TIME).as_nanos() as u64,
         };
-        let (egress, ingress) = (time(input.egress()?), time(input.ingress()?));
-        let flow = Flow { egress, ingress, veth, pod_mac: POD_MAC, gateway_mac: GATEWAY_MAC, ..Flow::new(key) };
+        let [sent_as, received_as] = input.sent_and_received_as(key);
+        let released = time(input.ingress()?);
+        let ingress = Ingress { released, received_as, veth, pod_mac: POD_MAC, gateway_mac: GATEWAY_MAC };
+        let flow = Flow { egress: Egress { released: time(input.egress()?), sent_as }, ingress, ..Flow::new(key) };
         self.programs.insert_flow(&flow).unwrap();
         Some(flow)
     }
@@ -261,34 +279,51 @@ impl Loaded {
     ) -> Result<(), String> {
         let changed = match fate.flow {
             FlowChange::Unchanged | FlowChange::Removed => None,
-            FlowChange::Egress(key) | FlowChange::Ingress(key, ..) => Some(key),
+            FlowChange::Egress { key, .. } | FlowChange::Ingress { key, .. } => Some(key),
         };
-        let Some(key) = changed.or(key).filter(|_| before.is_some() || changed.is_some()) else { return Ok(()) };
-        let after = self.programs.flow(&key).unwrap();
-        if after.is_some() {
-            self.programs.forget_flow(&key).unwrap();
+        // What is noted may be another flow's than the packet's by now; then that one stays as it was.
+        if let Some(key) = key.filter(|key| changed != Some(*key)) {
+            let expected = if fate.flow == FlowChange::Removed { None } else { before };
+            equal("what is known of the flow", self.take_flow(&key), expected)?;
         }
-        let known = before.unwrap_or(Flow::new(key));
-        let expected = match fate.flow {
-            FlowChange::Unchanged => before,
-            FlowChange::Removed => None,
-            FlowChange::Egress(_) => Some(Flow { egress: after.map_or(0, |flow| flow.egress), ..known }),
-            FlowChange::Ingress(_, pod_mac, gateway_mac) => {
-                let ingress = after.map_or(0, |flow| flow.ingress);
-                Some(Flow { ingress, veth: ifindex, pod_mac, gateway_mac, ..known })
+        let Some(key) = changed else { return Ok(()) };
+        let after = self.take_flow(&key);
+        let known = before.filter(|before| before.key == key).unwrap_or(Flow::new(key));
+        let released = after.map_or([0; 2], |flow| [flow.egress.released, flow.ingress.released]);
+        let (expected, time) = match fate.flow {
+            FlowChange::Egress { sent_as, .. } => {
+                (Flow { egress: Egress { released: released[0], sent_as }, ..known }, released[0])
             }
+            FlowChange::Ingress { received_as, pod_mac, gateway_mac, .. } => {
+                let ingress = Ingress { released: released[1], received_as, veth: ifindex, pod_mac, gateway_mac };
+                (Flow { ingress, ..known }, released[1])
+            }
+            FlowChange::Unchanged | FlowChange::Removed => return Ok(()),
         };
-        equal("what is known of the flow", after, expected)?;
-        let time = match fate.flow {
-            FlowChange::Egress(_) => after.map(|flow| flow.egress),
-            FlowChange::Ingress(..) => after.map(|flow| flow.ingress),
-            FlowChange::Unchanged | FlowChange::Removed => None,
-        };
+        equal("what is known of the flow", after, Some(expected))?;
         let possible = (start - A_MOMENT).as_nanos() as u64..=now().as_nanos() as u64;
-        match time.is_none_or(|time| possible.contains(&time)) {
+        match possible.contains(&time) {
             true => Ok(()),
             false => Err(format!("the flow was noted at {time:?}, not within {possible:?}")),
         }
+    }
+
+    fn take_flow(&mut self, key: &FlowKey) -> Option<Flow> {
+        let flow = self.programs.flow(key).unwrap();
+        if flow.is_some() {
+            self.programs.forget_flow(key).unwrap();
+        }
+        flow
+    }
+
+    /// Where a program leaves the packet's flow, or else looks for it.
+    fn place_of_original(&self, program: model::Program, note: u16, key: Option<FlowKey>) -> u32 {
+        let is_from_pod = matches!(program, model::Program::FromPod | model::Program::ToOverlay);
+        let tag = match key {
+            Some(key) if goes_in(program) => key.tag(self.world.config.vni),
+            _ => note.into(),
+        };
+        Original::index(tag, is_from_pod)
     }
 
     fn take_heard(&mut self, address: [u8; 4]) -> bool {

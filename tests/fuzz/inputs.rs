@@ -5,7 +5,7 @@ use std::fmt;
 
 use etherparse::EtherType;
 use flannel_common::{
-    flow::{FlowKey, SourcePorts},
+    flow::{Constants, FlowKey, Original, SourcePorts},
     maps::Config,
     model::{self, Lease, Note, Peer, Program, World},
 };
@@ -29,6 +29,40 @@ pub enum Age {
     Stale,
     /// By a clock that is ahead.
     Ahead,
+}
+
+/// Another flow than one, as netfilter may make of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Translated {
+    Not,
+    Local,
+    Remote,
+    Both,
+}
+
+impl Translated {
+    const ALL: [Self; 4] = [Self::Not, Self::Local, Self::Remote, Self::Both];
+
+    fn of(bits: u8) -> Self {
+        Self::ALL[usize::from(bits) % Self::ALL.len()]
+    }
+
+    /// With a remote end out of a few, some of which no host leases.
+    pub fn apply(self, key: FlowKey, remote: u8) -> FlowKey {
+        let remotes = [[10, 5, 2, 9], [10, 5, 3, 7], [10, 5, 5, 5], [10, 96, 0, 10], [172, 16, 1, 5], [10, 5, 2, 2]];
+        let remote = remotes[usize::from(remote) % remotes.len()];
+        let remote = |key| FlowKey { remote, remote_port: [0x14, 0xe9], ..key };
+        let local = |key: FlowKey| {
+            let [a, b, c, d] = key.local;
+            FlowKey { local: [a, b, c, d ^ 1], local_port: [0xff, 0xff], ..key }
+        };
+        match self {
+            Self::Not => key,
+            Self::Local => local(key),
+            Self::Remote => remote(key),
+            Self::Both => local(remote(key)),
+        }
+    }
 }
 
 /// What a run is to show.
@@ -95,10 +129,10 @@ impl<'a> Input<'a> {
     pub fn note(&self, world: &World) -> u16 {
         let note = match self.head[3] % 6 {
             0 => Note::None,
-            1 => model::flow_of(self.frame, 14, true).map_or(Note::None, Note::FromPod),
+            1 => self.original_flow().map_or(Note::None, Note::FromPod),
             2 => model::flow_of(self.frame, 14, false).map_or(Note::None, Note::Admitted),
             3 => Note::HandedOn,
-            4 => model::flow_of(self.frame, 14, false).map_or(Note::None, Note::Received),
+            4 => self.original_flow().map_or(Note::None, Note::Received),
             _ => return u16::from_be_bytes([self.head[4], self.head[5]]),
         };
         world.note(note)
@@ -125,6 +159,33 @@ impl<'a> Input<'a> {
         if self.head[7] & 1 == 0 { Look::Verdict } else { Look::Note }
     }
 
+    /// As what packets of a flow leave the stack, from its pod and to it.
+    pub fn sent_and_received_as(&self, key: FlowKey) -> [FlowKey; 2] {
+        [self.head[7] >> 1, self.head[7] >> 3].map(|bits| Translated::of(bits & 3).apply(key, self.head[5]))
+    }
+
+    /// The flow that a packet out of the stack had before.
+    fn original_flow(&self) -> Option<FlowKey> {
+        let sends = self.program() == Program::ToOverlay;
+        let after = model::flow_of(self.frame, IPV4, sends)?;
+        Some(Translated::of(self.head[1] >> 2).apply(after, self.head[5]))
+    }
+
+    /// What is left where its note leads to: most often its own, as these frames have no hash.
+    pub fn original(&self) -> Original {
+        let Some(key) = self.original_flow() else { return Original::default() };
+        let constants = model::constants(self.frame, IPV4);
+        match self.head[1] >> 4 {
+            0 => Original::default(),
+            1 => Original::new(key, constants, 1),
+            2 => Original::new(key, Constants { sequence: !constants.sequence, ..constants }, 0),
+            3 => Original::new(key, Constants { id_and_len: !constants.id_and_len, ..constants }, 0),
+            4 => Original::new(FlowKey { protocol: key.protocol ^ 1, ..key }, constants, 0),
+            5 => Original { key: Translated::Both.apply(key, 0), ..Original::new(key, constants, 0) },
+            _ => Original::new(key, constants, 0),
+        }
+    }
+
     /// The flow that the program looks for.
     pub fn flow(&self) -> Option<FlowKey> {
         match self.program() {
@@ -145,6 +206,8 @@ impl fmt::Debug for Input<'_> {
             .field("gso_size", &self.gso_size())
             .field("note", &self.note(&WORLDS[self.world()]()))
             .field("sender", &self.sender())
+            .field("original", &self.original())
+            .field("sent_as, received_as", &self.flow().map(|key| self.sent_and_received_as(key)))
             .field("look", &self.look())
             .field("frame", &hex(self.frame))
             .finish()

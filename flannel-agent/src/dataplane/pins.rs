@@ -10,10 +10,10 @@ use aya::maps::{MapData, MapError, MapType};
 use flannel_common::{
     drops::Drops,
     event::Event,
-    flow::{Flow, FlowKey},
+    flow::{Flow, FlowKey, Original},
     maps::{
-        ABI_VERSION, COUNTERS, Counter, DROPS, FLOWS, HEARD, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, PODS, PREFIXES,
-        SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep,
+        ABI_VERSION, COUNTERS, Counter, DROPS, FLOWS, HEARD, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, ORIGINALS, PODS,
+        PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep,
     },
     packet::Mac,
     vxlan::Vni,
@@ -59,7 +59,7 @@ pub(super) enum Predecessor {
 }
 
 /// The layout of every pinned map.
-pub(super) fn layout(capacity: Capacity) -> [Layout; 9] {
+pub(super) fn layout(capacity: Capacity) -> [Layout; 10] {
     let Capacity { slots, vteps } = capacity;
     let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
         name,
@@ -78,6 +78,7 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 9] {
         map(VTEP_ADDRESSES, MapType::Hash, 4, 4, vteps),
         map(HEARD, MapType::Array, 4, 4, vteps),
         map(FLOWS, MapType::LruHash, size_of::<FlowKey>() as u32, size_of::<Flow>(), MAX_FLOWS),
+        map(ORIGINALS, MapType::Array, 4, size_of::<Original>(), Original::COUNT),
         map(PODS, MapType::LruHash, 4, size_of::<Mac>(), MAX_PODS),
         map(COUNTERS, MapType::PerCpuArray, 4, size_of::<Counter>(), Event::COUNT),
         map(DROPS, MapType::PerCpuArray, 4, size_of::<Drops>(), Event::COUNT),

@@ -82,7 +82,7 @@ impl Dataplane {
         let mut stale = Vec::new();
         for entry in self.flows.iter() {
             let (key, flow) = entry.map_err(DataplaneError::map("read", FLOWS))?;
-            if flow.veth == 0 || veths.contains(&flow.veth) {
+            if flow.ingress.veth == 0 || veths.contains(&flow.ingress.veth) {
                 stale.push(key);
             }
         }

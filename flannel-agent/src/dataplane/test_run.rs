@@ -8,8 +8,8 @@ use aya::{
 };
 use flannel_common::{
     event::Event,
-    flow::{Flow, FlowKey},
-    maps::{Counter, FLOWS, HEARD, PODS, VTEP_ADDRESSES},
+    flow::{Flow, FlowKey, Original},
+    maps::{Counter, FLOWS, HEARD, ORIGINALS, PODS, VTEP_ADDRESSES},
     noted,
     packet::Mac,
 };
@@ -34,6 +34,7 @@ pub struct TestRuns {
     /// Which these are; they stay in it as long as it lives.
     _programs: ProgramArray<MapData>,
     heard: Array<MapData, u32>,
+    originals: Array<MapData, Original>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
 }
 
@@ -68,9 +69,10 @@ impl TestRuns {
         }
         let pinned = |name| MapData::from_pin(dataplane.pins.map(name)).map_err(DataplaneError::map("open", name));
         let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
+        let originals = Map::Array(pinned(ORIGINALS)?).try_into().map_err(DataplaneError::map("open", ORIGINALS))?;
         let addresses = Map::HashMap(pinned(VTEP_ADDRESSES)?);
         let addresses = addresses.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
-        Ok(Self { dataplane, noted, _programs: programs, heard, addresses })
+        Ok(Self { dataplane, noted, _programs: programs, heard, originals, addresses })
     }
 
     /// Runs a TC program; its verdict. The frame goes to `out`.
@@ -181,6 +183,22 @@ impl TestRuns {
     /// [`DataplaneError::Map`].
     pub fn flows(&self) -> Result<Vec<FlowKey>, DataplaneError> {
         self.dataplane.flows.keys().collect::<Result<_, _>>().map_err(DataplaneError::map("read", FLOWS))
+    }
+
+    /// What is left for packets that come out of the stack, at an [`Original::index`].
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn original(&self, index: u32) -> Result<Original, DataplaneError> {
+        self.originals.get(&index, 0).map_err(DataplaneError::map("read", ORIGINALS))
+    }
+
+    /// Leaves something there.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn set_original(&mut self, index: u32, original: Original) -> Result<(), DataplaneError> {
+        self.originals.set(index, original, 0).map_err(DataplaneError::map("write", ORIGINALS))
     }
 
     /// The MAC that the pod at a veth is known to send from.

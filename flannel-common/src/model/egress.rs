@@ -4,30 +4,44 @@ use std::vec::Vec;
 
 use super::{
     Fate, FlowChange, Frame, Note, Packet, Peer, World,
-    wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, one_hop_on, word},
+    wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, one_hop_on, translated, word},
 };
-use crate::event::{Event, Outcome};
+use crate::{
+    event::{Event, Outcome},
+    flow::FlowKey,
+};
 
 impl World {
     /// The stack routed it to the overlay: it leaves in the tunnel, or goes on to the kernel's device with a note of that.
     pub(super) fn to_overlay(&self, packet: Packet<'_>) -> Fate {
         let fate = self.encapsulated(packet);
+        // What begins or ends a connection, under the name that it has by now.
+        let flow = match self.left_by_pod(packet, Kind::Turn) {
+            Some(_) => FlowChange::Removed,
+            None => FlowChange::Unchanged,
+        };
+        let fate = Fate { flow, ..fate };
         match fate.event.map(Event::outcome) {
             Some(Outcome::Pass) => Fate { note: self.note(Note::HandedOn), ..fate },
-            Some(Outcome::Forward) => Fate { flow: self.released(packet), ..fate },
+            Some(Outcome::Forward) if flow == FlowChange::Unchanged => Fate { flow: self.released(packet), ..fate },
             _ => fate,
         }
     }
 
-    /// A packet that comes out of the stack as `from_pod` saw it go in has its flow noted.
+    /// A packet that `from_pod` left to the stack has its flow noted, where it is certain which one it had there.
     fn released(&self, packet: Packet<'_>) -> FlowChange {
-        let Some(ip) = Ipv4::at(packet.frame, ETHERNET) else { return FlowChange::Unchanged };
-        let (kind, key) = flow(packet.frame, ip, ETHERNET, End::Source);
-        let is_unchanged = packet.note == self.note(Note::FromPod(key));
-        match self.may_bypass() && kind == Kind::Data && is_unchanged {
-            true => FlowChange::Egress(key),
-            false => FlowChange::Unchanged,
+        let Some(key) = self.left_by_pod(packet, Kind::Data) else { return FlowChange::Unchanged };
+        match self.original(packet, key) {
+            Some(original) => FlowChange::Egress { key: original, sent_as: key },
+            None => FlowChange::Unchanged,
         }
+    }
+
+    /// The flow of a packet of that kind that `from_pod` left to the stack, as it is now.
+    fn left_by_pod(&self, packet: Packet<'_>, wanted: Kind) -> Option<FlowKey> {
+        let ip = Ipv4::at(packet.frame, ETHERNET).filter(|_| is_ipv4(packet.frame))?;
+        let (kind, key) = flow(packet.frame, ip, ETHERNET, End::Source);
+        (self.may_bypass() && kind == wanted && self.is_note(packet.note, Note::FromPod)).then_some(key)
     }
 
     /// The kernel's vxlan device gives back what was handed to it, or what came in a tunnel: that only with a note.
@@ -43,10 +57,15 @@ impl World {
         let not_admitted = Fate::unchanged(Event::NotAdmitted, packet);
         let ip = Ipv4::at(packet.frame, ETHERNET).filter(|_| is_ipv4(packet.frame));
         let Some(ip) = ip else { return not_admitted };
-        let (_, key) = flow(packet.frame, ip, ETHERNET, End::Destination);
+        let (kind, key) = flow(packet.frame, ip, ETHERNET, End::Destination);
         match packet.note == self.note(Note::Admitted(key)) {
             // Once: what is in it, if that is a tunnel packet too, was not admitted.
-            true => Fate { event: Some(Event::Received), note: self.note(Note::Received(key)), ..not_admitted },
+            true => Fate {
+                event: Some(Event::Received),
+                note: self.note(Note::Received(key)),
+                original: self.left(packet, kind, key),
+                ..not_admitted
+            },
             false => not_admitted,
         }
     }
@@ -104,21 +123,29 @@ impl World {
         if kind == Kind::Other || !self.is_of_own_subnet(from) || self.is_of_own_subnet(to) {
             return other;
         }
-        let slow = Fate { event: Some(Event::PodSlow), note: self.note(Note::FromPod(key)), ..other };
+        let slow = Fate {
+            event: Some(Event::PodSlow),
+            note: self.note(Note::FromPod(key)),
+            original: self.left(packet, kind, key),
+            ..other
+        };
         if kind == Kind::Turn && self.may_bypass() {
             return Fate { flow: FlowChange::Removed, ..slow };
         }
-        let Some(peer) = self.leaseholder(to).filter(|peer| peer.has_route) else { return slow };
+        let sent_as = packet.known.sent_as;
         let is_fit = !packet.is_gso && inner.len() <= self.config.mtu as usize && ip.ttl() > 1;
         if !self.may_bypass() || kind != Kind::Data || !packet.known.egress || !is_fit {
             return slow;
         }
-        let event = match peer.next_hop_mac {
-            Some(_) => Event::PodEncapsulated,
-            None => Event::PodEncapsulatedNeighbour,
+        let Some(peer) = self.leaseholder(sent_as.remote).filter(|peer| peer.has_route) else { return slow };
+        let event = match (sent_as == key, peer.next_hop_mac) {
+            (false, _) => Event::PodTranslated,
+            (true, Some(_)) => Event::PodEncapsulated,
+            (true, None) => Event::PodEncapsulatedNeighbour,
         };
-        let frame = Frame::InTunnel(self.in_tunnel(peer, ip, &one_hop_on(inner)));
-        Fate { event: Some(event), frame, note: 0, ..slow }
+        let inner = translated(one_hop_on(inner), key, sent_as, End::Source);
+        let frame = Frame::InTunnel(self.in_tunnel(peer, ip, &inner));
+        Fate { event: Some(event), frame, note: 0, original: None, ..slow }
     }
 
     /// The frame with all outer headers (RFC 7348 section 5), zero where the packet alone does not decide.

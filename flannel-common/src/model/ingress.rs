@@ -4,7 +4,9 @@ use std::vec::Vec;
 
 use super::{
     Fate, FlowChange, Frame, Note, Packet, World,
-    wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, is_within, one_hop_on, word},
+    wire::{
+        ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, is_within, one_hop_on, translated, word,
+    },
 };
 use crate::event::{Event, Outcome};
 
@@ -55,8 +57,10 @@ impl World {
         out.extend(packet.known.pod_mac);
         out.extend(packet.known.gateway_mac);
         out.extend([8, 0]);
-        out.extend(one_hop_on(&frame[INNER_AT..]));
-        Fate { event: Some(Event::Delivered), frame: Frame::Is(out), note: packet.note, ..slow }
+        let received_as = packet.known.received_as;
+        out.extend(translated(one_hop_on(&frame[INNER_AT..]), key, received_as, End::Destination));
+        let event = if received_as == key { Event::Delivered } else { Event::DeliveredTranslated };
+        Fate { event: Some(event), frame: Frame::Is(out), note: packet.note, ..slow }
     }
 
     pub(super) fn xdp_decap(&self, packet: Packet<'_>) -> Fate {
@@ -153,21 +157,30 @@ impl World {
         self.is_of_own_subnet(address) && !self.is_of_own_subnet(next.to_be_bytes())
     }
 
-    /// The stack hands it to a pod: it may have come by the overlay, and be unchanged.
+    /// The stack hands it to a pod: it may have come by the overlay.
     pub(super) fn to_pod(&self, packet: Packet<'_>) -> Fate {
         let frame = packet.frame;
         let unnoted = Fate { note: 0, ..Fate::unchanged(Event::PodUnnoted, packet) };
         let ip = Ipv4::at(frame, ETHERNET).filter(|_| is_ipv4(frame) && self.may_bypass());
-        let (Some(ip), Some(pod), Some(gateway)) = (ip, bytes(frame, 0), bytes(frame, 6)) else { return unnoted };
-        let (kind, key) = flow(frame, ip, ETHERNET, End::Destination);
-        let is_unchanged = packet.note == self.note(Note::Received(key));
-        if kind != Kind::Data || !is_unchanged || !self.is_of_own_subnet(ip.destination()) {
+        let (Some(ip), Some(pod_mac), Some(gateway_mac)) = (ip, bytes(frame, 0), bytes(frame, 6)) else {
+            return unnoted;
+        };
+        let (kind, received_as) = flow(frame, ip, ETHERNET, End::Destination);
+        if !self.is_note(packet.note, Note::Received) {
             return unnoted;
         }
+        if kind == Kind::Turn {
+            return Fate { flow: FlowChange::Removed, ..unnoted };
+        }
+        if kind != Kind::Data || !self.is_of_own_subnet(ip.destination()) {
+            return unnoted;
+        }
+        let Some(key) = self.original(packet, received_as) else { return unnoted };
         // A bridge may have sent every pod a copy.
-        if packet.known.sender != Some(pod) {
+        if packet.known.sender != Some(pod_mac) {
             return unnoted;
         }
-        Fate { event: Some(Event::PodReleased), flow: FlowChange::Ingress(key, pod, gateway), ..unnoted }
+        let flow = FlowChange::Ingress { key, received_as, pod_mac, gateway_mac };
+        Fate { event: Some(Event::PodReleased), flow, ..unnoted }
     }
 }

@@ -1,8 +1,8 @@
 //! What the programs must make of a packet, said a second time: from the rules, over plain slices and lists, by no code that
 //! the programs share. Tests run both on the same packet, and any difference is a mistake in one of them.
 //!
-//! Shared are the names of things ([`Event`], [`Config`] and [`FlowKey`] as data) and [`FlowKey::tag`], a digest that means
-//! nothing but itself.
+//! Shared are the names of things ([`Event`], [`Config`], [`FlowKey`] and [`Original`] as data), and [`FlowKey::tag`] and
+//! [`Original::digest`], which mean nothing but themselves.
 //!
 //! * `wire` — headers, read and written by their offsets (RFC 791, 768, 9293, 7348)
 //! * `egress` — from pods and the host's stack to the underlay
@@ -14,8 +14,13 @@ mod wire;
 
 use std::vec::Vec;
 
-pub use self::wire::{flow_of, is_sum_right, put_sum};
-use crate::{event::Event, flow::FlowKey, maps::Config, packet::Mac};
+pub use self::wire::{constants, flow_of, is_sum_right, put_sum};
+use crate::{
+    event::Event,
+    flow::{FlowKey, Original},
+    maps::Config,
+    packet::Mac,
+};
 
 /// A program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +96,12 @@ pub struct Known {
     pub pod_mac: Mac,
     /// The MAC that its packets come from.
     pub gateway_mac: Mac,
+    /// As what the stack lets its packets out to the overlay.
+    pub sent_as: FlowKey,
+    /// As what it lets them out to the pod.
+    pub received_as: FlowKey,
+    /// What is left where the packet's note leads to.
+    pub original: Original,
     /// The MAC that the pod at this veth last sent from, of what took the stack.
     pub sender: Option<Mac>,
 }
@@ -106,6 +117,8 @@ pub struct Fate {
     pub note: u16,
     /// What is known of its flow from then on.
     pub flow: FlowChange,
+    /// What is left where the packet's note leads to, but for the hash, which is the kernel's; [`None`] where it is as before.
+    pub original: Option<Original>,
     /// Which VTEP is known to be alive.
     pub heard: Option<[u8; 4]>,
     /// The MAC that the pod at this veth is known to send from, from then on.
@@ -131,9 +144,23 @@ pub enum FlowChange {
     /// It is forgotten.
     Removed,
     /// The stack let a packet of it out to the overlay, now.
-    Egress(FlowKey),
-    /// The stack let a packet of it out to the pod, now, with these MACs (pod's and gateway's).
-    Ingress(FlowKey, Mac, Mac),
+    Egress {
+        /// Which flow.
+        key: FlowKey,
+        /// What the stack made of it.
+        sent_as: FlowKey,
+    },
+    /// The stack let a packet of it out to the pod, now.
+    Ingress {
+        /// Which flow.
+        key: FlowKey,
+        /// What the stack made of it.
+        received_as: FlowKey,
+        /// The frame's destination.
+        pod_mac: Mac,
+        /// The frame's source.
+        gateway_mac: Mac,
+    },
 }
 
 impl Fate {
@@ -143,6 +170,7 @@ impl Fate {
             frame: Frame::Unchanged,
             note: packet.note,
             flow: FlowChange::Unchanged,
+            original: None,
             heard: None,
             sender: packet.known.sender,
         }
@@ -188,6 +216,24 @@ impl World {
             Note::Received(key) => (0b111, key.tag(self.config.vni)),
         };
         kind << 13 | (tag % (1 << 13)) as u16
+    }
+
+    /// Whether a note is of this kind, whatever its tag.
+    fn is_note(&self, note: u16, kind: fn(FlowKey) -> Note) -> bool {
+        self.note(kind(FlowKey::default())) >> 13 == note >> 13
+    }
+
+    /// The flow that a packet had before the stack, where what was left there is this packet's. Frames have no hash here.
+    fn original(&self, packet: Packet<'_>, after: FlowKey) -> Option<FlowKey> {
+        let Original { key, digest, hash, .. } = packet.known.original;
+        let is_its = digest == Original::digest(&key, wire::constants(packet.frame, wire::ETHERNET)) && hash == 0;
+        (is_its && key.protocol == after.protocol).then_some(key)
+    }
+
+    /// What is left of a packet that goes on to the stack.
+    fn left(&self, packet: Packet<'_>, kind: wire::Kind, key: FlowKey) -> Option<Original> {
+        let is_left = self.may_bypass() && kind == wire::Kind::Data;
+        is_left.then(|| Original::new(key, wire::constants(packet.frame, wire::ETHERNET), 0))
     }
 
     /// Who leases the subnet of an address: a lease of the Network's own length before any other, else the longest.

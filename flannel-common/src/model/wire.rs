@@ -2,7 +2,7 @@
 
 use std::vec::Vec;
 
-use crate::flow::FlowKey;
+use crate::flow::{Constants, FlowKey};
 
 pub(super) const ETHERNET: usize = 14;
 pub(super) const IPV4: usize = 20;
@@ -131,6 +131,56 @@ pub(super) fn flow(frame: &[u8], ip: Ipv4, at: usize, local: End) -> (Kind, Flow
     }
     let [(local, local_port), (remote, remote_port)] = ends;
     (kind, FlowKey { local, remote, local_port, remote_port, protocol: ip.protocol().into() })
+}
+
+/// What no translation changes in the packet with its IPv4 header at `at`: nothing where that is cut off.
+pub fn constants(frame: &[u8], at: usize) -> Constants {
+    let Some(ip) = Ipv4::at(frame, at) else { return Constants::default() };
+    let number = |at| bytes(frame, at).map_or(0, u32::from_ne_bytes);
+    let is_tcp = ip.protocol() == TCP && flow(frame, ip, at, End::Source).0 != Kind::Other;
+    let of_tcp = |at| if is_tcp { number(at) } else { 0 };
+    Constants {
+        // Total length and identification.
+        id_and_len: number(at + 2),
+        sequence: of_tcp(at + IPV4 + 4),
+        acknowledgement: of_tcp(at + IPV4 + 8),
+    }
+}
+
+/// The packet from its IPv4 header on, as one of another flow that its source or its destination is the local end of. The
+/// checksums change by as much (RFC 1624, equation 3); one of UDP that is absent stays so, and none becomes absent (RFC 768).
+pub(super) fn translated(mut packet: Vec<u8>, from: FlowKey, to: FlowKey, local: End) -> Vec<u8> {
+    if from == to {
+        return packet;
+    }
+    let mut ends = [(to.local, to.local_port), (to.remote, to.remote_port)];
+    if local == End::Destination {
+        ends.reverse();
+    }
+    let [(source, source_port), (destination, destination_port)] = ends;
+    let addresses = [source, destination].concat();
+    let ports = [source_port, destination_port].concat();
+    let (old_addresses, old_ports) = (packet[12..20].to_vec(), packet[20..24].to_vec());
+    packet[12..20].copy_from_slice(&addresses);
+    packet[20..24].copy_from_slice(&ports);
+    let adjusted = |check: [u8; 2], old: &[u8], new: &[u8]| {
+        let inverted: Vec<u8> = check.iter().chain(old).map(|octet| !octet).collect();
+        (!sum(&[&inverted, new].concat())).to_be_bytes()
+    };
+    let ip_check = adjusted([packet[10], packet[11]], &old_addresses, &addresses);
+    packet[10..12].copy_from_slice(&ip_check);
+    let is_udp = packet[9] == UDP;
+    let at = IPV4 + if is_udp { 6 } else { 16 };
+    let check = [packet[at], packet[at + 1]];
+    if is_udp && check == [0, 0] {
+        return packet;
+    }
+    let check = match adjusted(check, &[old_addresses, old_ports].concat(), &[addresses, ports].concat()) {
+        [0, 0] if is_udp => [0xff, 0xff],
+        check => check,
+    };
+    packet[at..at + 2].copy_from_slice(&check);
+    packet
 }
 
 /// The flow of a frame with IPv4 at `at`, as a pod that sends it (or else receives it) sees it.
