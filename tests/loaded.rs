@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs::File, path::Path, thread};
 
 use flannel_agent::{
     config::NetworkConfig,
-    dataplane::{BpfLogLevel, Capacity, Dataplane, DesiredPeers, Hook, PinDirectory},
+    dataplane::{BpfLogLevel, Capacity, Dataplane, DesiredPeers, Hook, PinDirectory, test_run::TestRuns},
 };
 use flannel_common::{
     event::{Event, Outcome},
@@ -47,6 +47,16 @@ pub struct Run {
 
 /// Runs a test with the dataplane loaded in a namespace that has `eth0` with node one's MAC.
 pub fn with_programs(test: impl FnOnce(&mut Loaded<'_>) + Send) {
+    with_dataplane(|dataplane, ifindex, host, underlay| test(&mut Loaded { dataplane, ifindex, host, underlay }));
+}
+
+/// The same, with what passes between programs, and what they know of flows, to be set and seen.
+pub fn with_notes(test: impl FnOnce(&mut TestRuns, u32) + Send) {
+    with_dataplane(|dataplane, ifindex, _, _| test(&mut TestRuns::new(dataplane).unwrap(), ifindex));
+}
+
+/// With the number of that `eth0`, its namespace and the underlay's.
+fn with_dataplane(test: impl FnOnce(Dataplane, u32, &Netns, &Netns) + Send) {
     let (name, directory) = world::names();
     let lab = Lab::new(&name, directory.path()).unwrap();
     let host = lab.host("node1", 1).unwrap();
@@ -59,7 +69,7 @@ pub fn with_programs(test: impl FnOnce(&mut Loaded<'_>) + Send) {
     thread::scope(|scope| {
         let run = scope.spawn(|| {
             enter(Path::new(&netns));
-            test(&mut Loaded { dataplane: load(&pins), ifindex, host: &host.netns, underlay: &lab.underlay });
+            test(load(&pins), ifindex, &host.netns, &lab.underlay);
         });
         if let Err(panic) = run.join() {
             std::panic::resume_unwind(panic);

@@ -10,6 +10,7 @@
 //! * [`attacks`] — hostile packets through the programs and over wires, and who refuses each
 //! * [`drops`] — what is dropped, by reason, and what it was
 //! * [`fast_path`] — the same of flows that the programs know
+//! * [`originals`] — and of what is left for them on the other side of the stack, where netfilter translates
 //! * [`xdp`] — the same tables over a wire, with and without XDP
 //! * [`model`] — the programs against a model of them; [`inputs`] and [`comparison`] are shared with the fuzzer
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
@@ -74,6 +75,7 @@ mod loaded;
 mod model;
 mod netfilter;
 mod numbered;
+mod originals;
 mod path_mtu;
 mod privileges;
 mod restart;

@@ -1,12 +1,18 @@
 //! `flannel-agent status`: what the kernel has, with an agent and without.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
+
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use xtask::progress::wait_for;
+use xtask::{
+    lab::services::{Service, ServiceRules},
+    progress::wait_for,
+};
 
 use crate::{
     frames::{FROM_TWO, POD_ONE, POD_TWO, inner, udp, vxlan},
     short_frames::send,
+    sockets::socket_in,
     world::{SOON, World},
 };
 
@@ -72,4 +78,48 @@ fn what_is_attached_and_what_was_dropped_is_shown_also_when_the_agent_is_dead() 
 
     world.start(0, &[]);
     wait_for("the repair", SOON, || hooks(&world.status(0)) == wanted("attached")).unwrap();
+}
+
+#[test]
+fn flows_past_the_stack_are_counted_plain_and_translated() {
+    const SERVICE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 96, 0, 10), 53);
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    let backend = SocketAddrV4::new(server.address, 5353);
+    let service =
+        Service { name: "echo", protocol: "udp", address: SERVICE, node_port: None, endpoints: vec![backend] };
+    ServiceRules::Nftables.set(&world.hosts[0], &[service]).unwrap();
+    let server = socket_in(&server.netns, backend);
+    let client = socket_in(&client.netns, SocketAddrV4::new(client.address, 0));
+    for socket in [&server, &client] {
+        socket.set_read_timeout(Some(SOON)).unwrap();
+    }
+    let exchange = |asked| {
+        let mut byte = [0];
+        client.send_to(&byte, asked).unwrap();
+        let (_, from) = server.recv_from(&mut byte).unwrap();
+        server.send_to(&byte, from).unwrap();
+        client.recv_from(&mut byte).unwrap();
+    };
+    let flows = |host| world.status(host)["dataplane"]["flows"].clone();
+    let counted = |plain: u64, translated: u64| {
+        json!({
+            "plain": { "egress": plain, "ingress": plain },
+            "translated": { "egress": translated, "ingress": translated },
+        })
+    };
+    // The server's host sees two flows between pods, of two ports of the client.
+    for (asked, here, there) in [(backend, counted(1, 0), counted(1, 0)), (SERVICE, counted(1, 1), counted(2, 0))] {
+        wait_for("the flows", SOON, || {
+            exchange(backend);
+            exchange(asked);
+            flows(0) == here && flows(1) == there
+        })
+        .unwrap_or_else(|error| panic!("{error}: {} {}", flows(0), flows(1)));
+        let table = xtask::process::output(world.agent_on(0).arg("status")).unwrap();
+        let row = format!("{0} from pods, {0} to pods", here["translated"]["egress"]);
+        assert!(table.contains(&format!("flows      1 from pods, 1 to pods; translated: {row}")), "{table}");
+    }
+    wait_for("the end of the flows", SOON, || flows(0) == counted(0, 0) && flows(1) == counted(0, 0)).unwrap();
 }

@@ -9,6 +9,7 @@ mod attached;
 mod batch;
 mod drops;
 mod features;
+mod flows;
 #[cfg(feature = "generator")]
 pub mod generator;
 mod held;
@@ -38,6 +39,7 @@ use flannel_common::{
     maps::{CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS, PODS},
     packet::Mac,
 };
+pub use flows::{Directions, Flows, pinned_flows};
 pub use held::Repaired;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};

@@ -1,4 +1,4 @@
-//! The dataplane as the kernel has it, for `status`: what is attached, and what was dropped.
+//! The dataplane as the kernel has it, for `status`: what is attached, what passes the stack by, and what was dropped.
 
 use std::time::Duration;
 
@@ -8,7 +8,10 @@ use serde_json::{Value, json};
 use super::drops::{self, Reason};
 use crate::{
     cli::Cli,
-    dataplane::{Attachment, AttachmentState, DataplaneError, PinDirectory, XdpMode, attached_xdp, attachments},
+    dataplane::{
+        Attachment, AttachmentState, DataplaneError, Directions, Flows, PinDirectory, XdpMode, attached_xdp,
+        attachments, pinned_flows,
+    },
     operator::OperatorError,
     status::Status,
 };
@@ -17,6 +20,7 @@ use crate::{
 pub(super) struct Dataplane {
     attachments: Vec<Attachment>,
     xdp: Option<XdpMode>,
+    flows: Flows,
     /// Those that have dropped something.
     drops: Vec<Reason>,
 }
@@ -25,12 +29,13 @@ impl Dataplane {
     pub(super) fn read(cli: &Cli, vni: Vni, status: &Status) -> Result<Self, OperatorError> {
         let pins = PinDirectory::new(&cli.bpf_pin_dir, vni);
         let read = || -> Result<_, DataplaneError> {
-            Ok((attachments(&pins, vni, &status.external_interface)?, attached_xdp(&pins)?))
+            let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
+            Ok((attachments(&pins, vni, &status.external_interface)?, attached_xdp(&pins)?, flows))
         };
-        let (attachments, xdp) = read()?;
+        let (attachments, xdp, flows) = read()?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
-        Ok(Self { attachments, xdp, drops })
+        Ok(Self { attachments, xdp, flows, drops })
     }
 
     /// What is not as it should be.
@@ -59,6 +64,9 @@ impl Dataplane {
         };
         let mut rows: Vec<_> =
             self.attachments.iter().map(|attachment| ["hook".to_owned(), words(attachment)]).collect();
+        let words = |Directions { egress, ingress }| format!("{egress} from pods, {ingress} to pods");
+        let Flows { plain, translated } = self.flows;
+        rows.push(["flows".to_owned(), format!("{}; translated: {}", words(plain), words(translated))]);
         rows.extend(self.drops.iter().map(|reason| {
             let last = reason.samples.first().map(|sample| {
                 format!(", last {} ago: {}", drops::age(Duration::from_millis(sample.age_ms)), sample.summary)
@@ -81,6 +89,7 @@ impl Dataplane {
         json!({
             "hooks": hooks.collect::<Vec<_>>(),
             "xdp": self.xdp(),
+            "flows": self.flows,
             "drops": self.drops,
         })
     }
