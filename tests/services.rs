@@ -220,3 +220,30 @@ fn a_node_port_leads_to_a_pod_of_another_host() {
         }
     }
 }
+
+/// By the pods themselves, by the device that leaves the host, or by nobody, as between veths.
+#[test]
+fn checksums_fit_whoever_completes_them() {
+    let (world, pattern) = (world(), Pattern::new());
+    let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    ServiceRules::Iptables.set(&world.hosts[0], &service(SERVICE, None, server)).unwrap();
+    let pods = [&client.netns, &server.netns];
+    let hosts = [&world.hosts[0].netns, &world.hosts[1].netns];
+    for (what, namespaces) in [("hosts", hosts), ("pods", pods)] {
+        for netns in namespaces {
+            netns.exec("ethtool -K eth0 tx off").unwrap();
+        }
+        let exchange =
+            Exchange { world: &world, what, client: &client.netns, asked: SERVICE, server, seen_as: client.address };
+        exchange.tcp(&pattern);
+        exchange.udp(&pattern);
+        for netns in namespaces {
+            netns.exec("ethtool -K eth0 tx on").unwrap();
+        }
+    }
+    // The stack looks at each that is not said to be right already.
+    for netns in pods {
+        let errors = netns.exec("nstat -asz TcpInCsumErrors UdpInCsumErrors").unwrap();
+        assert!(errors.lines().skip(1).all(|line| line.split_whitespace().nth(1) == Some("0")), "{errors}");
+    }
+}
