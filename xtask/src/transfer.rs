@@ -40,7 +40,11 @@ impl Transfer {
 /// How much a client of [`tcp_transfer`] writes at once: what `iperf3` does by itself.
 pub const USUAL_WRITE: u32 = 128 << 10;
 
-/// One flow from one namespace to an address in another, the client on the first and the server on the second core.
+/// Where `iperf3` listens by itself.
+pub const PORT: u16 = 5201;
+
+/// One flow to an address by which a client's namespace reaches a server's, the client on the first and the server on the
+/// second core.
 ///
 /// # Errors
 /// Where `iperf3` fails.
@@ -68,10 +72,11 @@ pub fn tcp_transfers(
     directory: &Path,
 ) -> Result<Transfer> {
     let mut listen = server.command("taskset");
-    listen.args(["-c", "1", "iperf3", "--server", "--one-off", "--bind", &address.to_string()]);
+    listen.args(["-c", "1", "iperf3", "--server", "--one-off", "--bind", "0.0.0.0"]);
     let mut listening = Process::start(&mut listen, &directory.join("iperf3.log"))?;
+    let sockets = format!("ss -Hltn sport = {PORT}");
     wait_for("iperf3 to listen", Duration::from_secs(5), || {
-        server.exec("ss -Hltn sport = 5201").is_ok_and(|sockets| !sockets.is_empty())
+        server.exec(&sockets).is_ok_and(|sockets| !sockets.is_empty())
     })?;
     let line =
         format!("-c 0 iperf3 --json -C cubic --parallel {flows} --length {write} --time {seconds} --client {address}");

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result};
 
 use super::topology::Path;
 
-const PORT: u16 = 5202;
+pub(super) const PORT: u16 = 5202;
 /// For one connection. A SYN that gets lost is sent again after one second.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -27,7 +27,7 @@ pub(super) fn per_second(path: &Path<'_>, seconds: u32) -> Result<f64> {
         let (listening, ready) = mpsc::channel();
         let server = scope.spawn(move || {
             path.enter_as_server()?;
-            let listener = TcpListener::bind((path.address, PORT))?;
+            let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
             listening.send(())?;
             serve(&listener)
         });

@@ -10,7 +10,7 @@
 
 use std::{
     io::{ErrorKind, IoSlice},
-    net::UdpSocket,
+    net::{Ipv4Addr, UdpSocket},
     os::fd::AsRawFd as _,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -22,7 +22,7 @@ use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, sendmmsg, setsockopt,
 
 use super::topology::Path;
 
-const PORT: u16 = 5203;
+pub(super) const PORT: u16 = 5203;
 const PAYLOAD: [u8; 64] = [0; 64];
 /// In one system call.
 const BATCH: usize = 32;
@@ -41,7 +41,7 @@ pub fn per_second(path: &Path<'_>, seconds: u32) -> Result<f64> {
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let receiver = scope.spawn(|| {
-            let received = path.enter_as_server().and_then(|()| receive(path, seconds, &over));
+            let received = path.enter_as_server().and_then(|()| receive(seconds, &over));
             over.store(true, Ordering::Relaxed);
             received
         });
@@ -57,7 +57,7 @@ pub fn per_second(path: &Path<'_>, seconds: u32) -> Result<f64> {
 }
 
 fn send(path: &Path<'_>, over: &AtomicBool) -> Result<()> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.connect((path.address, PORT))?;
     let mut headers = MultiHeaders::<SockaddrIn>::preallocate(BATCH, None);
     let batch = [[IoSlice::new(&PAYLOAD)]; BATCH];
@@ -72,8 +72,8 @@ fn send(path: &Path<'_>, over: &AtomicBool) -> Result<()> {
 }
 
 /// Counts from shortly after the first datagram.
-fn receive(path: &Path<'_>, seconds: u32, over: &AtomicBool) -> Result<f64> {
-    let socket = UdpSocket::bind((path.address, PORT))?;
+fn receive(seconds: u32, over: &AtomicBool) -> Result<f64> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
     socket.set_nonblocking(true)?;
     setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
     let take_for = |length: Duration| -> Result<Duration> {

@@ -4,7 +4,8 @@ use std::fmt;
 
 use super::{
     measure::Metric,
-    topology::{Mode, Rival},
+    services,
+    topology::{Mode, Rival, Subject},
 };
 
 /// One of them.
@@ -12,36 +13,58 @@ use super::{
 pub(super) struct Floor {
     pub(super) mode: Mode,
     pub(super) metric: Metric,
-    pub(super) against: Rival,
+    pub(super) against: Subject,
     /// The least ratio; the greatest, where less is better.
     limit: f64,
 }
 
-/// All of them.
-pub(super) const FLOORS: [Floor; 15] = {
+/// Those of `cargo xtask bench`.
+pub(super) const TRAFFIC: [Floor; 15] = {
     use Metric::{CpuPerGb, RoundTripMedian, TcpOne, Udp};
     use Mode::{Segmented, Whole};
-    use Rival::{HostGw, Vxlan};
+    const VXLAN: Subject = Subject::by_address(Rival::Vxlan);
+    const HOST_GW: Subject = Subject::by_address(Rival::HostGw);
     [
-        floor(Whole, TcpOne, Vxlan, 1.35),
-        floor(Whole, CpuPerGb, Vxlan, 0.70),
-        floor(Whole, Udp, Vxlan, 1.80),
-        floor(Whole, RoundTripMedian, Vxlan, 0.88),
-        floor(Whole, TcpOne, HostGw, 1.0),
-        floor(Whole, CpuPerGb, HostGw, 1.0),
-        floor(Whole, Udp, HostGw, 1.0),
-        floor(Whole, RoundTripMedian, HostGw, 1.0),
-        floor(Segmented, TcpOne, Vxlan, 1.20),
-        floor(Segmented, CpuPerGb, Vxlan, 0.88),
-        floor(Segmented, Udp, Vxlan, 1.75),
-        floor(Segmented, RoundTripMedian, Vxlan, 0.95),
-        floor(Segmented, TcpOne, HostGw, 0.90),
-        floor(Segmented, Udp, HostGw, 1.0),
-        floor(Segmented, RoundTripMedian, HostGw, 1.0),
+        floor(Whole, TcpOne, VXLAN, 1.35),
+        floor(Whole, CpuPerGb, VXLAN, 0.70),
+        floor(Whole, Udp, VXLAN, 1.80),
+        floor(Whole, RoundTripMedian, VXLAN, 0.88),
+        floor(Whole, TcpOne, HOST_GW, 1.0),
+        floor(Whole, CpuPerGb, HOST_GW, 1.0),
+        floor(Whole, Udp, HOST_GW, 1.0),
+        floor(Whole, RoundTripMedian, HOST_GW, 1.0),
+        floor(Segmented, TcpOne, VXLAN, 1.20),
+        floor(Segmented, CpuPerGb, VXLAN, 0.88),
+        floor(Segmented, Udp, VXLAN, 1.75),
+        floor(Segmented, RoundTripMedian, VXLAN, 0.95),
+        floor(Segmented, TcpOne, HOST_GW, 0.90),
+        floor(Segmented, Udp, HOST_GW, 1.0),
+        floor(Segmented, RoundTripMedian, HOST_GW, 1.0),
     ]
 };
 
-const fn floor(mode: Mode, metric: Metric, against: Rival, limit: f64) -> Floor {
+/// Those of `cargo xtask bench services`.
+pub(super) const SERVICES: [Floor; 12] = {
+    use Metric::{RoundTripMedian, TcpOne, Udp};
+    use Mode::{Segmented, Whole};
+    use services::{POD_TO_POD, VXLAN};
+    [
+        floor(Whole, TcpOne, POD_TO_POD, 0.95),
+        floor(Whole, Udp, POD_TO_POD, 0.95),
+        floor(Whole, RoundTripMedian, POD_TO_POD, 1.05),
+        floor(Whole, TcpOne, VXLAN, 1.40),
+        floor(Whole, Udp, VXLAN, 1.80),
+        floor(Whole, RoundTripMedian, VXLAN, 0.85),
+        floor(Segmented, TcpOne, POD_TO_POD, 0.95),
+        floor(Segmented, Udp, POD_TO_POD, 0.95),
+        floor(Segmented, RoundTripMedian, POD_TO_POD, 1.05),
+        floor(Segmented, TcpOne, VXLAN, 1.25),
+        floor(Segmented, Udp, VXLAN, 1.80),
+        floor(Segmented, RoundTripMedian, VXLAN, 0.85),
+    ]
+};
+
+const fn floor(mode: Mode, metric: Metric, against: Subject, limit: f64) -> Floor {
     Floor { mode, metric, against, limit }
 }
 
@@ -55,7 +78,7 @@ impl fmt::Display for Floor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { mode, metric, against, limit } = self;
         let bound = if metric.less_is_better() { "at most" } else { "at least" };
-        write!(f, "{bound} {limit:.2}x of {}: {}, {}", against.name(), metric.name(), mode.name())
+        write!(f, "{bound} {limit:.2}x of {}: {}, {}", against.name, metric.name(), mode.name())
     }
 }
 
@@ -65,9 +88,9 @@ mod tests {
 
     #[test]
     fn more_or_less_is_better() {
-        let rate = floor(Mode::Whole, Metric::TcpOne, Rival::Vxlan, 1.35);
+        let rate = floor(Mode::Whole, Metric::TcpOne, Subject::by_address(Rival::Vxlan), 1.35);
         assert!(rate.is_met(1.35) && !rate.is_met(1.34) && !rate.is_met(f64::NAN));
-        let cost = floor(Mode::Whole, Metric::CpuPerGb, Rival::Vxlan, 0.7);
+        let cost = floor(Mode::Whole, Metric::CpuPerGb, Subject::by_address(Rival::Vxlan), 0.7);
         assert!(cost.is_met(0.7) && !cost.is_met(0.71) && !cost.is_met(f64::NAN));
         assert_eq!(rate.to_string(), "at least 1.35x of kernel vxlan: TCP, 1 flow, Gb/s, GSO passes");
     }

@@ -9,6 +9,7 @@
 //! * **What others do** on the machine, shortly before: where that is much, the rest is not to be believed.
 
 use std::{
+    net::Ipv4Addr,
     path::Path as FilePath,
     process::Command,
     thread,
@@ -22,7 +23,7 @@ use crate::{
     lab::Netns,
     process::{Process, output},
     progress::wait_for,
-    transfer::{USUAL_WRITE, machine_cpu_seconds, tcp_transfers},
+    transfer::{self, USUAL_WRITE, machine_cpu_seconds, tcp_transfers},
 };
 
 /// Of a round trip, there and back.
@@ -31,6 +32,14 @@ const PAYLOAD: usize = 64;
 const LARGE_WRITE: u32 = 1 << 20;
 const PORT: u16 = 11111;
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// What the servers listen to: a name of at most twelve letters, the protocol, the port.
+pub(super) const PORTS: [(&str, &str, u16); 4] = [
+    ("iperf3", "tcp", transfer::PORT),
+    ("sockperf", "tcp", PORT),
+    ("datagrams", "udp", datagrams::PORT),
+    ("connections", "tcp", connections::PORT),
+];
 
 /// What a number says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,19 +147,19 @@ fn others() -> Result<f64> {
 /// # Errors
 /// Where `sockperf` fails.
 pub fn round_trip(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Result<[f64; 2]> {
-    let mut listen = sockperf(path.server, 1, "server", path);
+    let mut listen = sockperf(path.server, 1, "server", Ipv4Addr::UNSPECIFIED);
     let _server = Process::start(&mut listen, &directory.join("sockperf.log"))?;
     let sockets = format!("ss -Hltn sport = {PORT}");
     wait_for("sockperf to listen", LIMIT, || path.server.exec(&sockets).is_ok_and(|sockets| !sockets.is_empty()))?;
-    let mut ask = sockperf(path.client, 0, "ping-pong", path);
+    let mut ask = sockperf(path.client, 0, "ping-pong", path.address);
     ask.args(["--full-rtt", "--msg-size", &PAYLOAD.to_string(), "--time", &seconds.to_string()]);
     let report = output(&mut ask)?;
     Ok([percentile(&report, "50.000")?, percentile(&report, "99.000")?])
 }
 
-fn sockperf(netns: &Netns, core: usize, role: &str, path: &Path<'_>) -> Command {
+fn sockperf(netns: &Netns, core: usize, role: &str, address: Ipv4Addr) -> Command {
     let mut command = netns.command("taskset");
-    command.args(["-c", &core.to_string(), "sockperf", role, "--ip", &path.address.to_string()]);
+    command.args(["-c", &core.to_string(), "sockperf", role, "--ip", &address.to_string()]);
     command.args(["--tcp", "--port", &PORT.to_string()]);
     command
 }

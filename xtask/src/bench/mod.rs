@@ -8,7 +8,8 @@
 //! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`. `cargo xtask bench
 //! programs`: each program on single frames; see `tests/benches/programs.rs`. `cargo xtask bench receive`: the way from the
 //! cable into the pod; see `tests/benches/receive.rs`. `cargo xtask bench attack`: traffic beside a flood of forged tunnel
-//! packets; see `tests/benches/attack.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`.
+//! packets; see `tests/benches/attack.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`. `cargo xtask bench
+//! services`: traffic through a service address, measured as that of `cargo xtask bench`; see `services`.
 
 mod connections;
 pub mod datagrams;
@@ -17,6 +18,7 @@ mod measure;
 mod picture;
 mod pods;
 mod report;
+mod services;
 mod topology;
 
 use std::{
@@ -33,11 +35,11 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub use self::{measure::round_trip, topology::Path as TrafficPath};
 use self::{
-    report::{Conditions, Report, Results, Sample},
-    topology::{Mode, Pair, Rival, Rules},
+    report::{Comparison, Conditions, Report, Results, Sample},
+    topology::{Mode, Pair, Rival, Rules, Subject},
 };
 use crate::{
-    lab::{Lab, Lock, remove_leftovers},
+    lab::{Lab, Lock, remove_leftovers, services::ServiceRules},
     process::{cargo, inherit},
     progress::{heading, step},
     setup,
@@ -51,24 +53,30 @@ const NAME: &str = "flannel-bench";
 pub struct Options {
     #[command(subcommand)]
     what: Option<What>,
-    /// How often each is measured
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: u32,
-    /// Length of a measurement
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
-    seconds: u32,
+    #[command(flatten)]
+    turns: Turns,
     /// Only some of them
     #[arg(long, value_delimiter = ',', value_enum, default_values_t = Rival::ALL)]
     only: Vec<Rival>,
     /// The netfilter rules of hosts with pods
     #[arg(long, value_enum, default_value_t = Rules::Cluster)]
     rules: Rules,
-    /// Where the results are written as JSON
-    #[arg(long)]
-    json: Option<PathBuf>,
     /// Where a picture of the results is written
     #[arg(long)]
     svg: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct Turns {
+    /// How often each is measured
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Length of a measurement
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: u32,
+    /// Where the results are written as JSON
+    #[arg(long)]
+    json: Option<PathBuf>,
 }
 
 #[derive(clap::Subcommand)]
@@ -85,6 +93,8 @@ enum What {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Traffic to a pod through a service address, beside pod to pod and beside the kernel's own paths
+    Services(services::Options),
     /// Pods that are made and removed by the CNI plugin, beside `bridge` alone
     Pods(pods::Options),
     /// Traffic between pods, and beside it forged tunnel packets as fast as they can be sent
@@ -112,6 +122,7 @@ pub fn run(options: &Options) -> Result<()> {
         None => traffic(options),
         Some(What::Control { arguments }) => of_tests("control", arguments),
         Some(What::Programs { arguments }) => of_tests("programs", arguments),
+        Some(What::Services(options)) => services::run(options),
         Some(What::Pods(options)) => pods::run(options),
         Some(What::Attack { arguments }) => of_tests("attack", arguments),
         Some(What::Receive { arguments }) => of_tests("receive", arguments),
@@ -137,63 +148,100 @@ fn in_lab<T>(name: &str, measure: impl FnOnce(&Path, &AtomicBool) -> Result<T>) 
     result
 }
 
+const TRAFFIC: Comparison = Comparison {
+    ours: Subject::by_address(Rival::Ours),
+    others: [Subject::by_address(Rival::Vxlan), Subject::by_address(Rival::HostGw), Subject::by_address(Rival::Direct)],
+    floors: &floors::TRAFFIC,
+};
+
 fn traffic(options: &Options) -> Result<()> {
-    let report = in_lab(NAME, |directory, stopped| measure(options, directory, stopped))?;
-    println!("\n{report}");
-    if let Some(path) = &options.json {
-        let text = serde_json::to_string_pretty(&report.to_json())?;
-        fs::write(path, text + "\n").with_context(|| format!("write {path:?}"))?;
-    }
+    let subjects = TRAFFIC.subjects().filter(|subject| options.only.contains(&subject.rival)).collect();
+    let bench = Bench { comparison: &TRAFFIC, subjects, rules: options.rules, proxy: None, turns: &options.turns };
+    let report = bench.run()?;
     if let Some(path) = &options.svg {
         svg::save(path, &picture::draw(&report)).with_context(|| format!("write {path:?}"))?;
     }
     Ok(())
 }
 
-fn measure(options: &Options, directory: &Path, stopped: &AtomicBool) -> Result<Report> {
-    let lab = Lab::new(NAME, directory)?;
-    let store = lab.store()?;
-    store.put("/coreos.com/network/config", r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
-    let rivals = Rival::ALL.into_iter().filter(|rival| options.only.contains(rival));
-    let mut pairs = rivals.map(|rival| Pair::new(rival, options.rules, &lab, &store)).collect::<Result<Vec<_>>>()?;
-    let mut results = Vec::new();
-    for mode in Mode::ALL {
-        heading(mode.name());
-        results.push(measure_mode(mode, &mut pairs, options, directory, stopped)?);
-    }
-    let conntrack = pairs.iter().map(|pair| Ok((pair.rival, pair.conntrack_entries()?))).collect::<Result<_>>()?;
-    Ok(Report { conditions: Conditions::of(options.rounds, options.seconds, conntrack)?, results })
+/// Measurements of several subjects in turns.
+struct Bench<'a> {
+    comparison: &'static Comparison,
+    /// Those of the comparison's that are measured.
+    subjects: Vec<Subject>,
+    rules: Rules,
+    /// By which rules hosts translate a service; there is none without.
+    proxy: Option<ServiceRules>,
+    turns: &'a Turns,
 }
 
-fn measure_mode(
-    mode: Mode,
-    pairs: &mut [Pair],
-    options: &Options,
-    directory: &Path,
-    stopped: &AtomicBool,
-) -> Result<Results> {
-    for pair in &mut *pairs {
-        pair.set_mode(mode)?;
-        // The first packets of a path find no neighbours, no flow noted, and cold caches.
-        let warmed = pair.check(100).and_then(|()| measure::warm_up(&pair.path()?, directory));
-        warmed.with_context(|| format!("{}, {}, warming up", pair.rival.name(), mode.name()))?;
-    }
-    let mut samples = Vec::new();
-    for round in 0..options.rounds {
-        for index in order(pairs.len(), round as usize) {
-            anyhow::ensure!(!stopped.load(Ordering::Relaxed), "stopped");
-            let rival = pairs[index].rival;
-            let measured = step(&format!("round {} of {}: {}", round + 1, options.rounds, rival.name()), || {
-                measure::measure(&pairs[index].path()?, options.seconds, directory)
-            });
-            let measured = measured.with_context(|| format!("{}, {}", rival.name(), mode.name()))?;
-            samples.extend(measured.into_iter().map(|(metric, value)| Sample { round, rival, metric, value }));
+impl Bench<'_> {
+    /// Measures, prints, and writes JSON where asked.
+    fn run(&self) -> Result<Report> {
+        let report = in_lab(NAME, |directory, stopped| self.measure(directory, stopped))?;
+        println!("\n{report}");
+        if let Some(path) = &self.turns.json {
+            let text = serde_json::to_string_pretty(&report.to_json())?;
+            fs::write(path, text + "\n").with_context(|| format!("write {path:?}"))?;
         }
+        Ok(report)
     }
-    for pair in pairs {
-        pair.check(100).with_context(|| format!("{}, {}, after its measurements", pair.rival.name(), mode.name()))?;
+
+    fn measure(&self, directory: &Path, stopped: &AtomicBool) -> Result<Report> {
+        let lab = Lab::new(NAME, directory)?;
+        let store = lab.store()?;
+        store.put("/coreos.com/network/config", r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
+        let rivals = Rival::ALL.into_iter().filter(|rival| self.subjects.iter().any(|subject| subject.rival == *rival));
+        let pairs = rivals.map(|rival| Pair::new(rival, self.rules, self.proxy, &lab, &store));
+        let mut pairs = pairs.collect::<Result<Vec<_>>>()?;
+        let mut results = Vec::new();
+        for mode in Mode::ALL {
+            heading(mode.name());
+            results.push(self.measure_mode(mode, &mut pairs, directory, stopped)?);
+        }
+        let conntrack = pairs.iter().map(|pair| Ok((pair.rival, pair.conntrack_entries()?))).collect::<Result<_>>()?;
+        let Turns { rounds, seconds, .. } = *self.turns;
+        Ok(Report { conditions: Conditions::of(rounds, seconds, conntrack, self.proxy)?, results })
     }
-    Ok(Results { mode, samples })
+
+    /// The first packets of a path find no neighbours, no flow noted, and cold caches.
+    fn warm_up(&self, pair: &mut Pair, directory: &Path) -> Result<()> {
+        pair.check(100)?;
+        for subject in self.subjects.iter().filter(|subject| subject.rival == pair.rival) {
+            pair.forget_flows()?;
+            measure::warm_up(&pair.path(subject.target)?, directory)?;
+            pair.check_translated(subject.target)?;
+        }
+        Ok(())
+    }
+
+    fn measure_mode(&self, mode: Mode, pairs: &mut [Pair], directory: &Path, stopped: &AtomicBool) -> Result<Results> {
+        for pair in &mut *pairs {
+            pair.set_mode(mode)?;
+            self.warm_up(pair, directory)
+                .with_context(|| format!("{}, {}, warming up", pair.rival.name(), mode.name()))?;
+        }
+        let Turns { rounds, seconds, .. } = *self.turns;
+        let mut samples = Vec::new();
+        for round in 0..rounds {
+            for index in order(self.subjects.len(), round as usize) {
+                anyhow::ensure!(!stopped.load(Ordering::Relaxed), "stopped");
+                let subject = self.subjects[index];
+                let pair = pairs.iter().find(|pair| pair.rival == subject.rival).context("a pair for each rival")?;
+                pair.forget_flows()?;
+                let measured = step(&format!("round {} of {rounds}: {}", round + 1, subject.name), || {
+                    measure::measure(&pair.path(subject.target)?, seconds, directory)
+                });
+                let measured = measured.with_context(|| format!("{}, {}", subject.name, mode.name()))?;
+                samples.extend(measured.into_iter().map(|(metric, value)| Sample { round, subject, metric, value }));
+            }
+        }
+        for pair in pairs {
+            pair.check(100)
+                .with_context(|| format!("{}, {}, after its measurements", pair.rival.name(), mode.name()))?;
+        }
+        Ok(Results { comparison: self.comparison, mode, samples })
+    }
 }
 
 /// Whose turn it is within a round: another first each time, and not always after the same one.

@@ -8,7 +8,7 @@ use svg::{
 use super::{
     measure::Metric,
     report::{Conditions, Report, Results, number},
-    topology::Rival,
+    topology::{Rival, Subject},
 };
 
 const COLUMNS: usize = 4;
@@ -81,7 +81,9 @@ fn panel(metric: Metric, results: &[Results]) -> Group {
         .iter()
         .enumerate()
         .flat_map(|(mode, results)| {
-            let bar = move |(place, rival)| Some((mode, place, rival, results.summary(rival, metric)?.median));
+            let bar = move |(place, rival)| {
+                Some((mode, place, rival, results.summary(Subject::by_address(rival), metric)?.median))
+            };
             Rival::ALL.into_iter().enumerate().filter_map(bar)
         })
         .collect();

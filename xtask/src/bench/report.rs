@@ -7,17 +7,28 @@ use serde_json::{Value, json};
 use tabled::{builder::Builder, settings::Style};
 
 use super::{
-    floors::{FLOORS, Floor},
+    floors::Floor,
     measure::Metric,
-    topology::{Mode, Rival},
+    topology::{Mode, Rival, Subject},
 };
-use crate::process::output;
-
-/// Whom ours is compared with.
-const OTHERS: [Rival; 3] = [Rival::Vxlan, Rival::HostGw, Rival::Direct];
+use crate::{lab::services::ServiceRules, process::output};
 
 /// More that others use, in percent of a core, is said. An idle machine's own work and a tick's rounding are below.
 const OTHERS_LIMIT: f64 = 20.0;
+
+/// What a bench measures, in the order in which it is shown.
+pub(super) struct Comparison {
+    pub(super) ours: Subject,
+    /// What ours is compared with.
+    pub(super) others: [Subject; 3],
+    pub(super) floors: &'static [Floor],
+}
+
+impl Comparison {
+    pub(super) fn subjects(&self) -> impl Iterator<Item = Subject> {
+        std::iter::once(self.ours).chain(self.others)
+    }
+}
 
 /// What was measured, and on what.
 pub(super) struct Report {
@@ -34,18 +45,26 @@ pub(super) struct Conditions {
     pub(super) cpus: usize,
     /// How many flows conntrack knows on a rival's hosts.
     pub(super) conntrack: Vec<(Rival, u64)>,
+    /// The form of a service's rules.
+    pub(super) proxy: Option<ServiceRules>,
 }
 
 impl Conditions {
-    pub(super) fn of(rounds: u32, seconds: u32, conntrack: Vec<(Rival, u64)>) -> Result<Self> {
+    pub(super) fn of(
+        rounds: u32,
+        seconds: u32,
+        conntrack: Vec<(Rival, u64)>,
+        proxy: Option<ServiceRules>,
+    ) -> Result<Self> {
         let kernel = output(std::process::Command::new("uname").arg("-r"))?.trim().to_owned();
         let cpus = std::thread::available_parallelism().context("count the CPUs")?.get();
-        Ok(Self { rounds, seconds, kernel, cpus, conntrack })
+        Ok(Self { rounds, seconds, kernel, cpus, conntrack, proxy })
     }
 }
 
 /// All of a mode.
 pub(super) struct Results {
+    pub(super) comparison: &'static Comparison,
     pub(super) mode: Mode,
     pub(super) samples: Vec<Sample>,
 }
@@ -53,49 +72,54 @@ pub(super) struct Results {
 /// One number.
 pub(super) struct Sample {
     pub(super) round: u32,
-    pub(super) rival: Rival,
+    pub(super) subject: Subject,
     pub(super) metric: Metric,
     pub(super) value: f64,
 }
 
 impl Results {
-    /// Of a rival's rounds; none where it was not measured.
-    pub(super) fn summary(&self, rival: Rival, metric: Metric) -> Option<Summary> {
-        let samples = self.samples.iter().filter(|sample| sample.rival == rival && sample.metric == metric);
+    /// Of a subject's rounds; none where it was not measured.
+    pub(super) fn summary(&self, subject: Subject, metric: Metric) -> Option<Summary> {
+        let samples = self.samples.iter().filter(|sample| sample.subject == subject && sample.metric == metric);
         Summary::of(samples.map(|sample| sample.value).collect())
     }
 
     /// The median of ours over that of another.
-    pub(super) fn ratio(&self, metric: Metric, other: Rival) -> Option<f64> {
-        let [ours, other] = [Rival::Ours, other].map(|rival| self.summary(rival, metric));
+    pub(super) fn ratio(&self, metric: Metric, other: Subject) -> Option<f64> {
+        let [ours, other] = [self.comparison.ours, other].map(|subject| self.summary(subject, metric));
         Some(ours?.median / other?.median)
     }
 
-    fn rivals(&self) -> Vec<Rival> {
-        Rival::ALL.into_iter().filter(|rival| self.samples.iter().any(|sample| sample.rival == *rival)).collect()
+    fn subjects(&self) -> Vec<Subject> {
+        let subjects = self.comparison.subjects();
+        subjects.filter(|subject| self.samples.iter().any(|sample| sample.subject == *subject)).collect()
+    }
+
+    /// What a ratio is called.
+    fn over(&self, other: Subject) -> String {
+        format!("{} / {}", self.comparison.ours.name, other.name)
     }
 
     /// The floors of this mode, each with what was measured for it.
     fn floors(&self) -> impl Iterator<Item = (&'static Floor, f64)> {
-        let floors = FLOORS.iter().filter(|floor| floor.mode == self.mode);
+        let floors = self.comparison.floors.iter().filter(|floor| floor.mode == self.mode);
         floors.filter_map(|floor| Some((floor, self.ratio(floor.metric, floor.against)?)))
     }
 
     fn to_json(&self) -> Value {
         let metrics = Metric::ALL.map(|metric| {
-            let rivals = self.rivals().into_iter().filter_map(|rival| {
-                let Summary { median, min, max } = self.summary(rival, metric)?;
-                let samples = self.samples.iter().filter(|sample| sample.rival == rival && sample.metric == metric);
+            let rivals = self.subjects().into_iter().filter_map(|subject| {
+                let Summary { median, min, max } = self.summary(subject, metric)?;
+                let samples = self.samples.iter().filter(|sample| sample.subject == subject && sample.metric == metric);
                 let rounds: Vec<_> = samples.clone().map(|sample| sample.round + 1).collect();
                 let samples: Vec<_> = samples.map(|sample| sample.value).collect();
                 let value = json!({
                     "median": median, "min": min, "max": max, "samples": samples, "rounds": rounds
                 });
-                Some((rival.name().to_owned(), value))
+                Some((subject.name.to_owned(), value))
             });
-            let ratios = OTHERS
-                .into_iter()
-                .filter_map(|other| Some((format!("ours / {}", other.name()), json!(self.ratio(metric, other)?))));
+            let others = self.comparison.others.into_iter();
+            let ratios = others.filter_map(|other| Some((self.over(other), json!(self.ratio(metric, other)?))));
             json!({
                 "metric": metric.name(),
                 "less_is_better": metric.less_is_better(),
@@ -112,16 +136,20 @@ impl Results {
 
 impl Report {
     pub(super) fn to_json(&self) -> Value {
-        let Conditions { rounds, seconds, kernel, cpus, conntrack } = &self.conditions;
+        let Conditions { rounds, seconds, kernel, cpus, conntrack, proxy } = &self.conditions;
         let conntrack = conntrack.iter().map(|(rival, entries)| (rival.name().to_owned(), json!(entries)));
-        json!({
+        let mut report = json!({
             "kernel": kernel,
             "cpus": cpus,
             "rounds": rounds,
             "seconds": seconds,
             "conntrack_entries": conntrack.collect::<serde_json::Map<_, _>>(),
             "modes": self.results.iter().map(Results::to_json).collect::<Vec<_>>(),
-        })
+        });
+        if let Some(proxy) = proxy {
+            report["proxy"] = json!(proxy.name());
+        }
+        report
     }
 }
 
@@ -150,8 +178,11 @@ impl fmt::Display for Report {
 
 impl fmt::Display for Conditions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rounds, seconds, kernel, cpus, conntrack } = self;
+        let Self { rounds, seconds, kernel, cpus, conntrack, proxy } = self;
         write!(f, "Linux {kernel}, {cpus} CPUs; medians of {rounds} rounds of {seconds} s each")?;
+        if let Some(proxy) = proxy {
+            write!(f, "\na service with kube-proxy's rules in {}", proxy.name())?;
+        }
         for (rival, entries) in conntrack.iter().filter(|(_, entries)| *entries > 0) {
             write!(f, "\nconntrack looks at the packets of {}: {entries} entries", rival.name())?;
         }
@@ -161,28 +192,29 @@ impl fmt::Display for Conditions {
 
 impl fmt::Display for Results {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let rivals = self.rivals();
+        let (subjects, others) = (self.subjects(), self.comparison.others);
         let mut medians = Builder::new();
         let title = format!("{}: median (min..max)", self.mode.name());
-        medians.push_record(std::iter::once(title.as_str()).chain(rivals.iter().map(|rival| rival.name())));
+        medians.push_record(std::iter::once(title.as_str()).chain(subjects.iter().map(|subject| subject.name)));
         let mut ratios = Builder::new();
         ratios.push_record(
             std::iter::once(format!("{}: ratios of medians", self.mode.name()))
-                .chain(OTHERS.map(|other| format!("ours / {}", other.name()))),
+                .chain(others.map(|other| self.over(other))),
         );
         for metric in Metric::ALL {
-            let cells =
-                rivals.iter().map(|rival| self.summary(*rival, metric).map_or_else(String::new, |s| s.to_string()));
+            let cells = subjects
+                .iter()
+                .map(|subject| self.summary(*subject, metric).map_or_else(String::new, |s| s.to_string()));
             medians.push_record(std::iter::once(metric.name().to_owned()).chain(cells));
             if metric.is_result() {
                 let cells =
-                    OTHERS.map(|other| self.ratio(metric, other).map_or_else(String::new, |r| format!("{r:.2}x")));
+                    others.map(|other| self.ratio(metric, other).map_or_else(String::new, |r| format!("{r:.2}x")));
                 let sense = if metric.less_is_better() { "less" } else { "more" };
                 ratios.push_record(std::iter::once(format!("{} ({sense} is better)", metric.name())).chain(cells));
             }
         }
         writeln!(f, "{}", medians.build().with(Style::psql()))?;
-        if rivals.contains(&Rival::Ours) && rivals.len() > 1 {
+        if subjects.contains(&self.comparison.ours) && subjects.len() > 1 {
             writeln!(f, "\n{}", ratios.build().with(Style::psql()))?;
         }
         self.floors().try_for_each(|(floor, ratio)| {
@@ -232,11 +264,15 @@ pub(super) fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::TRAFFIC, *};
 
-    fn results(values: &[(Rival, f64)]) -> Results {
-        let sample = |&(rival, value)| Sample { round: 0, rival, metric: Metric::TcpOne, value };
-        Results { mode: Mode::Whole, samples: values.iter().map(sample).collect() }
+    const OURS: Subject = TRAFFIC.ours;
+    const VXLAN: Subject = TRAFFIC.others[0];
+    const HOST_GW: Subject = TRAFFIC.others[1];
+
+    fn results(values: &[(Subject, f64)]) -> Results {
+        let sample = |&(subject, value)| Sample { round: 0, subject, metric: Metric::TcpOne, value };
+        Results { comparison: &TRAFFIC, mode: Mode::Whole, samples: values.iter().map(sample).collect() }
     }
 
     #[test]
@@ -250,20 +286,26 @@ mod tests {
 
     #[test]
     fn ratios_are_those_of_medians_and_absent_without_a_rival() {
-        let ours = [10.0, 20.0, 60.0].map(|value| (Rival::Ours, value));
-        let results = results(&[ours.as_slice(), &[(Rival::Vxlan, 8.0), (Rival::Vxlan, 12.0)]].concat());
-        assert_eq!(results.ratio(Metric::TcpOne, Rival::Vxlan), Some(2.0));
-        assert_eq!(results.ratio(Metric::TcpOne, Rival::HostGw), None);
-        assert_eq!(results.rivals(), [Rival::Ours, Rival::Vxlan]);
+        let ours = [10.0, 20.0, 60.0].map(|value| (OURS, value));
+        let results = results(&[ours.as_slice(), &[(VXLAN, 8.0), (VXLAN, 12.0)]].concat());
+        assert_eq!(results.ratio(Metric::TcpOne, VXLAN), Some(2.0));
+        assert_eq!(results.ratio(Metric::TcpOne, HOST_GW), None);
+        assert_eq!(results.subjects(), [OURS, VXLAN]);
     }
 
     #[test]
     fn a_busy_machine_is_said() {
         let report = |value| {
-            let sample = Sample { round: 0, rival: Rival::Ours, metric: Metric::Others, value };
-            let conditions =
-                Conditions { rounds: 1, seconds: 1, kernel: "6.18".into(), cpus: 2, conntrack: Vec::new() };
-            Report { conditions, results: vec![Results { mode: Mode::Whole, samples: vec![sample] }] }
+            let sample = Sample { metric: Metric::Others, ..results(&[(OURS, value)]).samples.remove(0) };
+            let conditions = Conditions {
+                rounds: 1,
+                seconds: 1,
+                kernel: "6.18".into(),
+                cpus: 2,
+                conntrack: Vec::new(),
+                proxy: None,
+            };
+            Report { conditions, results: vec![Results { samples: vec![sample], ..results(&[]) }] }
         };
         assert_eq!(report(4.0).warning(), None);
         assert!(report(150.0).to_string().contains("others used up to 150 % of a core"));
@@ -271,11 +313,11 @@ mod tests {
 
     #[test]
     fn each_floor_that_was_measured_is_judged() {
-        let text = results(&[(Rival::Ours, 13.0), (Rival::Vxlan, 10.0), (Rival::HostGw, 12.0)]).to_string();
+        let text = results(&[(OURS, 13.0), (VXLAN, 10.0), (HOST_GW, 12.0)]).to_string();
         assert!(text.contains("missed 1.300x, at least 1.35x of kernel vxlan: TCP, 1 flow"), "{text}");
         assert!(text.contains("met    1.083x, at least 1.00x of host-gw: TCP, 1 flow"), "{text}");
         assert!(!text.contains("UDP, 64 bytes, 1000 delivered/s, GSO passes"), "{text}");
-        let json = results(&[(Rival::Ours, 13.0), (Rival::Vxlan, 10.0)]).to_json();
+        let json = results(&[(OURS, 13.0), (VXLAN, 10.0)]).to_json();
         assert_eq!(json["floors"][0]["met"], false);
         assert_eq!(json["metrics"][0]["rivals"]["ours"]["samples"], json!([13.0]));
         assert_eq!(json["metrics"][0]["ratios"], json!({ "ours / kernel vxlan": 1.3 }));

@@ -6,10 +6,14 @@
 //!
 //! A cable and no bridge, as a bridge costs each frame the same again whoever carries it, and so hides what differs. All
 //! pairs have the same devices, sysctls as a new namespace has them, `ip_forward` on, and all with pods the same netfilter
-//! rules: those that every host of a Kubernetes cluster has, so that conntrack looks at each packet which takes the stack.
-//! From host to host without an overlay there are none: that is what the machine can do.
+//! rules: those that every host of a Kubernetes cluster has, so that conntrack looks at each packet which takes the stack,
+//! and those of a service where one is measured. From host to host without an overlay there are none: that is what the
+//! machine can do.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
@@ -18,13 +22,20 @@ use nix::{
     unistd::Pid,
 };
 
+use super::measure::PORTS;
 use crate::{
-    lab::{Host, Lab, Netns, Store, Subnet},
+    lab::{
+        Host, Lab, Netns, Store, Subnet,
+        services::{Service, ServiceRules},
+    },
     process::workspace,
     progress::{step, wait_for},
 };
 
-/// What is measured, one against the other.
+/// The address of a service, which no device has.
+const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+
+/// Whose hosts are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Rival {
     /// This project's agent and programs
@@ -41,13 +52,36 @@ impl Rival {
     /// In the order in which they are shown.
     pub(super) const ALL: [Self; 4] = [Self::Ours, Self::Vxlan, Self::HostGw, Self::Direct];
 
-    pub(super) fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Ours => "ours",
             Self::Vxlan => "kernel vxlan",
             Self::HostGw => "host-gw",
             Self::Direct => "no overlay",
         }
+    }
+}
+
+/// By which address the client reaches the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Its own
+    Server,
+    /// A service's, which the client's host translates
+    Service,
+}
+
+/// What is measured, one against the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Subject {
+    pub(super) rival: Rival,
+    pub(super) target: Target,
+    pub(super) name: &'static str,
+}
+
+impl Subject {
+    pub(super) const fn by_address(rival: Rival) -> Self {
+        Self { rival, target: Target::Server, name: rival.name() }
     }
 }
 
@@ -86,7 +120,7 @@ pub struct Path<'a> {
     pub client: &'a Netns,
     /// The server's.
     pub server: &'a Netns,
-    /// The server's.
+    /// Whom the client asks: the server, which listens at all addresses, or what is translated to it.
     pub address: Ipv4Addr,
 }
 
@@ -112,11 +146,18 @@ fn pin(core: usize) -> Result<()> {
 pub(super) struct Pair {
     pub(super) rival: Rival,
     hosts: [Host; 2],
+    has_service: bool,
 }
 
 impl Pair {
     /// Builds it and waits until it carries packets.
-    pub(super) fn new(rival: Rival, rules: Rules, lab: &Lab, store: &Store) -> Result<Self> {
+    pub(super) fn new(
+        rival: Rival,
+        rules: Rules,
+        proxy: Option<ServiceRules>,
+        lab: &Lab,
+        store: &Store,
+    ) -> Result<Self> {
         step(&format!("two hosts: {}", rival.name()), || {
             let hosts = match rival {
                 Rival::Ours => agents(lab, store),
@@ -127,20 +168,47 @@ impl Pair {
             if rules == Rules::Cluster && rival != Rival::Direct {
                 hosts.iter().try_for_each(Host::set_cluster_rules)?;
             }
-            let pair = Self { rival, hosts };
+            let mut pair = Self { rival, hosts, has_service: false };
+            if let Some(proxy) = proxy {
+                pair.add_service(proxy)?;
+            }
             wait_for("an answer through the pair", Duration::from_secs(10), || pair.ping(1).is_ok())?;
             Ok(pair)
         })
     }
 
-    pub(super) fn path(&self) -> Result<Path<'_>> {
+    /// Sets a service's rules on both hosts, for all ports that servers listen to. Ours is asked both ways, so another pod
+    /// asks by service: a connection that the server has in TIME_WAIT is taken over only by a later timestamp, and a
+    /// client has other timestamps for each address that it asks (`secure_tcp_ts_off`). From one pod, connections of one
+    /// way would meet those of the other, and be tried again after a second.
+    fn add_service(&mut self, proxy: ServiceRules) -> Result<()> {
+        if self.rival == Rival::Ours {
+            self.hosts[0].add_pod()?;
+        }
+        let server = self.path(Target::Server)?.address;
+        let services = PORTS.map(|(name, protocol, port)| Service {
+            name,
+            protocol,
+            address: SocketAddrV4::new(SERVICE, port),
+            node_port: None,
+            endpoints: vec![SocketAddrV4::new(server, port)],
+        });
+        self.has_service = true;
+        self.hosts.iter().try_for_each(|host| proxy.set(host, &services))
+    }
+
+    pub(super) fn path(&self, target: Target) -> Result<Path<'_>> {
         let [client, server] = &self.hosts;
         if self.rival == Rival::Direct {
             return Ok(Path { client: &client.netns, server: &server.netns, address: server.address });
         }
-        let [from, to] = [client, server].map(|host| host.pods.first().context("the host has no pod"));
-        let to = to?;
-        Ok(Path { client: &from?.netns, server: &to.netns, address: to.address })
+        let pods = match target {
+            Target::Server => client.pods.first(),
+            Target::Service => client.pods.last(),
+        };
+        let (from, to) = pods.zip(server.pods.first()).context("a host has no pod")?;
+        let address = if target == Target::Service { SERVICE } else { to.address };
+        Ok(Path { client: &from.netns, server: &to.netns, address })
     }
 
     pub(super) fn set_mode(&self, mode: Mode) -> Result<()> {
@@ -158,9 +226,29 @@ impl Pair {
     }
 
     fn ping(&self, count: u32) -> Result<()> {
-        let Path { client, address, .. } = self.path()?;
+        let Path { client, address, .. } = self.path(Target::Server)?;
         let text = client.exec(&format!("ping -q -i 0.01 -W 1 -c {count} {address}"))?;
         anyhow::ensure!(text.contains(" 0% packet loss"), "lost pings: {text}");
+        Ok(())
+    }
+
+    /// Has conntrack of hosts with a service begin anew, so that no measurement finds another's flows.
+    pub(super) fn forget_flows(&self) -> Result<()> {
+        if !self.has_service {
+            return Ok(());
+        }
+        self.hosts.iter().try_for_each(|host| host.netns.exec("conntrack --flush").map(drop))
+    }
+
+    /// Fails where the host of the client of a service has translated nothing to the server since [`Pair::forget_flows`].
+    pub(super) fn check_translated(&self, target: Target) -> Result<()> {
+        if target == Target::Server {
+            return Ok(());
+        }
+        let server = self.path(Target::Server)?.address;
+        let flows = format!("conntrack --dump --dst-nat {server} --orig-dst {SERVICE}");
+        let flows = self.hosts[0].netns.exec(&flows)?;
+        anyhow::ensure!(!flows.is_empty(), "conntrack knows no flow to {SERVICE} that is translated to {server}");
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use clap::ValueEnum;
 
 use super::Host;
 
@@ -31,11 +32,12 @@ pub struct Service {
 }
 
 /// In which form kube-proxy sets its rules (`--proxy-mode`), and for iptables, by which of the two programs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ServiceRules {
     /// iptables, into nftables' tables
     Iptables,
     /// iptables, into its own
+    #[value(skip)]
     LegacyIptables,
     /// nftables
     Nftables,
