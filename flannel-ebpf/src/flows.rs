@@ -194,23 +194,24 @@ fn remember(flow: &Flow) -> Result<(), i32> {
 
 #[inline(always)]
 fn known_egress(key: &FlowKey) -> Option<Egress> {
-    // SAFETY: the place of a field, of a flow that the entry leads to.
-    known(key, |flow| unsafe { &raw const (*flow).egress })
+    // SAFETY: of a flow that an entry leads to.
+    known(key, |flow| unsafe { (&raw const (*flow).egress).read_volatile() })
 }
 
 #[inline(always)]
 fn known_ingress(key: &FlowKey) -> Option<Ingress> {
     // SAFETY: as above.
-    known(key, |flow| unsafe { &raw const (*flow).ingress })
+    known(key, |flow| unsafe { (&raw const (*flow).ingress).read_volatile() })
 }
 
-/// A part of what is known of a flow.
+/// A part of what is known of a flow, which is read as volatile.
 #[inline(always)]
-fn known<T: Copy>(key: &FlowKey, part: impl FnOnce(*const Flow) -> *const T) -> Option<T> {
+fn known<T>(key: &FlowKey, read: impl FnOnce(*const Flow) -> T) -> Option<T> {
     let entry = FLOWS.get_ptr(key)?;
+    let part = read(entry);
     // SAFETY: a map value lives as long as the program. The kernel may give it to another flow meanwhile, and writes it from
     // its beginning, where the key is: so the key is read last.
-    let (part, owner) = unsafe { (part(entry).read_volatile(), (&raw const (*entry).key).read_volatile()) };
+    let owner = unsafe { (&raw const (*entry).key).read_volatile() };
     (owner == *key).then_some(part)
 }
 
@@ -300,20 +301,28 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     if !is_of_pod(veth, ethernet.dst_addr) {
         return Event::PodUnnoted;
     }
-    let before = known_ingress(&original).unwrap_or_default();
-    let age = age(before.released, now);
-    let ingress = if before.veth == AMBIGUOUS && age < 2 * config.bypass_time {
+    // SAFETY: of a flow that an entry leads to.
+    let before = known(&original, |flow| unsafe {
+        ((&raw const (*flow).ingress.released).read_volatile(), (&raw const (*flow).ingress.veth).read_volatile())
+    });
+    let (released, before) = before.unwrap_or_default();
+    let age = age(released, now);
+    let mut flow = Flow::new(original);
+    if before == AMBIGUOUS && age < 2 * config.bypass_time {
         return Event::PodUnnoted;
-    } else if before.veth != veth && age < config.bypass_time {
+    } else if before != veth && age < config.bypass_time {
         // Too old already to be fresh.
-        Ingress { released: now.wrapping_sub(config.bypass_time), veth: AMBIGUOUS, ..before }
+        flow.ingress.released = now.wrapping_sub(config.bypass_time);
+        flow.ingress.veth = AMBIGUOUS;
     } else {
         let (pod_mac, gateway_mac) = (ethernet.dst_addr, ethernet.src_addr);
-        Ingress { released: now, received_as: place.key, veth, pod_mac, gateway_mac }
-    };
-    let flow = Flow { ingress, egress: known_egress(&original).unwrap_or_default(), ..Flow::new(original) };
+        flow.ingress = Ingress { released: now, received_as: place.key, veth, pod_mac, gateway_mac };
+    }
+    if let Some(egress) = known_egress(&original) {
+        flow.egress = egress;
+    }
     match remember(&flow) {
-        Ok(()) if ingress.veth == veth => Event::PodReleased,
+        Ok(()) if flow.ingress.veth == veth => Event::PodReleased,
         _ => Event::PodUnnoted,
     }
 }
