@@ -436,6 +436,7 @@ fn flows_of_one_tag_stay_apart_under_load() {
     for host in &mut world.hosts {
         host.add_pod().unwrap();
     }
+    (0..2).for_each(|host| world.wait_pods(host));
     world.wait_connected(0, 1);
     let service = SocketAddrV4::new(Ipv4Addr::new(10, 96, 0, 10), 53);
     let [one, two] = [0, 1].map(|pod| &world.hosts[0].pods[pod]);

@@ -58,24 +58,28 @@ impl World {
         Self::new(hosts).ready(&[])
     }
 
-    /// Starts the agent on all hosts, and gives each a pod once it is ready. Then waits until the pods have their programs:
-    /// until then all their packets take the stack.
+    /// Starts the agent on all hosts, gives each a pod once it is ready, and waits for that one's programs.
     pub fn ready(self, arguments: &[&str]) -> Self {
         let mut world = self.with_ready_agents(arguments);
         for host in &mut world.hosts {
             host.add_pod().unwrap();
         }
-        for host in 0..world.hosts.len() {
-            let waited = wait_for("the programs of pods", SOON, || {
-                let status = world.status(host);
-                let hooks = status["dataplane"]["hooks"].as_array().unwrap();
-                ["from_pod", "to_pod"]
-                    .iter()
-                    .all(|name| hooks.iter().any(|hook| hook["program"] == *name && hook["state"] == "attached"))
-            });
-            waited.unwrap();
-        }
+        (0..world.hosts.len()).for_each(|host| world.wait_pods(host));
         world
+    }
+
+    /// Waits until each pod of a host has its programs: until then all its packets take the stack.
+    pub fn wait_pods(&self, host: usize) {
+        let pods = self.hosts[host].pods.len();
+        let waited = wait_for("the programs of pods", SOON, || {
+            let status = self.status(host);
+            let hooks = status["dataplane"]["hooks"].as_array().unwrap();
+            ["from_pod", "to_pod"].iter().all(|name| {
+                let attached = hooks.iter().filter(|hook| hook["program"] == *name && hook["state"] == "attached");
+                attached.count() == pods
+            })
+        });
+        waited.unwrap();
     }
 
     /// Starts the agent on all hosts, and waits until each is ready.

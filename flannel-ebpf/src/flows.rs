@@ -12,6 +12,8 @@
 //! conntrack sees every packet that begins or ends a connection: SYN, FIN and RST never bypass, and take the flow's
 //! notes away, on either side of the stack.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use flannel_common::{
     event::Event,
@@ -28,14 +30,15 @@ use network_types::{
 
 use crate::{
     maps::{CONFIG, FLOWS, ORIGINALS, PODS, VTEP_ADDRESSES},
-    packet::{Headers, Note, Packet},
+    packet::{Headers, Note, Packet, fill_with_zeros},
 };
 
 /// The fragment offset within `Ipv4Hdr::frags`, and more fragments with it (RFC 791).
 const FRAGMENT_OFFSET_MASK: u16 = 0x1fff;
 const FRAGMENT_MASK: u16 = 0x2000 | FRAGMENT_OFFSET_MASK;
 
-/// The veth of a flow that came out at several, whose pods all send from its MAC: for a while all is left to the stack.
+/// The veth of a flow that came out at several, whose pods all send from its MAC: for a while all is left to the stack. What is
+/// filled with zeros has it.
 const AMBIGUOUS: u32 = 0;
 
 /// What a packet is to its flow.
@@ -186,10 +189,16 @@ fn original(packet: &Packet<'_>, place: &Place, tag: u32, direction: Direction) 
     (is_its && key.protocol == place.key.protocol).then_some(key)
 }
 
-/// Puts a whole entry in the place of the one before. By reference: a copy more would not fit on the stack.
+/// Puts a whole entry in the place of the one before: what `fill` makes of one of which nothing is known.
 #[inline(always)]
-fn remember(flow: &Flow) -> Result<(), i32> {
-    FLOWS.insert(flow.key, flow, 0)
+fn remember(key: FlowKey, fill: impl FnOnce(&mut Flow)) -> Result<(), i32> {
+    let mut flow = MaybeUninit::<Flow>::uninit();
+    fill_with_zeros(&mut flow);
+    // SAFETY: of integers and byte arrays only, for which zeros are valid.
+    let flow = unsafe { flow.assume_init_mut() };
+    flow.key = key;
+    fill(flow);
+    FLOWS.insert(key, &*flow, 0)
 }
 
 #[inline(always)]
@@ -257,13 +266,13 @@ pub(crate) fn released(packet: &Packet<'_>, config: &Config) -> Option<Released>
 impl Released {
     #[inline(always)]
     pub(crate) fn note(&self) {
-        let mut flow = Flow::new(self.original);
-        flow.egress = Egress { released: now(), sent_as: self.sent_as };
-        if let Some(ingress) = known_ingress(&self.original) {
-            flow.ingress = ingress;
-        }
         // Where there is no room, the flow goes on through the stack.
-        let _full = remember(&flow);
+        let _full = remember(self.original, |flow| {
+            flow.egress = Egress { released: now(), sent_as: self.sent_as };
+            if let Some(ingress) = known_ingress(&self.original) {
+                flow.ingress = ingress;
+            }
+        });
     }
 }
 
@@ -307,24 +316,23 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     });
     let (released, before) = before.unwrap_or_default();
     let age = age(released, now);
-    let mut flow = Flow::new(original);
     if before == AMBIGUOUS && age < 2 * config.bypass_time {
         return Event::PodUnnoted;
-    } else if before != veth && age < config.bypass_time {
-        // Too old already to be fresh.
-        flow.ingress.released = now.wrapping_sub(config.bypass_time);
-        flow.ingress.veth = AMBIGUOUS;
-    } else {
-        let (pod_mac, gateway_mac) = (ethernet.dst_addr, ethernet.src_addr);
-        flow.ingress = Ingress { released: now, received_as: place.key, veth, pod_mac, gateway_mac };
     }
-    if let Some(egress) = known_egress(&original) {
-        flow.egress = egress;
-    }
-    match remember(&flow) {
-        Ok(()) if flow.ingress.veth == veth => Event::PodReleased,
-        _ => Event::PodUnnoted,
-    }
+    let is_ambiguous = before != veth && age < config.bypass_time;
+    let remembered = remember(original, |flow| {
+        if is_ambiguous {
+            // Too old already to be fresh.
+            flow.ingress.released = now.wrapping_sub(config.bypass_time);
+        } else {
+            let (pod_mac, gateway_mac) = (ethernet.dst_addr, ethernet.src_addr);
+            flow.ingress = Ingress { released: now, received_as: place.key, veth, pod_mac, gateway_mac };
+        }
+        if let Some(egress) = known_egress(&original) {
+            flow.egress = egress;
+        }
+    });
+    if remembered.is_ok() && !is_ambiguous { Event::PodReleased } else { Event::PodUnnoted }
 }
 
 /// Ingress of the host's side of a pod's veth: notes which MAC the pod sends from, of packets that take the stack. Those are

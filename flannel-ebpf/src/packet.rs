@@ -341,12 +341,7 @@ impl<'a> Packet<'a> {
         const KEY_LEN: u32 = offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
         const WORDS: usize = (KEY_LEN as usize).div_ceil(8);
         let mut key = MaybeUninit::<[u64; WORDS]>::uninit();
-        // An all-zero key. Word by word, since the compiler's `memset` is a loop that the kernel refuses to agents without
-        // CAP_PERFMON (`sanitize_check_bounds`).
-        for word in 0..WORDS {
-            // SAFETY: within the key.
-            unsafe { key.as_mut_ptr().cast::<u64>().add(word).write_volatile(0) };
-        }
+        fill_with_zeros(&mut key);
         // SAFETY: the context and the key are valid for the call, with a size within the key.
         unsafe { bpf_skb_set_tunnel_key(self.skb(), key.as_mut_ptr().cast::<bpf_tunnel_key>(), KEY_LEN, 0) };
     }
@@ -466,6 +461,17 @@ impl Headers for Unframed<'_> {
     #[inline(always)]
     fn header_at<T: Header>(&self, offset: usize) -> Option<T> {
         self.0.header_at(offset)
+    }
+}
+
+/// Makes all bytes zero, word by word: the compiler's `memset` is a loop that the kernel refuses to agents without CAP_PERFMON
+/// (`sanitize_check_bounds`). It makes one of everything that it sees to be zero, so what is filled here stays where it is.
+#[inline(always)]
+pub(crate) fn fill_with_zeros<T>(value: &mut MaybeUninit<T>) {
+    const { assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8) };
+    for word in 0..size_of::<T>() / 8 {
+        // SAFETY: within the value, and aligned.
+        unsafe { value.as_mut_ptr().cast::<u64>().add(word).write_volatile(0) };
     }
 }
 
