@@ -442,7 +442,7 @@ fn counters(world: &World) -> BTreeMap<String, u64> {
 }
 
 /// A counter of the kernel's.
-fn count(netns: &Netns, counter: &str) -> u64 {
+pub fn count(netns: &Netns, counter: &str) -> u64 {
     let text = netns.exec(&format!("nstat -asz {counter}")).unwrap();
     let line = text.lines().find(|line| line.starts_with(counter)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()

@@ -2,12 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
+    net::{Ipv4Addr, SocketAddrV4},
     time::{Duration, Instant},
 };
 
@@ -24,6 +19,7 @@ use crate::{
     frames::*,
     loaded::with_programs,
     sockets::socket_in,
+    stream::Stream,
     world::{SOON, World, is_answered},
 };
 
@@ -37,74 +33,6 @@ fn with_conntrack() -> World {
     }
     world.wait_connected(0, 1);
     world
-}
-
-/// Numbered datagrams from one pod to another, a thousand in a second.
-struct Stream {
-    stop: Arc<AtomicBool>,
-    sender: JoinHandle<u32>,
-    receiver: JoinHandle<()>,
-    received: Arc<Mutex<Vec<(u32, Instant)>>>,
-}
-
-impl Stream {
-    const PORT: u16 = 7777;
-
-    fn start(from: &Pod, to: &Pod) -> Self {
-        let (stop, received) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let listening = socket_in(&to.netns, SocketAddrV4::new(to.address, Self::PORT));
-        listening.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-        let sending = socket_in(&from.netns, SocketAddrV4::new(from.address, Self::PORT));
-        let destination = (to.address, Self::PORT);
-        let sender = thread::spawn({
-            let stop = Arc::clone(&stop);
-            move || {
-                let mut number = 0u32;
-                while !stop.load(Ordering::Relaxed) {
-                    // Refused where the rules say so; that is a number less that arrives.
-                    let _refused = sending.send_to(&number.to_be_bytes(), destination);
-                    number += 1;
-                    thread::sleep(Duration::from_millis(1));
-                }
-                number
-            }
-        });
-        let receiver = thread::spawn({
-            let (stop, received) = (Arc::clone(&stop), Arc::clone(&received));
-            move || receive(&listening, &stop, &received)
-        });
-        Self { stop, sender, receiver, received }
-    }
-
-    /// When the last one arrived.
-    fn silence(&self) -> Duration {
-        self.received.lock().unwrap().last().map_or(Duration::MAX, |(_, arrived)| arrived.elapsed())
-    }
-
-    fn count(&self) -> usize {
-        self.received.lock().unwrap().len()
-    }
-
-    /// Ends it. How many were sent, and which arrived in which order.
-    fn end(self) -> (u32, Vec<u32>) {
-        self.stop.store(true, Ordering::Relaxed);
-        let sent = self.sender.join().unwrap();
-        self.receiver.join().unwrap();
-        let received = self.received.lock().unwrap();
-        (sent, received.iter().map(|(number, _)| *number).collect())
-    }
-}
-
-fn receive(socket: &UdpSocket, stop: &AtomicBool, received: &Mutex<Vec<(u32, Instant)>>) {
-    let mut number = [0; 4];
-    loop {
-        match socket.recv(&mut number) {
-            Ok(_) => received.lock().unwrap().push((u32::from_be_bytes(number), Instant::now())),
-            // Nothing more for a while.
-            Err(_) if stop.load(Ordering::Relaxed) => return,
-            Err(_) => {}
-        }
-    }
 }
 
 #[test]
@@ -206,17 +134,22 @@ fn a_rule_takes_hold_on_a_live_flow_and_lets_go_of_it() {
     let world = with_conntrack();
     let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
     for host in [0, 1] {
-        wait_for("the stream", SOON, || stream.silence() < Duration::from_millis(50)).unwrap();
-        let netns = &world.hosts[host].netns;
-        let ruled = Instant::now();
-        netns.exec(&format!("iptables -I FORWARD -p udp --dport {} -j DROP", Stream::PORT)).unwrap();
-        wait_for("silence", SOON, || stream.silence() > Duration::from_millis(500)).unwrap();
-        let stopped = ruled.elapsed().saturating_sub(Duration::from_millis(500));
-        assert!(stopped < Duration::from_secs(2), "{stopped:?} after the rule");
-        netns.exec(&format!("iptables -D FORWARD -p udp --dport {} -j DROP", Stream::PORT)).unwrap();
+        check_rule(&world.hosts[host].netns, &stream, &format!("-p udp --dport {} -j DROP", Stream::PORT));
     }
-    wait_for("the stream", SOON, || stream.silence() < Duration::from_millis(50)).unwrap();
     stream.end();
+}
+
+/// Has a rule of a host's stop a stream, and its removal let it go on.
+pub fn check_rule(host: &Netns, stream: &Stream, rule: &str) {
+    let wait_stream = || wait_for("the stream", SOON, || stream.silence() < Duration::from_millis(50)).unwrap();
+    wait_stream();
+    let ruled = Instant::now();
+    host.exec(&format!("iptables -I FORWARD {rule}")).unwrap();
+    wait_for("silence", SOON, || stream.silence() > Duration::from_millis(500)).unwrap();
+    let stopped = ruled.elapsed().saturating_sub(Duration::from_millis(500));
+    assert!(stopped < Duration::from_secs(2), "{stopped:?} after the rule");
+    host.exec(&format!("iptables -D FORWARD {rule}")).unwrap();
+    wait_stream();
 }
 
 #[test]

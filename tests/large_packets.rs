@@ -10,12 +10,14 @@ use std::{
 };
 
 use nix::sys::socket::{
-    ControlMessageOwned, MsgFlags, getsockopt, recvmsg, setsockopt,
+    ControlMessageOwned, MsgFlags, SockaddrIn, getsockopt, recvmsg, setsockopt,
     sockopt::{RcvBufForce, TcpMaxSeg, UdpGroSegment, UdpGsoSegment},
 };
 use xtask::lab::{Netns, Pod};
 
 use crate::{
+    calls::SERVER_PORT,
+    counted::{Asked, Counted},
     sockets::{Pattern, connection, listener_in, socket_in},
     world::{SOON, World},
 };
@@ -40,7 +42,7 @@ fn world(mtu: u32) -> World {
 }
 
 /// Does something where large packets cross the underlay whole, and where they do not, on frames of both sizes.
-fn on_each_underlay(check: impl Fn(&World, &str)) {
+pub fn on_each_underlay(check: impl Fn(&World, &str)) {
     for mtu in [1500, 9000] {
         let world = world(mtu);
         for gso in [true, false] {
@@ -56,30 +58,9 @@ fn pods(world: &World) -> [&Pod; 2] {
     [0, 1].map(|host| &world.hosts[host].pods[0])
 }
 
-/// Bytes past the stack: what was counted on both hosts.
-struct Bypassed<'a> {
-    world: &'a World,
-    labels: &'a [&'a str],
-    before: Vec<u64>,
-}
-
-impl<'a> Bypassed<'a> {
-    fn since_now(world: &'a World, labels: &'a [&'a str]) -> Self {
-        let mut bypassed = Self { world, labels, before: Vec::new() };
-        bypassed.before = bypassed.count();
-        bypassed
-    }
-
-    fn count(&self) -> Vec<u64> {
-        [0, 1].iter().flat_map(|host| self.labels.iter().map(|label| self.world.counter_row(*host, label).1)).collect()
-    }
-
-    /// That of so many bytes each way nearly all passed by: what is left to the stack are a flow's first packets, and one
-    /// in a second.
-    fn assert(&self, sent: usize, what: &str) {
-        let moved: Vec<_> = self.count().iter().zip(&self.before).map(|(after, before)| after - before).collect();
-        assert!(moved.iter().all(|moved| *moved >= sent as u64 / 10 * 9), "{what}: {moved:?} of {sent}");
-    }
+/// Of so many bytes, what passes by at least: what is left to the stack are a flow's first packets, and one in a second.
+const fn nearly_all(sent: usize) -> u64 {
+    sent as u64 / 10 * 9
 }
 
 /// Sizes up to the largest: around each number of whole segments, around powers of two, and some of all others.
@@ -93,30 +74,32 @@ fn sizes(segment: usize, largest: usize) -> Vec<usize> {
 
 #[test]
 fn tcp_of_every_size_arrives_whole() {
-    let pattern = Pattern::new();
-    on_each_underlay(|world, what| {
-        let [one, two] = pods(world);
-        let listener = listener_in(&two.netns, two.address, 7777);
-        let (mut client, mut server) = connection(&one.netns, SocketAddrV4::new(two.address, 7777), &listener);
-        let segment = getsockopt(&client, TcpMaxSeg).unwrap() as usize;
-        let sizes = sizes(segment, Pattern::LARGEST);
-        let bypassed = Bypassed::since_now(world, &["pod_encapsulated", "delivered"]);
-        thread::scope(|scope| {
-            // It answers with as much, once all is there. So each is a write, and a packet or few, by itself.
-            let (sizes, pattern) = (&sizes, &pattern);
-            scope.spawn(move || {
-                for size in sizes {
-                    receive(&mut server, *size, pattern, what);
-                    server.write_all(pattern.at(*size, *size)).unwrap();
-                }
-            });
+    on_each_underlay(|world, what| check_tcp_of_every_size(world, &Asked::pod(world), what));
+}
+
+/// Has TCP of every size sent there and back.
+pub fn check_tcp_of_every_size(world: &World, asked: &Asked<'_>, what: &str) {
+    let (pattern, [one, two]) = (Pattern::new(), pods(world));
+    let listener = listener_in(&two.netns, two.address, SERVER_PORT);
+    let (mut client, mut server) = connection(&one.netns, asked.address, &listener);
+    let segment = getsockopt(&client, TcpMaxSeg).unwrap() as usize;
+    let sizes = sizes(segment, Pattern::LARGEST);
+    let passed_by = Counted::since_now(world, asked.outward().chain(asked.inward()));
+    thread::scope(|scope| {
+        // It answers with as much, once all is there. So each is a write, and a packet or few, by itself.
+        let (sizes, pattern) = (&sizes, &pattern);
+        scope.spawn(move || {
             for size in sizes {
-                client.write_all(pattern.at(*size, *size)).unwrap();
-                receive(&mut client, *size, pattern, what);
+                receive(&mut server, *size, pattern, what);
+                server.write_all(pattern.at(*size, *size)).unwrap();
             }
         });
-        bypassed.assert(sizes.iter().sum(), what);
+        for size in sizes {
+            client.write_all(pattern.at(*size, *size)).unwrap();
+            receive(&mut client, *size, pattern, what);
+        }
     });
+    passed_by.assert_bytes(nearly_all(sizes.iter().sum()), what);
 }
 
 fn receive(stream: &mut TcpStream, size: usize, pattern: &Pattern, what: &str) {
@@ -149,58 +132,65 @@ fn segmented(segment: usize) -> impl Iterator<Item = usize> {
 
 #[test]
 fn udp_of_every_segmentation_arrives_as_datagrams() {
-    check_every_segmentation(false);
+    on_each_underlay(|world, what| check_every_segmentation(world, &Asked::pod(world), false, what));
 }
 
 #[test]
 fn udp_of_every_segmentation_arrives_where_aggregates_are_taken() {
-    check_every_segmentation(true);
+    on_each_underlay(|world, what| check_every_segmentation(world, &Asked::pod(world), true, what));
 }
 
-/// Sends of every size as datagrams of every size, to sockets that take them aggregated, or one by one.
-fn check_every_segmentation(aggregated: bool) {
-    const PORT: u16 = 7777;
-    let pattern = Pattern::new();
-    on_each_underlay(|world, what| {
-        let pods = pods(world);
-        let largest = world.hosts[0].subnet().unwrap().mtu as usize - UDP_HEADERS;
-        let sockets = udp_pair(pods.map(|pod| (&pod.netns, pod.address)), PORT);
+/// Has sends of every size as datagrams of every size go there and back, to sockets that take them aggregated, or one by
+/// one.
+pub fn check_every_segmentation(world: &World, asked: &Asked<'_>, aggregated: bool, what: &str) {
+    let (pattern, pods) = (Pattern::new(), pods(world));
+    let largest = world.hosts[0].subnet().unwrap().mtu as usize - UDP_HEADERS;
+    let sockets = udp_pair(pods.map(|pod| (&pod.netns, pod.address)), SERVER_PORT);
+    for socket in &sockets {
+        setsockopt(socket, UdpGroSegment, &aggregated).unwrap();
+    }
+    let client = SocketAddrV4::new(pods[0].address, SERVER_PORT);
+    // By whom a datagram arrives, and where it is sent.
+    let (seen_by, sent_to) = ([client, asked.address], [asked.address, client]);
+    // Only out of the pods: who receives may have to leave to the stack what is still to be segmented.
+    let passed_by = Counted::since_now(world, asked.outward());
+    let mut sent = 0;
+    for segment in [1, 7, 8, 100, 511, 512, 1000, 1024, largest / 2, largest - 1, largest] {
         for socket in &sockets {
-            setsockopt(socket, UdpGroSegment, &aggregated).unwrap();
+            setsockopt(socket, UdpGsoSegment, &(segment as i32)).unwrap();
         }
-        // Only out of the pods: who receives may have to leave to the stack what is still to be segmented.
-        let bypassed = Bypassed::since_now(world, &["pod_encapsulated"]);
-        let mut sent = 0;
-        for segment in [1, 7, 8, 100, 511, 512, 1000, 1024, largest / 2, largest - 1, largest] {
-            for socket in &sockets {
-                setsockopt(socket, UdpGsoSegment, &(segment as i32)).unwrap();
-            }
-            for (size, [from, to]) in segmented(segment).flat_map(|size| [(size, [0, 1]), (size, [1, 0])]) {
-                sent += size;
-                let bytes = pattern.at(size, size);
-                sockets[from].send_to(bytes, (pods[to].address, PORT)).unwrap();
-                let what = || format!("{size} bytes by {segment}, from {from}, {what}");
-                receive_datagrams(&sockets[to], bytes, segment, what);
-            }
+        for (size, [from, to]) in segmented(segment).flat_map(|size| [(size, [0, 1]), (size, [1, 0])]) {
+            sent += size;
+            let bytes = pattern.at(size, size);
+            sockets[from].send_to(bytes, sent_to[from]).unwrap();
+            let what = || format!("{size} bytes by {segment}, from {from}, {what}");
+            receive_datagrams(&sockets[to], seen_by[from], bytes, segment, what);
         }
-        bypassed.assert(sent / 2, what);
-    });
+    }
+    passed_by.assert_bytes(nearly_all(sent / 2), what);
 }
 
-/// Takes all datagrams of a send, each of them of the segments' size but for the last. A socket that takes aggregated
-/// ones is told the size of those in it.
-pub fn receive_datagrams(socket: &UdpSocket, sent: &[u8], segment: usize, what: impl Fn() -> String) {
+/// Takes all datagrams of somebody's send, each of them of the segments' size but for the last. A socket that takes
+/// aggregated ones is told the size of those in it.
+pub fn receive_datagrams(
+    socket: &UdpSocket,
+    sender: SocketAddrV4,
+    sent: &[u8],
+    segment: usize,
+    what: impl Fn() -> String,
+) {
     let mut buffer = vec![0; Pattern::LARGEST];
     let mut control = nix::cmsg_space!(i32);
     let mut received = 0;
     while received < sent.len() {
         let mut parts = [IoSliceMut::new(&mut buffer)];
-        let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty());
+        let message = recvmsg::<SockaddrIn>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty());
         let message = message.unwrap_or_else(|error| panic!("{}: {error} after {received} bytes", what()));
         let aggregated = message.cmsgs().unwrap().find_map(|message| match message {
             ControlMessageOwned::UdpGroSegments(size) => Some(size as usize),
             _ => None,
         });
+        assert_eq!(message.address.map(SocketAddrV4::from), Some(sender), "{}", what());
         let len = message.bytes;
         let rest = &sent[received..];
         match aggregated {

@@ -6,6 +6,9 @@
 //! * [`world`] — a lab for a test, named hosts, the agent's binary
 //! * [`frames`] — frames of the world, built with another's packet builder
 //! * [`sockets`] — sockets in its namespaces, and bytes that tell where they belong
+//! * [`calls`] — callers of servers, several at once, and what each must get
+//! * [`stream`], [`numbered`] — numbered datagrams, and when each arrived; at a high rate, and which of them were lost
+//! * [`counted`] — how counters grow meanwhile
 //! * [`encapsulation`], [`admission`] — packet tables through the loaded programs; whole frames and all counters
 //! * [`attacks`] — hostile packets through the programs and over wires, and who refuses each
 //! * [`drops`] — what is dropped, by reason, and what it was
@@ -35,7 +38,6 @@
 //! * [`health`] — probes, and what the service manager is told
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
-//! * [`numbered`] — numbered datagrams at a high rate, and which of them were lost
 //! * [`restart`] — crashes and restarts under them
 //! * [`upgrade`] — to other programs, to another map layout, and back; pins that can't be adopted
 //! * [`privileges`] — an ordinary user with two capabilities; files, symbolic links, hostile text
@@ -49,11 +51,13 @@ mod admission;
 mod attacks;
 mod bad_input;
 mod bypass;
+mod calls;
 mod certificates;
 mod chaos;
 mod cni;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
+mod counted;
 mod docker;
 mod docker_opts;
 mod drift;
@@ -88,6 +92,7 @@ mod short_frames;
 mod sockets;
 mod status;
 mod store_faults;
+mod stream;
 mod tenancy;
 mod two_hosts;
 mod upgrade;

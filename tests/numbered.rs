@@ -2,7 +2,7 @@
 
 use std::{
     io::{ErrorKind, IoSlice},
-    net::{SocketAddrV4, UdpSocket},
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -46,6 +46,16 @@ pub enum Way {
     Slow,
 }
 
+impl Way {
+    /// The way has its own port, at both ends.
+    pub const fn port(self) -> u16 {
+        match self {
+            Self::Fast => 7801,
+            Self::Slow => 7802,
+        }
+    }
+}
+
 /// Numbered datagrams from one pod to another.
 pub struct Numbered {
     way: Way,
@@ -65,10 +75,15 @@ pub struct BothWays {
 
 impl BothWays {
     pub fn start(world: &World) -> Self {
+        Self::start_to(world, world.hosts[1].pods[0].address)
+    }
+
+    /// To an address that leads to that pod, whatever the port.
+    pub fn start_to(world: &World, asked: Ipv4Addr) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let [from, to] = [0, 1].map(|host| &world.hosts[host].pods[0]);
-        Self { streams: [Way::Fast, Way::Slow].map(|way| Numbered::start(from, to, way)), _alone: alone }
+        Self { streams: [Way::Fast, Way::Slow].map(|way| Numbered::start(from, asked, to, way)), _alone: alone }
     }
 
     /// That each stream takes its way, on both hosts.
@@ -126,17 +141,14 @@ pub struct Outcome {
 }
 
 impl Numbered {
-    pub fn start(from: &Pod, to: &Pod, way: Way) -> Self {
-        let port = match way {
-            Way::Fast => 7801,
-            Way::Slow => 7802,
-        };
+    fn start(from: &Pod, asked: Ipv4Addr, to: &Pod, way: Way) -> Self {
+        let port = way.port();
         let [source, destination] = [from, to].map(|pod| SocketAddrV4::new(pod.address, port));
         let listening = within(&to.netns, move || UdpSocket::bind(destination).unwrap());
         setsockopt(&listening, RcvBufForce, &RECEIVE_BUFFER).unwrap();
         listening.set_read_timeout(Some(SILENCE)).unwrap();
         let sending = within(&from.netns, move || UdpSocket::bind(source).unwrap());
-        sending.connect(destination).unwrap();
+        sending.connect((asked, port)).unwrap();
         if way == Way::Slow {
             set_options(&sending);
         }

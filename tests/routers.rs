@@ -158,7 +158,8 @@ fn large_udp_sends_pass_through_a_pod_both_ways() {
             let bytes = pattern.at(count, count * DATAGRAM);
             for (from, to) in [(0, 1), (1, 0)] {
                 sockets[from].send_to(bytes, (ends[to].1, 7777)).unwrap();
-                receive_datagrams(&sockets[to], bytes, DATAGRAM, || format!("{count} datagrams from {from}, {what}"));
+                let what = || format!("{count} datagrams from {from}, {what}");
+                receive_datagrams(&sockets[to], SocketAddrV4::new(ends[from].1, 7777), bytes, DATAGRAM, what);
             }
         }
     });

@@ -1,7 +1,17 @@
 //! Sockets within a lab's namespaces, and bytes that tell where they belong.
 
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+};
 
+use nix::sys::{
+    socket::{
+        AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket,
+        sockopt::{ReuseAddr, SendTimeout},
+    },
+    time::TimeVal,
+};
 use xtask::lab::Netns;
 
 use crate::world::SOON;
@@ -27,11 +37,32 @@ pub fn connection(client: &Netns, address: SocketAddrV4, listener: &TcpListener)
     let one = within(client, move || TcpStream::connect_timeout(&address.into(), SOON).unwrap());
     let (two, _) = listener.accept().unwrap();
     for stream in [&one, &two] {
-        stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        stream.set_write_timeout(Some(SOON)).unwrap();
+        set_prompt(stream);
     }
     (one, two)
+}
+
+/// Has what is written leave at once, and nothing wait for ever.
+pub fn set_prompt(stream: &TcpStream) {
+    stream.set_nodelay(true).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.set_write_timeout(Some(SOON)).unwrap();
+}
+
+/// A connection from a port of a namespace, 0 for any. Others may have the same one, if they lead elsewhere.
+pub fn connection_from(client: &Netns, port: u16, address: SocketAddrV4) -> TcpStream {
+    let stream = within(client, move || {
+        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        setsockopt(&socket, ReuseAddr, &true).unwrap();
+        // For how long it tries, too.
+        setsockopt(&socket, SendTimeout, &TimeVal::new(SOON.as_secs() as i64, 0)).unwrap();
+        let from = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
+        bind(socket.as_raw_fd(), &SockaddrIn::from(from)).unwrap();
+        connect(socket.as_raw_fd(), &SockaddrIn::from(address)).unwrap();
+        TcpStream::from(socket)
+    });
+    set_prompt(&stream);
+    stream
 }
 
 /// An endless row of bytes in which each place looks different from all that a lost, doubled or misplaced segment could
