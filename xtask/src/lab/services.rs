@@ -31,6 +31,16 @@ pub struct Service {
     pub endpoints: Vec<SocketAddrV4>,
 }
 
+/// What else kube-proxy is told.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ServiceOptions {
+    /// `--masquerade-all`: also what pods send to a service.
+    pub masquerade_all: bool,
+    /// `sessionAffinity: ClientIP` of all services: for how many seconds an address is answered by the pod that answered it
+    /// last.
+    pub affinity: Option<u32>,
+}
+
 /// In which form kube-proxy sets its rules (`--proxy-mode`), and for iptables, by which of the two programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ServiceRules {
@@ -80,6 +90,10 @@ impl ServiceRules {
         if self.serves_localhost() {
             host.netns.exec("sysctl -qw net.ipv4.conf.all.route_localnet=1")?;
         }
+        self.feed(host, text)
+    }
+
+    fn feed(self, host: &Host, text: &str) -> Result<()> {
         let line = match self {
             Self::Iptables => "iptables-nft-restore --noflush",
             Self::LegacyIptables => "iptables-legacy-restore --noflush",
@@ -114,10 +128,32 @@ impl ServiceRules {
         host.netns.feed(&format!("{program}-restore"), &others).map(drop)
     }
 
+    /// Puts the rules of these services in the place of those that a host has by [`ServiceRules::set`], at once, so that no
+    /// packet meets none.
+    ///
+    /// # Errors
+    /// Where the rules can't be set.
+    pub fn replace(self, host: &Host, services: &[Service]) -> Result<()> {
+        let text = self.text(host.address, services);
+        if self == Self::Nftables {
+            return self.feed(host, &format!("delete table ip kube-proxy\n{text}"));
+        }
+        // A chain that is named is emptied. The kernel's own lead to these already.
+        let is_ours = |line: &&str| !line.starts_with("-A ") || line.starts_with("-A KUBE-");
+        let text: String = text.lines().filter(is_ours).map(|line| format!("{line}\n")).collect();
+        self.feed(host, &text)
+    }
+
     /// The rules of a host with that address, for `iptables-restore` or `nft`.
     #[must_use]
     pub fn text(self, host: Ipv4Addr, services: &[Service]) -> String {
-        if self == Self::Nftables { nftables(host, services) } else { iptables(services) }
+        self.text_with(ServiceOptions::default(), host, services)
+    }
+
+    /// The same with options.
+    #[must_use]
+    pub fn text_with(self, options: ServiceOptions, host: Ipv4Addr, services: &[Service]) -> String {
+        if self == Self::Nftables { nftables(options, host, services) } else { iptables(options, services) }
     }
 }
 
@@ -148,18 +184,23 @@ const IPTABLES_NAT: &str = r#"*nat
 -A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
 "#;
 
-fn iptables(services: &[Service]) -> String {
+fn iptables(options: ServiceOptions, services: &[Service]) -> String {
     let mut chains = String::new();
     let mut rules = String::new();
     for service in services {
         // Writing to a string does not fail.
-        let _written = write_iptables(&mut chains, &mut rules, service);
+        let _written = write_iptables(&mut chains, &mut rules, options, service);
     }
     let last = r#"-A KUBE-SERVICES -m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS"#;
     format!("{IPTABLES_FILTER}{IPTABLES_NAT}{chains}{rules}{last}\nCOMMIT\n")
 }
 
-fn write_iptables(chains: &mut String, rules: &mut String, service: &Service) -> std::fmt::Result {
+fn write_iptables(
+    chains: &mut String,
+    rules: &mut String,
+    options: ServiceOptions,
+    service: &Service,
+) -> std::fmt::Result {
     let Service { name, protocol, address, node_port, endpoints } = service;
     let (ip, port) = (address.ip(), address.port());
     let id = format!("{name}-{protocol}").to_uppercase();
@@ -179,7 +220,18 @@ fn write_iptables(chains: &mut String, rules: &mut String, service: &Service) ->
         writeln!(rules, r#"-A KUBE-EXT-{id} -m comment --comment "{external}" -j KUBE-MARK-MASQ"#)?;
         writeln!(rules, "-A KUBE-EXT-{id} -j KUBE-SVC-{id}")?;
     }
-    writeln!(rules, "-A KUBE-SVC-{id} {to_address} ! -s {PODS} -j KUBE-MARK-MASQ")?;
+    let masqueraded = if options.masquerade_all { String::new() } else { format!("! -s {PODS} ") };
+    writeln!(rules, "-A KUBE-SVC-{id} {to_address} {masqueraded}-j KUBE-MARK-MASQ")?;
+    // Who was answered by one is sent there again, before any is drawn.
+    for (index, endpoint) in endpoints.iter().enumerate() {
+        if let Some(seconds) = options.affinity {
+            let recent = format!("-m recent --name KUBE-SEP-{id}-{index} --rcheck --seconds {seconds} --reap");
+            writeln!(
+                rules,
+                r#"-A KUBE-SVC-{id} -m comment --comment "default/{name} -> {endpoint}" {recent} -j KUBE-SEP-{id}-{index}"#
+            )?;
+        }
+    }
     for (index, endpoint) in endpoints.iter().enumerate() {
         writeln!(chains, ":KUBE-SEP-{id}-{index} - [0:0]")?;
         let comment = format!(r#"-m comment --comment "default/{name} -> {endpoint}""#);
@@ -191,34 +243,49 @@ fn write_iptables(chains: &mut String, rules: &mut String, service: &Service) ->
         writeln!(rules, "-A KUBE-SVC-{id} {comment}{share} -j KUBE-SEP-{id}-{index}")?;
         // A pod that is answered by itself has to be answered by the service.
         writeln!(rules, "-A KUBE-SEP-{id}-{index} {comment} -s {} -j KUBE-MARK-MASQ", endpoint.ip())?;
+        let recent = match options.affinity {
+            Some(_) => format!(" -m recent --name KUBE-SEP-{id}-{index} --set"),
+            None => String::new(),
+        };
         writeln!(
             rules,
-            "-A KUBE-SEP-{id}-{index} {comment} -m {protocol} -p {protocol} -j DNAT --to-destination {endpoint}"
+            "-A KUBE-SEP-{id}-{index} {comment}{recent} -m {protocol} -p {protocol} -j DNAT --to-destination {endpoint}"
         )?;
     }
     Ok(())
 }
 
-fn nftables(host: Ipv4Addr, services: &[Service]) -> String {
+fn nftables(options: ServiceOptions, host: Ipv4Addr, services: &[Service]) -> String {
     let (mut addresses, mut ports) = (Vec::new(), Vec::new());
     let mut chains = String::new();
     for Service { name, protocol, address, node_port, endpoints } in services {
         let (ip, port) = (address.ip(), address.port());
         let id = format!("default/{name}/{protocol}");
         addresses.push(format!("{ip} . {protocol} . {port} : goto service-{id}"));
-        let endpoint_chain = |endpoint: &SocketAddrV4| format!("endpoint-{id}__{}/{}", endpoint.ip(), endpoint.port());
+        let endpoint_id = |endpoint: &SocketAddrV4| format!("{id}__{}/{}", endpoint.ip(), endpoint.port());
+        let endpoint_chain = |endpoint: &SocketAddrV4| format!("endpoint-{}", endpoint_id(endpoint));
+        // Who was answered by one is sent there again, before any is drawn.
+        let mut affine = String::new();
         for endpoint in endpoints {
+            let mut update = String::new();
+            if let Some(seconds) = options.affinity {
+                let set = format!("affinity-{}", endpoint_id(endpoint));
+                chains += &format!("set {set} {{ type ipv4_addr; flags dynamic,timeout; timeout {seconds}s; }}\n");
+                affine += &format!("ip saddr @{set} goto {}\n ", endpoint_chain(endpoint));
+                update = format!("update @{set} {{ ip saddr }}\n ");
+            }
             chains += &format!(
-                "chain {} {{\n ip saddr {} jump mark-for-masquerade\n meta l4proto {protocol} dnat to {endpoint}\n}}\n",
+                "chain {} {{\n ip saddr {} jump mark-for-masquerade\n {update}meta l4proto {protocol} dnat to {endpoint}\n}}\n",
                 endpoint_chain(endpoint),
                 endpoint.ip()
             );
         }
+        let masqueraded = if options.masquerade_all { String::new() } else { format!("ip saddr != {PODS} ") };
         let targets = endpoints.iter().enumerate();
         let targets = targets.map(|(index, endpoint)| format!("{index} : goto {}", endpoint_chain(endpoint)));
         chains += &format!(
-            "chain service-{id} {{\n ip daddr {ip} {protocol} dport {port} ip saddr != {PODS} jump mark-for-masquerade\n \
-             numgen random mod {} vmap {{ {} }}\n}}\n",
+            "chain service-{id} {{\n ip daddr {ip} {protocol} dport {port} {masqueraded}jump mark-for-masquerade\n \
+             {affine}numgen random mod {} vmap {{ {} }}\n}}\n",
             endpoints.len(),
             targets.collect::<Vec<_>>().join(", ")
         );
