@@ -26,6 +26,7 @@
 //! * [`retransmissions`] — pods against hosts
 //! * [`routers`] — pods that route on to something behind them
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
+//! * [`translated`] — who is who in flows that netfilter translates, when ports clash, servers change, sizes and paths do
 //! * [`scenarios`] — by address, by name and by a host's port, from pods, hosts and outside
 //! * [`netfilter`] — masquerading and forwarding, with nftables and with iptables
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
@@ -94,6 +95,7 @@ mod status;
 mod store_faults;
 mod stream;
 mod tenancy;
+mod translated;
 mod two_hosts;
 mod upgrade;
 mod world;

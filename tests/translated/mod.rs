@@ -1,0 +1,25 @@
+//! Flows that netfilter translates on the client's host, by kube-proxy's rules in both their forms: whoever calls gets its own
+//! bytes, from whom it asked, by TCP and by UDP, whatever else has the same ports and addresses once it is translated.
+//!
+//! * [`at_once`] — callers, services and direct connections with ports that clash; masquerading; a pod that calls itself
+
+mod at_once;
+
+use crate::{
+    counted::{Asked, Counted},
+    services::SERVICE,
+    world::World,
+};
+
+/// What counts packets of translated flows past the stack of the host that translates: out of its pods, and into them.
+const PASSED_BY: &[&str] = &["pod_translated", "delivered_translated"];
+
+/// What passes by the stack of the client's host, from now on.
+fn passed_by(world: &World) -> Counted<'_> {
+    Counted::since_now(world, PASSED_BY.iter().map(|label| (0, *label)))
+}
+
+/// [`SERVICE`], with the first pod of the second host behind it.
+const fn asked() -> Asked<'static> {
+    Asked::service(SERVICE, PASSED_BY)
+}
