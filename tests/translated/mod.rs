@@ -2,10 +2,12 @@
 //! bytes, from whom it asked, by TCP and by UDP, whatever else has the same ports and addresses once it is translated.
 //!
 //! * [`at_once`] — callers, services and direct connections with ports that clash; masquerading; a pod that calls itself
+//! * [`servers`] — which server it is, of several, and when it becomes another
 //! * [`packets`] — every size, the path's MTU, no checksum, none lost
 
 mod at_once;
 mod packets;
+mod servers;
 
 use crate::{
     counted::{Asked, Counted},
