@@ -70,14 +70,20 @@ impl World {
 
     /// Waits until each pod of a host has its programs: until then all its packets take the stack.
     pub fn wait_pods(&self, host: usize) {
-        let pods = self.hosts[host].pods.len();
-        let waited = wait_for("the programs of pods", SOON, || {
+        let host_of = &self.hosts[host];
+        let has = |pod: usize, direction: &str, program: &str| {
             let status = self.status(host);
-            let hooks = status["dataplane"]["hooks"].as_array().unwrap();
-            ["from_pod", "to_pod"].iter().all(|name| {
-                let attached = hooks.iter().filter(|hook| hook["program"] == *name && hook["state"] == "attached");
-                attached.count() == pods
-            })
+            if status["status"]["features"]["tcx"] == false {
+                let show = format!("tc filter show dev pod{pod} {direction}");
+                return host_of.netns.exec(&show).unwrap().contains(program);
+            }
+            let mut hooks = status["dataplane"]["hooks"].as_array().unwrap().iter();
+            let interface = format!("pod{pod}");
+            hooks
+                .any(|hook| [&hook["interface"], &hook["program"], &hook["state"]] == [&interface, program, "attached"])
+        };
+        let waited = wait_for("the programs of pods", SOON, || {
+            (1..=host_of.pods.len()).all(|pod| has(pod, "ingress", "from_pod") && has(pod, "egress", "to_pod"))
         });
         waited.unwrap();
     }

@@ -14,10 +14,37 @@ use anyhow::{Context as _, Result};
 use super::Kernel;
 use crate::{process::output, setup};
 
-/// What a system has anyway, and the guest's `init` and the tests call.
-const SYSTEM: [&str; 23] = [
-    "sh", "mount", "umount", "mkdir", "rm", "cat", "echo", "sleep", "stty", "xargs", "env", "true", "seq", "kill",
-    "head", "tail", "grep", "sed", "ls", "modprobe", "nstat", "hostname", "dmesg",
+/// What a system has anyway, and the guest's `init` and the tests call. iptables does as it is called.
+const SYSTEM: [&str; 29] = [
+    "sh",
+    "mount",
+    "umount",
+    "mkdir",
+    "rm",
+    "cat",
+    "echo",
+    "sleep",
+    "stty",
+    "xargs",
+    "env",
+    "true",
+    "seq",
+    "kill",
+    "head",
+    "tail",
+    "grep",
+    "sed",
+    "ls",
+    "modprobe",
+    "nstat",
+    "hostname",
+    "dmesg",
+    "iptables-nft",
+    "iptables-nft-save",
+    "iptables-nft-restore",
+    "iptables-legacy",
+    "iptables-legacy-save",
+    "iptables-legacy-restore",
 ];
 
 /// Of the host's, where they are there: names of users, services and protocols, and what programs open by name.
