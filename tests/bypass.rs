@@ -237,15 +237,18 @@ fn conntrack_keeps_a_bypassed_flow_past_its_timeout() {
 
 #[test]
 fn conntrack_is_liberal_while_there_is_a_bypass() {
+    const SETTINGS: [&str; 2] = ["nf_conntrack_tcp_be_liberal", "nf_conntrack_tcp_ignore_invalid_rst"];
     let mut world = with_conntrack();
-    let liberal = |netns: &Netns| netns.exec("sysctl -n net.netfilter.nf_conntrack_tcp_be_liberal").unwrap();
-    wait_for("the setting", SOON, || liberal(&world.hosts[0].netns).trim() == "1").unwrap();
+    let values = |netns: &Netns| SETTINGS.map(|name| netns.exec(&format!("sysctl -n net.netfilter.{name}")).unwrap());
+    wait_for("the settings", SOON, || values(&world.hosts[0].netns) == ["1\n"; 2]).unwrap();
     world.wait_status(0, "it to be shown", |status| status["bypass"]["conntrackLiberal"] == true);
-    world.hosts[0].netns.exec("sysctl -qw net.netfilter.nf_conntrack_tcp_be_liberal=0").unwrap();
-    wait_for("the setting again", SOON, || liberal(&world.hosts[0].netns).trim() == "1").unwrap();
+    for name in SETTINGS {
+        world.hosts[0].netns.exec(&format!("sysctl -qw net.netfilter.{name}=0")).unwrap();
+        wait_for("the setting again", SOON, || values(&world.hosts[0].netns) == ["1\n"; 2]).unwrap();
+    }
     world.hosts[0].agent = None;
     xtask::process::output(world.agent_on(0).arg("cleanup")).unwrap();
-    assert_eq!(liberal(&world.hosts[0].netns).trim(), "0");
+    assert_eq!(values(&world.hosts[0].netns), ["0\n"; 2]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     sync::atomic::{AtomicUsize, Ordering},
@@ -10,7 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, sockopt::Linger},
+};
 use xtask::{
     lab::{Netns, Pod},
     progress::wait_for,
@@ -91,6 +95,16 @@ impl<'a> Connections<'a> {
                 .collect();
             exchanges.into_iter().map(|exchange| exchange.join().unwrap()).min().unwrap()
         })
+    }
+
+    /// Ends them by RST, the callers'.
+    pub fn reset(self) {
+        for Connection { client, server, .. } in self.connections {
+            setsockopt(&client, Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
+            drop(client);
+            let error = (&server).read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{}", self.what);
+        }
     }
 
     /// Ends them by FIN, the servers' first, so that the callers may use their ports at once.

@@ -286,8 +286,8 @@ impl Status {
         troubles.extend(self.config_differs.clone());
         if self.bypass.revalidate_ms > 0 && self.bypass.conntrack_liberal == Some(false) {
             troubles.push(
-                "nf_conntrack_tcp_be_liberal is 0: rules that drop INVALID stop bypassed flows; set it to 1, or use \
-                 --bypass=off"
+                "nf_conntrack_tcp_be_liberal or nf_conntrack_tcp_ignore_invalid_rst is 0: rules that drop INVALID stop \
+                 bypassed flows; set both to 1, or use --bypass=off"
                     .to_owned(),
             );
         }
