@@ -466,10 +466,10 @@ fn flows_of_one_tag_stay_apart_under_load() {
             clients.map(|client| client.join().unwrap())
         });
         is_over.store(true, Ordering::Relaxed);
-        assert!(answered.iter().all(|answered| *answered > 1000), "{answered:?}");
+        assert!(answered.iter().all(|answered| *answered > 100), "{answered:?}");
     });
     for label in ["pod_translated", "delivered_translated", "pod_encapsulated", "delivered", "pod_slow"] {
         let count = world.counter(0, label);
-        assert!(count > 1000, "{label}: {count}");
+        assert!(count > 100, "{label}: {count}");
     }
 }
