@@ -4,7 +4,8 @@
 //!   In writes of 128 KiB, `iperf3`'s default, and one flow also in writes of 1 MiB, where less of the time goes into calls
 //!   and wake-ups, and more into copying.
 //! * **UDP**: what the receiving socket is given, see [`super::datagrams`].
-//! * **Round trips**: `sockperf ping-pong` over TCP, one at a time.
+//! * **Round trips**: `sockperf ping-pong` over TCP, one at a time; and the same between ends that poll their sockets, so that no
+//!   core has to be woken, which on a virtual machine is most of the time of the others.
 //! * **Connections**: one after the other, see [`super::connections`].
 //! * **What others do** on the machine, shortly before: where that is much, the rest is not to be believed.
 
@@ -31,6 +32,8 @@ const PAYLOAD: usize = 64;
 /// Of bulk TCP, once more.
 const LARGE_WRITE: u32 = 1 << 20;
 const PORT: u16 = 11111;
+/// Has `sockperf` read its socket again and again.
+const POLLING: &str = "--nonblocked";
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// What the servers listen to: a name of at most twelve letters, the protocol, the port.
@@ -54,13 +57,14 @@ pub(super) enum Metric {
     Udp,
     RoundTripMedian,
     RoundTripTail,
+    RoundTripPolling,
     Connections,
     Others,
 }
 
 impl Metric {
     /// In the order in which they are shown.
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::TcpOne,
         Self::TcpOneAgain,
         Self::CpuPerGb,
@@ -71,6 +75,7 @@ impl Metric {
         Self::Udp,
         Self::RoundTripMedian,
         Self::RoundTripTail,
+        Self::RoundTripPolling,
         Self::Connections,
         Self::Others,
     ];
@@ -88,6 +93,7 @@ impl Metric {
             Self::Udp => "UDP, 64 bytes, 1000 delivered/s",
             Self::RoundTripMedian => "TCP round trip, p50, µs",
             Self::RoundTripTail => "TCP round trip, p99, µs",
+            Self::RoundTripPolling => "TCP round trip, polling, p50, µs",
             Self::Connections => "TCP connections per second",
             Self::Others => "others just before, % of a core",
         }
@@ -113,6 +119,7 @@ pub(super) fn measure(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Re
     let (one, large, eight) = (transfer(1, USUAL_WRITE)?, transfer(1, LARGE_WRITE)?, transfer(8, USUAL_WRITE)?);
     let udp = datagrams::per_second(path, seconds).context("UDP")?;
     let [p50, p99] = round_trip(path, seconds, directory).context("TCP round trips")?;
+    let [polling, _] = round_trip_with(path, &[POLLING], seconds, directory).context("TCP round trips, polling")?;
     let connections = connections::per_second(path, seconds).context("TCP connections")?;
     Ok(vec![
         (Metric::TcpOne, one.gbits),
@@ -125,6 +132,7 @@ pub(super) fn measure(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Re
         (Metric::Udp, udp / 1e3),
         (Metric::RoundTripMedian, p50),
         (Metric::RoundTripTail, p99),
+        (Metric::RoundTripPolling, polling),
         (Metric::Connections, connections),
         (Metric::Others, others),
     ])
@@ -147,11 +155,18 @@ fn others() -> Result<f64> {
 /// # Errors
 /// Where `sockperf` fails.
 pub fn round_trip(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Result<[f64; 2]> {
+    round_trip_with(path, &[], seconds, directory)
+}
+
+/// The same with options of `sockperf`'s for both ends.
+fn round_trip_with(path: &Path<'_>, options: &[&str], seconds: u32, directory: &FilePath) -> Result<[f64; 2]> {
     let mut listen = sockperf(path.server, 1, "server", Ipv4Addr::UNSPECIFIED);
+    listen.args(options);
     let _server = Process::start(&mut listen, &directory.join("sockperf.log"))?;
     let sockets = format!("ss -Hltn sport = {PORT}");
     wait_for("sockperf to listen", LIMIT, || path.server.exec(&sockets).is_ok_and(|sockets| !sockets.is_empty()))?;
     let mut ask = sockperf(path.client, 0, "ping-pong", path.address);
+    ask.args(options);
     ask.args(["--full-rtt", "--msg-size", &PAYLOAD.to_string(), "--time", &seconds.to_string()]);
     let report = output(&mut ask)?;
     Ok([percentile(&report, "50.000")?, percentile(&report, "99.000")?])
