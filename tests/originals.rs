@@ -20,6 +20,10 @@ use flannel_common::{
     model::flow_of,
 };
 
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::{Pid, SysconfVar, sysconf},
+};
 use xtask::lab::{
     Pod,
     services::{Service, ServiceRules},
@@ -200,31 +204,33 @@ fn with_host(test: impl FnOnce(&mut Host<'_>) + Send) {
     });
 }
 
-/// What the stack makes of a packet to the service: source and destination.
-const TRANSLATIONS: [(&str, SocketAddrV4, SocketAddrV4); 5] = [
-    ("nothing", CLIENT, SERVICE),
-    ("destination", CLIENT, BACKEND),
-    ("destination, and the port as it is", CLIENT, end(POD_TWO, SERVICE.port())),
-    ("source and destination", MASQUERADED, BACKEND),
-    ("ports that look like each other's", end(POD_ONE, 80), end(POD_TWO, 40000)),
+/// What is asked, and what the stack makes of a packet to it: source and destination.
+const TRANSLATIONS: [(&str, SocketAddrV4, SocketAddrV4, SocketAddrV4); 6] = [
+    ("nothing", end(POD_TWO, 53), CLIENT, end(POD_TWO, 53)),
+    ("destination", SERVICE, CLIENT, BACKEND),
+    ("destination, and the port as it is", SERVICE, CLIENT, end(POD_TWO, SERVICE.port())),
+    ("source", BACKEND, MASQUERADED, BACKEND),
+    ("source and destination", SERVICE, MASQUERADED, BACKEND),
+    ("ports that look like each other's", SERVICE, end(POD_ONE, 80), end(POD_TWO, 40000)),
 ];
 
 #[test]
 fn the_stacks_translation_is_made_past_it_both_ways() {
     with_host(|host| {
-        for (what, from, to) in TRANSLATIONS {
+        for (what, asked, from, to) in TRANSLATIONS {
             for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::UdpWithoutChecksum] {
-                // What nothing is done to has to be for a peer's pod.
-                let asked = if to == SERVICE { end(POD_TWO, 53) } else { SERVICE };
-                let to = if to == SERVICE { asked } else { to };
                 let sent = Sent::new(protocol, CLIENT, asked);
                 let out = |number| sent.numbered(number).translated(from, to);
+                on_cpu(0);
                 let (note, _) = host.leave(sent);
                 host.expect_nothing_known(what);
+                // It may come out on another.
+                on_cpu(1);
                 host.send(out(1), note);
                 host.expect_sent_as(sent.numbered(2), out(2));
 
                 let (note, _) = host.let_in(out(3).answered());
+                on_cpu(0);
                 host.give(sent.answered().numbered(3), note);
                 host.expect_received_as(out(4).answered(), sent.answered().numbered(4));
                 for key in [sent.key(true), out(0).key(true)] {
@@ -234,6 +240,14 @@ fn the_stacks_translation_is_made_past_it_both_ways() {
             }
         }
     });
+}
+
+/// Has the programs run on this one of the CPUs that there are.
+fn on_cpu(number: usize) {
+    let count = sysconf(SysconfVar::_NPROCESSORS_ONLN).unwrap().unwrap() as usize;
+    let mut cpus = CpuSet::new();
+    cpus.set(number % count).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
 }
 
 /// Two flows of one tag.

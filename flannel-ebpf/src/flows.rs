@@ -198,7 +198,7 @@ fn remember(key: FlowKey, fill: impl FnOnce(&mut Flow)) -> Result<(), i32> {
     let flow = unsafe { flow.assume_init_mut() };
     flow.key = key;
     fill(flow);
-    FLOWS.insert(key, &*flow, 0)
+    FLOWS.insert(key, flow, 0)
 }
 
 #[inline(always)]
