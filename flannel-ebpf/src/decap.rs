@@ -54,7 +54,7 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
         && is_framed
         && packet.remove_tunnel().is_ok()
     {
-        return deliver(packet, &inner, &place, &known);
+        return deliver(packet, &place, &known);
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     Event::Admitted
@@ -81,7 +81,7 @@ fn decapsulated(packet: &Packet<'_>, config: &Config) -> Event {
     if let Some(known) = place.fresh_ingress(config, flows::now())
         && inner.ttl > 1
     {
-        return deliver(packet, &inner, &place, &known);
+        return deliver(packet, &place, &known);
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     packet.redirect_to_ingress(overlay_device());
@@ -121,9 +121,13 @@ struct Delivery {
 // SAFETY: #[repr(C)] of two headers, without padding between them.
 unsafe impl Header for Delivery {}
 
-/// Puts what was in the tunnel into the pod, as the stack did with the last one of its flow.
+/// Puts what was in the tunnel into the pod, as the stack did with the last one of its flow. Its header is read once more: octets
+/// that are kept from before the tunnel was taken away take eight octets of the stack each, of which there are 512.
 #[inline(always)]
-fn deliver(packet: &Packet<'_>, inner: &Ipv4Hdr, place: &Place, known: &Ingress) -> Event {
+fn deliver(packet: &Packet<'_>, place: &Place, known: &Ingress) -> Event {
+    let Some(inner) = &packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
+        return Event::DecapFailed;
+    };
     let translation = Translation::between(&place.key, &known.received_as);
     let header = Delivery {
         ethernet: EthHdr { dst_addr: known.pod_mac, src_addr: known.gateway_mac, ether_type: EtherType::Ipv4 as u16 },

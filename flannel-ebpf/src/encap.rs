@@ -20,6 +20,7 @@ use crate::{
     leases::Leases,
     maps::CONFIG,
     next_hop::{NextHop, Translation},
+    originals,
     packet::{Header, Headers as _, NoRoom, Note, Packet, random_id},
 };
 
@@ -62,7 +63,7 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
     }
     packet.write_note(Note::Received(tag));
     if config.bypass_time != 0 {
-        flows::leave_original(packet, &place, tag, Direction::Ingress);
+        originals::leave(packet, &ip, &place, tag, Direction::Ingress);
     }
     Event::Received
 }
@@ -140,7 +141,7 @@ fn bypass_or_leave(packet: &Packet<'_>, config: &Config) -> Event {
             let tag = place.key.tag(config.vni);
             packet.write_note(Note::FromPod(tag));
             if config.bypass_time != 0 {
-                flows::leave_original(packet, &place, tag, Direction::Egress);
+                originals::leave(packet, &ip, &place, tag, Direction::Egress);
             }
             Event::PodSlow
         }

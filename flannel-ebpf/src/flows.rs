@@ -4,10 +4,8 @@
 //! (`to_overlay`, `to_pod`), that is noted, and on the other side of the stack (`from_pod`, `from_underlay`) the next packets
 //! of the same flow may go past it, until the note is too old. What the stack refuses comes out nowhere.
 //!
-//! What netfilter translates has other addresses and ports on the two sides. So the flow that a packet had is left in a place
-//! (`ORIGINALS`) whose number the packet carries through the stack, and noted is what the stack made of it. That place may
-//! have got another packet's flow meanwhile; it is believed only where it fits the packet that came out: by what no
-//! translation changes in a packet, and by the kernel's hash, which stays with it and which no sender of packets knows.
+//! What netfilter translates has other addresses and ports on the two sides; what was on the other side is told by
+//! [`originals`].
 //!
 //! conntrack sees every packet that begins or ends a connection: SYN, FIN and RST never bypass, and take the flow's
 //! notes away, on either side of the stack.
@@ -17,7 +15,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use flannel_common::{
     event::Event,
-    flow::{Constants, Egress, Flow, FlowKey, Ingress, Original},
+    flow::{Egress, Flow, FlowKey, Ingress},
     maps::Config,
     packet::Mac,
 };
@@ -29,7 +27,8 @@ use network_types::{
 };
 
 use crate::{
-    maps::{CONFIG, FLOWS, ORIGINALS, PODS, VTEP_ADDRESSES},
+    maps::{CONFIG, FLOWS, PODS, VTEP_ADDRESSES},
+    originals,
     packet::{Headers, Note, Packet, fill_with_zeros},
 };
 
@@ -59,8 +58,6 @@ pub(crate) struct Place {
     pub(crate) kind: Kind,
     /// Bytes of TCP or UDP header.
     pub(crate) header_len: u32,
-    /// What no translation changes in it.
-    constants: Constants,
 }
 
 /// Which end of a packet the local pod is.
@@ -80,16 +77,12 @@ pub(crate) fn place(packet: &impl Headers, ip: &Ipv4Hdr, offset: usize, directio
     let mut ports = ([0; 2], [0; 2]);
     let mut kind = Kind::Other;
     let mut header_len = 0;
-    let id_and_len = u32::from_ne_bytes([ip.tot_len[0], ip.tot_len[1], ip.id[0], ip.id[1]]);
-    let mut constants = Constants { id_and_len, ..Constants::default() };
     if is_plain && ip.proto == IpProto::Tcp as u8 {
         if let Some(tcp) = packet.header::<TcpHdr>(transport) {
             let is_turn = tcp.syn() | tcp.fin() | tcp.rst() != 0;
             kind = if is_turn { Kind::Turn } else { Kind::Data };
             ports = (tcp.source, tcp.dest);
             header_len = u32::from(tcp.doff()) * 4;
-            constants.sequence = u32::from_ne_bytes(tcp.seq);
-            constants.acknowledgement = u32::from_ne_bytes(tcp.ack_seq);
         }
     } else if is_plain
         && ip.proto == IpProto::Udp as u8
@@ -109,7 +102,7 @@ pub(crate) fn place(packet: &impl Headers, ip: &Ipv4Hdr, offset: usize, directio
             FlowKey { local: ip.dst_addr, remote: ip.src_addr, local_port: destination, remote_port: source, protocol }
         }
     };
-    Place { key, kind, header_len, constants }
+    Place { key, kind, header_len }
 }
 
 impl Place {
@@ -153,40 +146,6 @@ impl Place {
 fn forget(key: &FlowKey) {
     // There may be nothing.
     let _absent = FLOWS.remove(key);
-}
-
-/// Leaves the flow of a packet that the stack gets for whoever sees it come out, who has the tag from the packet.
-#[inline(always)]
-pub(crate) fn leave_original(packet: &Packet<'_>, place: &Place, tag: u32, direction: Direction) {
-    if place.kind != Kind::Data {
-        return;
-    }
-    let hash = packet.flow_hash();
-    let Some(entry) = ORIGINALS.get_ptr_mut(Original::index(tag, direction == Direction::Egress)) else { return };
-    // SAFETY: a map value lives as long as the program. Another CPU may write it at the same time; whoever reads a mixture
-    // finds that its digest does not fit.
-    unsafe {
-        (&raw mut (*entry).key).write(place.key);
-        (&raw mut (*entry).digest).write(Original::digest(&place.key, place.constants));
-        (&raw mut (*entry).hash).write(hash);
-    }
-}
-
-/// The flow that a packet which comes out of the stack had before. [`None`] where that is not certain: there is another one's
-/// by now, or the stack changed more than addresses and ports.
-#[inline(always)]
-fn original(packet: &Packet<'_>, place: &Place, tag: u32, direction: Direction) -> Option<FlowKey> {
-    let entry = ORIGINALS.get_ptr(Original::index(tag, direction == Direction::Egress))?;
-    // SAFETY: as above.
-    let (key, digest, hash) = unsafe {
-        (
-            (&raw const (*entry).key).read_volatile(),
-            (&raw const (*entry).digest).read_volatile(),
-            (&raw const (*entry).hash).read_volatile(),
-        )
-    };
-    let is_its = hash == packet.hash_so_far() && digest == Original::digest(&key, place.constants);
-    (is_its && key.protocol == place.key.protocol).then_some(key)
 }
 
 /// Puts a whole entry in the place of the one before: what `fill` makes of one of which nothing is known.
@@ -260,7 +219,7 @@ pub(crate) fn released(packet: &Packet<'_>, config: &Config) -> Option<Released>
         }
         Kind::Other => return None,
     }
-    Some(Released { original: original(packet, &place, tag, Direction::Egress)?, sent_as: place.key })
+    Some(Released { original: originals::find(packet, &ip, &place, tag, Direction::Egress)?, sent_as: place.key })
 }
 
 impl Released {
@@ -300,7 +259,7 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     if place.kind != Kind::Data || !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
         return Event::PodUnnoted;
     }
-    let Some(original) = original(packet, &place, tag, Direction::Ingress) else {
+    let Some(original) = originals::find(packet, &ip, &place, tag, Direction::Ingress) else {
         return Event::PodUnnoted;
     };
     let Some(ethernet) = packet.header::<EthHdr>(0) else {

@@ -18,6 +18,7 @@
 //! * [`decap`] — `from_underlay` and `xdp_decap`, ingress of the external interface
 //! * [`admit`] — which tunnel packets they take
 //! * [`flows`] — what may pass the stack by; `to_pod`
+//! * [`originals`] — which flow a packet had before the stack
 //! * [`next_hop`] — what passes it by, as the stack would have sent it on
 //! * [`leases`] — the maps, asked as the lease table
 //! * [`packet`], [`frame`] — the only places that touch packet memory and call helpers on it
@@ -34,6 +35,7 @@ mod frame;
 mod leases;
 mod maps;
 mod next_hop;
+mod originals;
 mod packet;
 mod sample;
 

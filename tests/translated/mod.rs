@@ -2,11 +2,13 @@
 //! bytes, from whom it asked, by TCP and by UDP, whatever else has the same ports and addresses once it is translated.
 //!
 //! * [`at_once`] — callers, services and direct connections with ports that clash; masquerading; a pod that calls itself
+//! * [`one_tag`] — flows that share the place of what they leave before the stack, at full speed
 //! * [`resets`] — what conntrack makes of a RST, that has seen few packets of the flow
 //! * [`servers`] — which server it is, of several, and when it becomes another
 //! * [`packets`] — every size, the path's MTU, no checksum, none lost
 
 mod at_once;
+mod one_tag;
 mod packets;
 mod resets;
 mod servers;

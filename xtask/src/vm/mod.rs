@@ -56,13 +56,14 @@ const PROGRAMS: [(&str, &str); 5] = [
 
 /// What a kernel can make a difference to: verifier and helpers, hooks and their replacement, whole packets through all of
 /// it. What the agent makes of a store is the same on each.
-const TESTS: [&str; 11] = [
+const TESTS: [&str; 12] = [
     "kernels::",
     "encapsulation::",
     "admission::",
     "fast_path::",
     "originals::",
     "bypass::a_translated_flow",
+    "translated::one_tag",
     "model::agrees_about_mutated_frames",
     "short_frames::",
     "xdp::a_known_flow",
