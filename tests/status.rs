@@ -117,7 +117,8 @@ fn flows_past_the_stack_are_counted_plain_and_translated() {
             flows(0) == here && flows(1) == there
         })
         .unwrap_or_else(|error| panic!("{error}: {} {}", flows(0), flows(1)));
-        let table = xtask::process::output(world.agent_on(0).arg("status")).unwrap();
+        let table = world.agent_on(0).arg("status").output().unwrap().stdout;
+        let table = String::from_utf8_lossy(&table);
         let row = format!("{0} from pods, {0} to pods", here["translated"]["egress"]);
         assert!(table.contains(&format!("flows      1 from pods, 1 to pods; translated: {row}")), "{table}");
     }

@@ -22,6 +22,9 @@ use crate::{
 /// Of the document's form.
 pub const API_VERSION: &str = "flannel-agent/v1";
 
+/// For so many seconds an agent may not have asked the store yet.
+const START_TIME: u64 = 5;
+
 /// Of single entries, no more are put into words than this.
 const MOST_NAMED: usize = 10;
 
@@ -280,7 +283,10 @@ impl Status {
             }
             LeaseState::Lost => troubles.push(format!("the lease {} is lost; taking another", self.lease.subnet)),
         }
-        if !self.store.following {
+        // An agent that has just started is about to ask.
+        let has_asked = self.store.problem.is_some() || !self.store.resyncs.is_empty();
+        let is_starting = !has_asked && now().saturating_sub(self.store.since) < START_TIME;
+        if !self.store.following && !is_starting {
             troubles.push(format!("etcd is not being followed since {}: {}", time(self.store.since), problem()));
         }
         troubles.extend(self.config_differs.clone());

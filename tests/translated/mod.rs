@@ -13,10 +13,13 @@ mod packets;
 mod resets;
 mod servers;
 
+use serde_json::json;
+use xtask::progress::wait_for;
+
 use crate::{
     counted::{Asked, Counted},
     services::SERVICE,
-    world::World,
+    world::{SOON, World},
 };
 
 /// What counts packets of translated flows past the stack of the host that translates: out of its pods, and into them.
@@ -25,6 +28,12 @@ const PASSED_BY: &[&str] = &["pod_translated", "delivered_translated"];
 /// What passes by the stack of the client's host, from now on.
 fn passed_by(world: &World) -> Counted<'_> {
     Counted::since_now(world, PASSED_BY.iter().map(|label| (0, *label)))
+}
+
+/// Waits until nothing is known any more of the flows of a host, so that the next of the same name is a new one.
+fn wait_forgotten(world: &World, host: usize) {
+    let flows = || world.status(host)["dataplane"]["flows"]["translated"].clone();
+    wait_for("the flows to be forgotten", SOON, || flows() == json!({ "egress": 0, "ingress": 0 })).unwrap();
 }
 
 /// [`SERVICE`], with the first pod of the second host behind it.

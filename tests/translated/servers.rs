@@ -1,7 +1,6 @@
 use std::{
     collections::BTreeSet,
     io::{Read as _, Write as _},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -13,12 +12,12 @@ use xtask::{
     progress::wait_for,
 };
 
-use super::passed_by;
+use super::{passed_by, wait_forgotten};
 use crate::{
     attacks::count,
     bypass::check_rule,
     calls::{Caller, Connections, Datagrams, SERVER_PORT, servers_of},
-    services::{EXCHANGE, REVALIDATE, SERVICE, service, world, world_revalidating},
+    services::{EXCHANGE, SERVICE, service, world, world_revalidating},
     sockets::{Pattern, connection, listener_in},
     stream::Stream,
     world::{SOON, World},
@@ -86,8 +85,7 @@ fn new_datagrams_from_the_same_port_reach_the_new_server_only() {
             assert_eq!(datagrams.answered()[0].server, server, "{}", rules.name());
             passed_by.assert_packets(rounds as u64 / 2, rules.name());
             forget_udp(&host.netns);
-            // A flow that ended so long ago is a new one to whoever remembers.
-            thread::sleep(2 * REVALIDATE);
+            wait_forgotten(&world, 0);
         }
         rules.remove(host).unwrap();
     }
@@ -147,6 +145,7 @@ fn live_datagrams_move_to_the_new_server() {
         assert_eq!(&old | &new, (0..sent).collect(), "{what}");
         assert!(old.last() < new.first(), "{what}: {:?} {:?}", old.last(), new.first());
         forget_udp(&host.netns);
+        wait_forgotten(&world, 0);
         rules.remove(host).unwrap();
     }
 }
