@@ -35,10 +35,14 @@ fn knows_vtep(world: &World, host: usize, last: &str) -> bool {
 fn with_traffic(fault: impl FnOnce(&mut World)) {
     let mut world = World::with_agents(2);
     world.wait_connected(0, 1);
+    let wait_followed = |world: &World, host| {
+        world.wait_status(host, "to be followed", |status| status["store"]["following"] == true);
+    };
+    (0..2).for_each(|host| wait_followed(&world, host));
     let traffic = [world.traffic(0, 1), world.traffic(1, 0)];
     fault(&mut world);
     for host in 0..2 {
-        world.wait_status(host, "to be followed", |status| status["store"]["following"] == true);
+        wait_followed(&world, host);
         assert!(world.status(host)["running"] == true);
     }
     traffic.into_iter().for_each(|traffic| traffic.assert_nothing_was_lost());
