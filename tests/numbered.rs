@@ -236,7 +236,10 @@ fn receive(socket: &UdpSocket, stop: &AtomicBool, received: &AtomicU64) -> Recei
                 datagrams += 1;
                 received.store(datagrams, Ordering::Relaxed);
             }
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            // A receive with a time limit is interrupted by any signal (signal(7)).
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) =>
+            {
                 if stop.load(Ordering::Relaxed) {
                     break;
                 }
