@@ -1,4 +1,7 @@
 //! What ours is to reach at least, as ratios of medians within one run.
+//!
+//! Of round trips, where idle cores are kept from halting. Where they halt, some 50 of 60 µs on a virtual machine go by before a
+//! core of its runs again, on every path: no overlay at all has more than 0.85x of kernel vxlan's. There ours is to be ahead.
 
 use std::fmt;
 
@@ -19,8 +22,8 @@ pub(super) struct Floor {
 }
 
 /// Those of `cargo xtask bench`.
-pub(super) const TRAFFIC: [Floor; 15] = {
-    use Metric::{CpuPerGb, RoundTripMedian, TcpOne, Udp};
+pub(super) const TRAFFIC: [Floor; 19] = {
+    use Metric::{CpuPerGb, RoundTripHalting, RoundTripMedian, TcpOne, Udp};
     use Mode::{Segmented, Whole};
     const VXLAN: Subject = Subject::by_address(Rival::Vxlan);
     const HOST_GW: Subject = Subject::by_address(Rival::HostGw);
@@ -33,6 +36,8 @@ pub(super) const TRAFFIC: [Floor; 15] = {
         floor(Whole, CpuPerGb, HOST_GW, 1.0),
         floor(Whole, Udp, HOST_GW, 1.0),
         floor(Whole, RoundTripMedian, HOST_GW, 1.0),
+        floor(Whole, RoundTripHalting, VXLAN, 1.0),
+        floor(Whole, RoundTripHalting, HOST_GW, 1.0),
         floor(Segmented, TcpOne, VXLAN, 1.20),
         floor(Segmented, CpuPerGb, VXLAN, 0.88),
         floor(Segmented, Udp, VXLAN, 1.75),
@@ -40,14 +45,16 @@ pub(super) const TRAFFIC: [Floor; 15] = {
         floor(Segmented, TcpOne, HOST_GW, 0.90),
         floor(Segmented, Udp, HOST_GW, 1.0),
         floor(Segmented, RoundTripMedian, HOST_GW, 1.0),
+        floor(Segmented, RoundTripHalting, VXLAN, 1.0),
+        floor(Segmented, RoundTripHalting, HOST_GW, 1.0),
     ]
 };
 
 /// Those of `cargo xtask bench services`.
-pub(super) const SERVICES: [Floor; 12] = {
-    use Metric::{RoundTripMedian, TcpOne, Udp};
+pub(super) const SERVICES: [Floor; 16] = {
+    use Metric::{RoundTripHalting, RoundTripMedian, TcpOne, Udp};
     use Mode::{Segmented, Whole};
-    use services::{POD_TO_POD, VXLAN};
+    use services::{HOST_GW, POD_TO_POD, VXLAN};
     [
         floor(Whole, TcpOne, POD_TO_POD, 0.95),
         floor(Whole, Udp, POD_TO_POD, 0.95),
@@ -55,12 +62,16 @@ pub(super) const SERVICES: [Floor; 12] = {
         floor(Whole, TcpOne, VXLAN, 1.40),
         floor(Whole, Udp, VXLAN, 1.80),
         floor(Whole, RoundTripMedian, VXLAN, 0.85),
+        floor(Whole, RoundTripHalting, VXLAN, 1.0),
+        floor(Whole, RoundTripHalting, HOST_GW, 1.0),
         floor(Segmented, TcpOne, POD_TO_POD, 0.95),
         floor(Segmented, Udp, POD_TO_POD, 0.95),
         floor(Segmented, RoundTripMedian, POD_TO_POD, 1.05),
         floor(Segmented, TcpOne, VXLAN, 1.25),
         floor(Segmented, Udp, VXLAN, 1.80),
         floor(Segmented, RoundTripMedian, VXLAN, 0.85),
+        floor(Segmented, RoundTripHalting, VXLAN, 1.0),
+        floor(Segmented, RoundTripHalting, HOST_GW, 1.0),
     ]
 };
 

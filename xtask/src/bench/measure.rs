@@ -4,8 +4,9 @@
 //!   In writes of 128 KiB, `iperf3`'s default, and one flow also in writes of 1 MiB, where less of the time goes into calls
 //!   and wake-ups, and more into copying.
 //! * **UDP**: what the receiving socket is given, see [`super::datagrams`].
-//! * **Round trips**: `sockperf ping-pong` over TCP, one at a time; and the same between ends that poll their sockets, so that no
-//!   core has to be woken, which on a virtual machine is most of the time of the others.
+//! * **Round trips**: `sockperf ping-pong` over TCP, one at a time, between ends that sleep until something comes. With idle cores
+//!   that are kept from halting, see [`super::awake`], and with cores that halt: of the latter, on a virtual machine, most is
+//!   the hypervisor's.
 //! * **Connections**: one after the other, see [`super::connections`].
 //! * **What others do** on the machine, shortly before: where that is much, the rest is not to be believed.
 
@@ -19,7 +20,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{connections, datagrams, topology::Path};
+use super::{awake::Awake, connections, datagrams, topology::Path};
 use crate::{
     lab::Netns,
     process::{Process, output},
@@ -32,8 +33,6 @@ const PAYLOAD: usize = 64;
 /// Of bulk TCP, once more.
 const LARGE_WRITE: u32 = 1 << 20;
 const PORT: u16 = 11111;
-/// Has `sockperf` read its socket again and again.
-const POLLING: &str = "--nonblocked";
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// What the servers listen to: a name of at most twelve letters, the protocol, the port.
@@ -57,7 +56,7 @@ pub(super) enum Metric {
     Udp,
     RoundTripMedian,
     RoundTripTail,
-    RoundTripPolling,
+    RoundTripHalting,
     Connections,
     Others,
 }
@@ -75,7 +74,7 @@ impl Metric {
         Self::Udp,
         Self::RoundTripMedian,
         Self::RoundTripTail,
-        Self::RoundTripPolling,
+        Self::RoundTripHalting,
         Self::Connections,
         Self::Others,
     ];
@@ -91,9 +90,9 @@ impl Metric {
             Self::TcpEight => "TCP, 8 flows, Gb/s",
             Self::TcpEightAgain => "TCP, 8 flows, retransmitted segments",
             Self::Udp => "UDP, 64 bytes, 1000 delivered/s",
-            Self::RoundTripMedian => "TCP round trip, p50, µs",
-            Self::RoundTripTail => "TCP round trip, p99, µs",
-            Self::RoundTripPolling => "TCP round trip, polling, p50, µs",
+            Self::RoundTripMedian => "TCP round trip, cores awake, p50, µs",
+            Self::RoundTripTail => "TCP round trip, cores awake, p99, µs",
+            Self::RoundTripHalting => "TCP round trip, cores that halt, p50, µs",
             Self::Connections => "TCP connections per second",
             Self::Others => "others just before, % of a core",
         }
@@ -109,7 +108,7 @@ impl Metric {
     }
 }
 
-/// All metrics of a path, each over so many seconds.
+/// All metrics of a path, each over so many seconds; those of cores that are awake where these can be kept so.
 pub(super) fn measure(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Result<Vec<(Metric, f64)>> {
     let others = others()?;
     let transfer = |flows, write| {
@@ -118,10 +117,14 @@ pub(super) fn measure(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Re
     };
     let (one, large, eight) = (transfer(1, USUAL_WRITE)?, transfer(1, LARGE_WRITE)?, transfer(8, USUAL_WRITE)?);
     let udp = datagrams::per_second(path, seconds).context("UDP")?;
-    let [p50, p99] = round_trip(path, seconds, directory).context("TCP round trips")?;
-    let [polling, _] = round_trip_with(path, &[POLLING], seconds, directory).context("TCP round trips, polling")?;
+    let [halting, _] = round_trip(path, seconds, directory).context("TCP round trips, cores that halt")?;
+    let awake = match Awake::keep()? {
+        Some(_awake) => Some(round_trip(path, seconds, directory).context("TCP round trips, cores awake")?),
+        None => None,
+    };
     let connections = connections::per_second(path, seconds).context("TCP connections")?;
-    Ok(vec![
+    let round_trips = awake.map(|[p50, p99]| [(Metric::RoundTripMedian, p50), (Metric::RoundTripTail, p99)]);
+    let rest = [
         (Metric::TcpOne, one.gbits),
         (Metric::TcpOneAgain, one.retransmits),
         (Metric::CpuPerGb, one.cpu_seconds_per_gb()),
@@ -130,12 +133,11 @@ pub(super) fn measure(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Re
         (Metric::TcpEight, eight.gbits),
         (Metric::TcpEightAgain, eight.retransmits),
         (Metric::Udp, udp / 1e3),
-        (Metric::RoundTripMedian, p50),
-        (Metric::RoundTripTail, p99),
-        (Metric::RoundTripPolling, polling),
+        (Metric::RoundTripHalting, halting),
         (Metric::Connections, connections),
         (Metric::Others, others),
-    ])
+    ];
+    Ok(round_trips.into_iter().flatten().chain(rest).collect())
 }
 
 /// The first transfer of a path, for nothing.
@@ -155,18 +157,11 @@ fn others() -> Result<f64> {
 /// # Errors
 /// Where `sockperf` fails.
 pub fn round_trip(path: &Path<'_>, seconds: u32, directory: &FilePath) -> Result<[f64; 2]> {
-    round_trip_with(path, &[], seconds, directory)
-}
-
-/// The same with options of `sockperf`'s for both ends.
-fn round_trip_with(path: &Path<'_>, options: &[&str], seconds: u32, directory: &FilePath) -> Result<[f64; 2]> {
     let mut listen = sockperf(path.server, 1, "server", Ipv4Addr::UNSPECIFIED);
-    listen.args(options);
     let _server = Process::start(&mut listen, &directory.join("sockperf.log"))?;
     let sockets = format!("ss -Hltn sport = {PORT}");
     wait_for("sockperf to listen", LIMIT, || path.server.exec(&sockets).is_ok_and(|sockets| !sockets.is_empty()))?;
     let mut ask = sockperf(path.client, 0, "ping-pong", path.address);
-    ask.args(options);
     ask.args(["--full-rtt", "--msg-size", &PAYLOAD.to_string(), "--time", &seconds.to_string()]);
     let report = output(&mut ask)?;
     Ok([percentile(&report, "50.000")?, percentile(&report, "99.000")?])

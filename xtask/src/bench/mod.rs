@@ -2,7 +2,7 @@
 //! host-gw and no overlay, in turns.
 //!
 //! * `topology` — the pairs of hosts
-//! * `measure` — what is measured of a pair; `connections` and `datagrams` by hand
+//! * `measure` — what is measured of a pair; `connections` and `datagrams` by hand; `awake` keeps cores from halting
 //! * `report` — medians, spread and ratios; `floors` — what these must reach; `picture` draws them
 //!
 //! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`. `cargo xtask bench
@@ -11,6 +11,7 @@
 //! packets; see `tests/benches/attack.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`. `cargo xtask bench
 //! services`: traffic through a service address, measured as that of `cargo xtask bench`; see `services`.
 
+mod awake;
 mod connections;
 pub mod datagrams;
 mod floors;

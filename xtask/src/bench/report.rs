@@ -154,10 +154,13 @@ impl Report {
 }
 
 impl Report {
+    fn samples(&self) -> impl Iterator<Item = &Sample> {
+        self.results.iter().flat_map(|results| &results.samples)
+    }
+
     /// What is to be said where others kept the machine busy: then the numbers are theirs as well.
     pub(super) fn warning(&self) -> Option<String> {
-        let samples = self.results.iter().flat_map(|results| &results.samples);
-        let others = samples.filter(|sample| sample.metric == Metric::Others).map(|sample| sample.value);
+        let others = self.samples().filter(|sample| sample.metric == Metric::Others).map(|sample| sample.value);
         let most = others.fold(0.0, f64::max);
         (most > OTHERS_LIMIT).then(|| format!("the machine was not idle: others used up to {most:.0} % of a core"))
     }
@@ -166,6 +169,9 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.conditions)?;
+        if !self.samples().any(|sample| sample.metric == Metric::RoundTripMedian) {
+            writeln!(f, "idle cores can't be kept from halting here: cpuidle has no state POLL")?;
+        }
         if let Some(warning) = self.warning() {
             writeln!(f, "{warning}")?;
         }
@@ -275,6 +281,10 @@ mod tests {
         Results { comparison: &TRAFFIC, mode: Mode::Whole, samples: values.iter().map(sample).collect() }
     }
 
+    fn conditions() -> Conditions {
+        Conditions { rounds: 1, seconds: 1, kernel: "6.18".into(), cpus: 2, conntrack: Vec::new(), proxy: None }
+    }
+
     #[test]
     fn medians_of_odd_and_even_numbers() {
         let summary = |values: &[f64]| Summary::of(values.to_vec());
@@ -297,18 +307,20 @@ mod tests {
     fn a_busy_machine_is_said() {
         let report = |value| {
             let sample = Sample { metric: Metric::Others, ..results(&[(OURS, value)]).samples.remove(0) };
-            let conditions = Conditions {
-                rounds: 1,
-                seconds: 1,
-                kernel: "6.18".into(),
-                cpus: 2,
-                conntrack: Vec::new(),
-                proxy: None,
-            };
-            Report { conditions, results: vec![Results { samples: vec![sample], ..results(&[]) }] }
+            Report { conditions: conditions(), results: vec![Results { samples: vec![sample], ..results(&[]) }] }
         };
         assert_eq!(report(4.0).warning(), None);
         assert!(report(150.0).to_string().contains("others used up to 150 % of a core"));
+    }
+
+    #[test]
+    fn cores_that_halt_always_are_said() {
+        let text = |metric| {
+            let samples = vec![Sample { metric, ..results(&[(OURS, 60.0)]).samples.remove(0) }];
+            Report { conditions: conditions(), results: vec![Results { samples, ..results(&[]) }] }.to_string()
+        };
+        assert!(text(Metric::RoundTripHalting).contains("can't be kept from halting"));
+        assert!(!text(Metric::RoundTripMedian).contains("can't be kept from halting"));
     }
 
     #[test]

@@ -12,12 +12,13 @@ use crate::lab::services::ServiceRules;
 
 const COMPARISON: Comparison = Comparison {
     ours: by_service(Rival::Ours, "ours by service"),
-    others: [POD_TO_POD, VXLAN, by_service(Rival::HostGw, "host-gw by service")],
+    others: [POD_TO_POD, VXLAN, HOST_GW],
     floors: &floors::SERVICES,
 };
 /// On the same two hosts as ours by service.
 pub(super) const POD_TO_POD: Subject = Subject { name: "ours pod to pod", ..Subject::by_address(Rival::Ours) };
 pub(super) const VXLAN: Subject = by_service(Rival::Vxlan, "kernel vxlan by service");
+pub(super) const HOST_GW: Subject = by_service(Rival::HostGw, "host-gw by service");
 
 const fn by_service(rival: Rival, name: &'static str) -> Subject {
     Subject { rival, target: Target::Service, name }
