@@ -300,7 +300,7 @@ fn programs() {
 
 #[test]
 fn filters_without_tcx() {
-    let talk = Talk::between(Kernel::WithoutTcx.two_hosts());
+    let mut talk = Talk::between(Kernel::WithoutTcx.two_hosts());
     let attached = || {
         let shown = talk.world.hosts[0].netns.exec("bpftool -j net show").unwrap();
         let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
@@ -312,6 +312,14 @@ fn filters_without_tcx() {
     };
     let before = attached();
     assert_eq!(before.len(), 5, "{before:?}");
+    let mut shown = [
+        ["from_overlay", "flannel.1", "attached"],
+        ["from_pod", "pod1", "attached"],
+        ["from_underlay", "eth0", "attached"],
+        ["to_overlay", "flannel.1", "attached"],
+        ["to_pod", "pod1", "attached"],
+    ];
+    assert_eq!(hooks(&talk.world), shown);
     for damage in [
         "tc filter delete dev eth0 ingress",
         "tc filter delete dev flannel.1 ingress",
@@ -325,6 +333,20 @@ fn filters_without_tcx() {
         talk.heals(damage, "program", &[], |world| world.in_host(damage));
         assert_eq!(attached(), before, "{damage}");
     }
+    talk.world.hosts[0].agent = None;
+    talk.world.in_host("tc filter delete dev pod1 ingress");
+    shown[1][2] = "missing";
+    assert_eq!(hooks(&talk.world), shown);
+}
+
+/// What `status` says of each: program, interface, and whether it is attached.
+fn hooks(world: &World) -> Vec<[String; 3]> {
+    let status = world.status(0);
+    let hooks = status["dataplane"]["hooks"].as_array().unwrap().iter();
+    let mut hooks: Vec<_> =
+        hooks.map(|hook| ["program", "interface", "state"].map(|key| hook[key].as_str().unwrap().to_owned())).collect();
+    hooks.sort();
+    hooks
 }
 
 #[test]

@@ -122,6 +122,9 @@ fn agents_that_follow_each_other_swap_the_programs_and_lose_no_packet() {
     let one_each = |filters: &[Vec<(String, String)>]| filters.iter().all(|filters| filters.len() == count);
     wait_for("the pod's programs", SOON, || one_each(&attached(&world))).unwrap();
     let mut before = attached(&world);
+    let status = world.status(0);
+    let shown = status["dataplane"]["hooks"].as_array().unwrap();
+    assert!(shown.len() == hooks.len() && shown.iter().all(|hook| hook["state"] == "attached"), "{status:#}");
 
     let traffic = world.traffic(0, 1);
     for _ in 0..3 {

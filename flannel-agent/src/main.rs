@@ -39,7 +39,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         Some(Command::Counters) => operator::print_counters(cli)?,
         Some(Command::Drops { output, samples }) => operator::print_drops(cli, *output, *samples)?,
         Some(Command::Status { output }) => {
-            let is_well = operator::print_status(cli, *output)?;
+            let is_well = operator::print_status(cli, *output).await?;
             return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
         }
         Some(Command::Metrics) => operator::print_metrics(cli)?,

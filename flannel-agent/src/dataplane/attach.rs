@@ -26,9 +26,9 @@ const FILTER_PRIORITY: u16 = 1;
 
 /// The same handle for an overlay every time, so that a new program replaces the old one in one step, and no other
 /// overlay's.
-fn filter_handle(vni: Vni) -> TcHandle {
+pub(super) const fn filter_handle(vni: Vni) -> u32 {
     const OURS: u32 = 0xf100_0000;
-    (OURS | vni.get()).into()
+    OURS | vni.get()
 }
 
 impl Hook {
@@ -159,7 +159,7 @@ fn swap(program: &mut SchedClassifier, link: FdLink, pin: &Path) -> Option<FdLin
 
 /// Whether there was a filter, which is replaced.
 fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str, vni: Vni) -> Result<bool, ProgramError> {
-    let handle = filter_handle(vni);
+    let handle = TcHandle::from(filter_handle(vni));
     // Fails where it is there already, and then attaching works.
     if let Err(error) = qdisc_add_clsact(interface) {
         debug!("clsact on {interface}: {error}");
@@ -187,8 +187,8 @@ pub fn detach_filters(interface: &str, vni: Vni) {
 }
 
 fn detach_filter(hook: Hook, interface: &str, vni: Vni) {
-    let filter =
-        SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, filter_handle(vni), None);
+    let handle = TcHandle::from(filter_handle(vni));
+    let filter = SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, handle, None);
     // There is none on most interfaces, and nobody to ask but by removing it.
     if filter.is_ok_and(|filter| filter.detach().is_ok()) {
         debug!("removed the filter {} from {interface}", hook.program());

@@ -5,6 +5,7 @@
 
 mod blackhole;
 pub mod external;
+pub mod filters;
 pub mod next_hop;
 pub mod offload;
 mod overlay_route;

@@ -9,9 +9,9 @@ use super::drops::{self, Reason};
 use crate::{
     cli::Cli,
     dataplane::{
-        Attachment, AttachmentState, DataplaneError, Directions, Flows, PinDirectory, XdpMode, attached_xdp,
-        attachments, pinned_flows,
+        Attachment, AttachmentState, Directions, Flows, PinDirectory, XdpMode, attached_xdp, attachments, pinned_flows,
     },
+    device::Netlink,
     operator::OperatorError,
     status::Status,
 };
@@ -26,13 +26,12 @@ pub(super) struct Dataplane {
 }
 
 impl Dataplane {
-    pub(super) fn read(cli: &Cli, vni: Vni, status: &Status) -> Result<Self, OperatorError> {
+    pub(super) async fn read(cli: &Cli, vni: Vni, status: &Status) -> Result<Self, OperatorError> {
         let pins = PinDirectory::new(&cli.bpf_pin_dir, vni);
-        let read = || -> Result<_, DataplaneError> {
-            let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
-            Ok((attachments(&pins, vni, &status.external_interface)?, attached_xdp(&pins)?, flows))
-        };
-        let (attachments, xdp, flows) = read()?;
+        let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
+        let (netlink, _events, _connection) = Netlink::open()?;
+        let attachments = attachments(&pins, &status.external_interface, status.lease.subnet, &netlink).await?;
+        let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
         Ok(Self { attachments, xdp, flows, drops })

@@ -17,6 +17,7 @@ use crate::{
     cli::Cli,
     control::{self, ControlError, Reply, Request},
     dataplane::{DataplaneError, PinDirectory, pinned_counters, pinned_vnis},
+    device::DeviceError,
     lock::Lock,
     status::{ReadError, Status},
 };
@@ -41,6 +42,9 @@ pub enum OperatorError {
     /// Pins.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// The kernel was not asked what is attached.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The counters were asked for where no agent ever ran.
     #[error("no dataplane is pinned below {0}; name the directory with --bpf-pin-dir")]
     NoDataplane(std::path::PathBuf),

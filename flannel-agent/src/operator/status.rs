@@ -23,29 +23,27 @@ struct Overlay {
 ///
 /// # Errors
 /// [`OperatorError::Status`].
-pub fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
-    let all: Vec<_> = Status::read_all(&cli.run_dir)?
-        .into_iter()
-        .map(|(vni, status)| {
-            let is_running = is_running(cli, vni);
-            let mut troubles = status.troubles();
-            // What it wrote last may be over.
-            let doubt = match is_running {
-                Some(true) => None,
-                Some(false) => Some("no agent is running"),
-                None => Some("whether an agent is running, only root and the agent's user can tell"),
-            };
-            if let Some(doubt) = doubt {
-                troubles.insert(0, format!("{doubt}; this is from {} ago", time(status.written)));
-            }
-            let dataplane = Dataplane::read(cli, vni, &status);
-            match &dataplane {
-                Ok(dataplane) => troubles.extend(dataplane.troubles(&status)),
-                Err(error) => troubles.push(format!("the dataplane can't be read: {error}")),
-            }
-            Overlay { status, is_running, dataplane: dataplane.ok(), troubles }
-        })
-        .collect();
+pub async fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
+    let mut all = Vec::new();
+    for (vni, status) in Status::read_all(&cli.run_dir)? {
+        let is_running = is_running(cli, vni);
+        let mut troubles = status.troubles();
+        // What it wrote last may be over.
+        let doubt = match is_running {
+            Some(true) => None,
+            Some(false) => Some("no agent is running"),
+            None => Some("whether an agent is running, only root and the agent's user can tell"),
+        };
+        if let Some(doubt) = doubt {
+            troubles.insert(0, format!("{doubt}; this is from {} ago", time(status.written)));
+        }
+        let dataplane = Dataplane::read(cli, vni, &status).await;
+        match &dataplane {
+            Ok(dataplane) => troubles.extend(dataplane.troubles(&status)),
+            Err(error) => troubles.push(format!("the dataplane can't be read: {error}")),
+        }
+        all.push(Overlay { status, is_running, dataplane: dataplane.ok(), troubles });
+    }
     match output {
         Output::Table => all.iter().for_each(|overlay| print!("{}", table(overlay))),
         Output::Json => {
