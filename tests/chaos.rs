@@ -53,6 +53,7 @@ fn every_kind_of_fault_is_survived() {
         assert!(report.checks.get(&invariant).is_some_and(|checks| *checks > 0), "{}\n{report}", invariant.name());
     }
     assert!(report.totals.received > 10_000, "{report}");
+    assert!(report.totals.by_service > 3_000, "{report}");
 }
 
 /// Two hosts to which nothing happens for a while.

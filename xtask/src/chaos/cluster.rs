@@ -16,7 +16,7 @@ use super::{
     ledger::PodId,
     schedule::{Fault, Kind, PODS},
     timeline::{HostId, Timeline},
-    traffic::Traffic,
+    traffic::{SERVICES, Traffic},
 };
 use crate::{
     lab::{Host, Lab, Pod, Store, Subnet, address},
@@ -204,6 +204,7 @@ impl<'a> Cluster<'a> {
         // One of that number may have been here a long time ago.
         let _none = fs::remove_dir_all(self.lab.directory().join(&name));
         let host = self.lab.host(&name, number)?;
+        host.netns.feed("nft -f -", SERVICES)?;
         self.places[place] = Place { host: Some(host), id: self.next_host, ..Place::empty() };
         self.next_host += 1;
         self.start_agent(place)

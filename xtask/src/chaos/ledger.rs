@@ -60,6 +60,30 @@ impl Stamp {
     }
 }
 
+/// Which addresses and ports packets from one pod to another have. Every pod asks some by a service's address, answers those that
+/// ask it so, and sends to the others by their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// To the pod's own address.
+    Direct,
+    /// To the address of a service, which netfilter translates.
+    Service,
+    /// Back to who asks by a service's address, whose host has it come from there.
+    Answer,
+}
+
+impl Way {
+    fn between(from: PodId, to: PodId) -> Self {
+        if from.abs_diff(to).is_multiple_of(2) {
+            Self::Direct
+        } else if from < to {
+            Self::Service
+        } else {
+            Self::Answer
+        }
+    }
+}
+
 /// A pod, as traffic knows it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Member {
@@ -123,6 +147,8 @@ pub struct Totals {
     pub sent: u64,
     /// Packets that came.
     pub received: u64,
+    /// Of these, packets to the address of a service, and answers to such.
+    pub by_service: u64,
     /// Packets that came to a pod with the address of one that had just gone.
     pub to_successor: u64,
     /// Packets that the pod's kernel did not take.
@@ -149,8 +175,13 @@ impl Ledger {
         self.members.insert(pod, Member { host, address, gone: None });
     }
 
-    /// From now on each packet from one to the other must arrive.
+    /// From now on each packet from one to the other must arrive. Nobody answers before being asked: conntrack would take that for
+    /// a connection of its own, and the question for another's.
     pub(super) fn connect(&mut self, from: PodId, to: PodId, now: Duration) {
+        let is_asked = || self.pairs.get(&(to, from)).is_some_and(|asked| asked.last_received.is_some());
+        if Way::between(from, to) == Way::Answer && !is_asked() {
+            return;
+        }
         self.pairs.entry((from, to)).or_insert_with(|| Pair { due: now, ..Pair::default() });
     }
 
@@ -179,8 +210,8 @@ impl Ledger {
         });
     }
 
-    /// What is to be sent now, or some of it, with the address, when each pair sends once in a period.
-    pub(super) fn due(&mut self, now: Duration, period: Duration, run: u32) -> Vec<(Stamp, Ipv4Addr)> {
+    /// What is to be sent now, or some of it, with the way and the pod's address, when each pair sends once in a period.
+    pub(super) fn due(&mut self, now: Duration, period: Duration, run: u32) -> Vec<(Stamp, Way, Ipv4Addr)> {
         let mut due = Vec::new();
         for ((from, to), pair) in &mut self.pairs {
             let Some(member) = self.members.get(to) else { continue };
@@ -192,7 +223,8 @@ impl Ledger {
             }
             pair.due = (pair.due + period).max(now);
             pair.outstanding.push_back((pair.sent, Some(now)));
-            due.push((Stamp { run, from: *from, to: *to, number: pair.sent }, member.address));
+            let stamp = Stamp { run, from: *from, to: *to, number: pair.sent };
+            due.push((stamp, Way::between(*from, *to), member.address));
             pair.sent += 1;
             self.totals.sent += 1;
         }
@@ -223,6 +255,8 @@ impl Ledger {
                     }
                     if is_new {
                         self.totals.received += 1;
+                        let is_direct = Way::between(stamp.from, stamp.to) == Way::Direct;
+                        self.totals.by_service += u64::from(!is_direct);
                     } else {
                         self.totals.again_or_late += 1;
                     }
@@ -354,6 +388,20 @@ mod tests {
         assert_eq!(ledger.received(4, stamp, at(2)), Delivery::Successor);
         assert_eq!(ledger.received(4, stamp, at(7)), Delivery::Wrong);
         assert_eq!(ledger.totals.to_gone, 1);
+    }
+
+    #[test]
+    fn who_is_asked_by_a_service_answers_after_that() {
+        let mut ledger = connected();
+        ledger.connect(2, 1, at(0));
+        assert!(!ledger.is_connected(2, 1));
+        let (stamp, way, address) = ledger.due(at(0), at(1), 77)[0];
+        assert_eq!((way, address), (Way::Service, [10, 5, 2, 2].into()));
+        ledger.received(2, stamp, at(0));
+        ledger.connect(2, 1, at(1));
+        let ways: Vec<_> = ledger.due(at(1), at(1), 77).into_iter().map(|(_, way, address)| (way, address)).collect();
+        assert_eq!(ways, [(Way::Service, [10, 5, 2, 2].into()), (Way::Answer, [10, 5, 1, 2].into())]);
+        assert_eq!(ledger.totals.by_service, 1);
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl Report {
     /// The same for programs.
     pub fn to_json(&self) -> Value {
         let seconds = |duration: Duration| duration.as_secs_f64();
-        let Totals { sent, received, to_successor, refused, again_or_late, to_gone } = self.totals;
+        let Totals { sent, received, by_service, to_successor, refused, again_or_late, to_gone } = self.totals;
         let faults = self
             .faults
             .iter()
@@ -101,8 +101,8 @@ impl Report {
             "seed": self.seed, "hosts": self.hosts, "seconds": seconds(self.lasted), "rounds": self.rounds.0,
             "roundsPlanned": self.rounds.1, "interrupted": self.interrupted,
             "faults": faults.collect::<Vec<_>>(),
-            "packets": { "sent": sent, "received": received, "toSuccessor": to_successor, "refused": refused,
-                         "againOrLate": again_or_late, "toGone": to_gone, "lostByFault": self.lost },
+            "packets": { "sent": sent, "received": received, "byService": by_service, "toSuccessor": to_successor,
+                         "refused": refused, "againOrLate": again_or_late, "toGone": to_gone, "lostByFault": self.lost },
             "longestPause": { "explained": seconds(self.longest_pause[0]), "other": seconds(self.longest_pause[1]) },
             "longestSettle": seconds(self.longest_settle), "mostHeld": self.most_held, "moved": self.moved,
             "checks": Invariant::ALL.map(|invariant| json!({
@@ -138,9 +138,10 @@ impl fmt::Display for Report {
             let left_out = if *left_out > 0 { format!(" ({left_out} left out)") } else { String::new() };
             writeln!(f, "{done:>9}  {}{left_out}", kind.name())?;
         }
-        let Totals { sent, received, to_successor, refused, again_or_late, to_gone } = self.totals;
+        let Totals { sent, received, by_service, to_successor, refused, again_or_late, to_gone } = self.totals;
         writeln!(f, "\npackets between pods:\n{sent:>9}  sent\n{received:>9}  received")?;
         for (count, what) in [
+            (by_service, "of these to a service's address, or answers to such"),
             (to_gone, "on their way when the pod of either end went"),
             (to_successor, "came to the next pod with the address of one that had just gone"),
             (refused, "refused by the pod's own kernel"),
