@@ -6,7 +6,6 @@ use aya::programs::{
     SchedClassifier, TcAttachType,
     links::{FdLink, PinnedLink},
 };
-use ipnet::Ipv4Net;
 use nix::net::if_::{if_indextoname, if_nametoindex};
 
 use super::{
@@ -15,7 +14,7 @@ use super::{
     pins::PinDirectory,
     xdp::{self, XdpMode},
 };
-use crate::device::{DeviceError, Netlink, filters::Side, vxlan::VxlanDevice};
+use crate::device::{DeviceError, Netlink, PodLink, filters::Side, vxlan::VxlanDevice};
 
 /// A place where a program should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,46 +38,44 @@ pub enum AttachmentState {
     Unknown(String),
 }
 
-/// Where an overlay's programs should be, and whether they are: at the external interface, at `flannel.<VNI>`, and at the
-/// veths of this subnet's pods that an agent found: where it pinned links, or left a filter at either side.
+/// Where an overlay's programs should be, and whether they are: at the external interface, at `flannel.<VNI>`, and at the veths
+/// of `pods` that an agent found. Those are the ones that it pinned links for or, without TCX, left a filter at.
 ///
 /// # Errors
 /// [`DataplaneError::Pin`].
 pub async fn attachments(
     pins: &PinDirectory,
     external: &str,
-    subnet: Ipv4Net,
+    pods: &[PodLink],
     netlink: &Netlink,
 ) -> Result<Vec<Attachment>, DataplaneError> {
+    let attachment = async |hook, interface: &str| Attachment {
+        hook,
+        interface: interface.to_owned(),
+        state: state(pins, hook, interface, netlink).await,
+    };
     let overlay = VxlanDevice::name_of(pins.vni());
-    let mut wanted = vec![
-        (Hook::FromUnderlay, external.to_owned()),
-        (Hook::ToOverlay, overlay.clone()),
-        (Hook::FromOverlay, overlay),
+    let mut attachments = vec![
+        attachment(Hook::FromUnderlay, external).await,
+        attachment(Hook::ToOverlay, &overlay).await,
+        attachment(Hook::FromOverlay, &overlay).await,
     ];
-    let mut veths = BTreeSet::new();
+    let mut pinned = BTreeSet::new();
     for hook in Hook::OF_PODS {
         // The pin of a veth that is gone stays until an agent comes.
-        veths.extend(pins.links(hook.program())?.into_iter().filter_map(|pin| {
+        pinned.extend(pins.links(hook.program())?.into_iter().filter_map(|pin| {
             let ifindex = pin.file_name()?.to_str()?.rsplit('-').next()?.parse::<u32>().ok()?;
             if_indextoname(ifindex).ok()?.into_string().ok()
         }));
     }
-    if veths.is_empty() {
-        // None are pinned without TCX. What the kernel does not tell is said of the hooks above.
-        for pod in netlink.pods(subnet).await.unwrap_or_default() {
-            for hook in Hook::OF_PODS {
-                if has_filter(pins, hook, pod.index, netlink).await.unwrap_or_default() {
-                    veths.insert(pod.name.clone());
-                }
-            }
+    let veths: BTreeSet<_> = pinned.iter().chain(pods.iter().map(|pod| &pod.name)).collect();
+    for veth in veths {
+        let [first, second] = Hook::OF_PODS;
+        let of_pod = [attachment(first, veth).await, attachment(second, veth).await];
+        // A pod that has just come has nothing yet, which is no trouble.
+        if pinned.contains(veth) || of_pod.iter().any(|attachment| attachment.state != AttachmentState::Missing) {
+            attachments.extend(of_pod);
         }
-    }
-    wanted.extend(Hook::OF_PODS.into_iter().flat_map(|hook| veths.iter().map(move |veth| (hook, veth.clone()))));
-    let mut attachments = Vec::new();
-    for (hook, interface) in wanted {
-        let state = state(pins, hook, &interface, netlink).await;
-        attachments.push(Attachment { hook, interface, state });
     }
     Ok(attachments)
 }

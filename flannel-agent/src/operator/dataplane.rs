@@ -30,7 +30,8 @@ impl Dataplane {
         let pins = PinDirectory::new(&cli.bpf_pin_dir, vni);
         let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
         let (netlink, _events, _connection) = Netlink::open()?;
-        let attachments = attachments(&pins, &status.external_interface, status.lease.subnet, &netlink).await?;
+        let pods = netlink.pods(status.lease.subnet).await?;
+        let attachments = attachments(&pins, &status.external_interface, &pods, &netlink).await?;
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
