@@ -315,7 +315,13 @@ fn explain(error: &etcd_client::Error) -> String {
     }
     causes.dedup();
     let cause = causes.join(": ");
-    let hint = match cause.to_lowercase() {
+    let hint = hint(&cause);
+    cause + hint
+}
+
+/// What may mend a cause.
+fn hint(cause: &str) -> &'static str {
+    match cause.to_lowercase() {
         text if text.contains("certificate") || text.contains("tls") || text.contains("corrupt message") => {
             "; check that the endpoint speaks TLS, and --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         }
@@ -326,17 +332,30 @@ fn explain(error: &etcd_client::Error) -> String {
         text if text.contains("space exceeded") => {
             "; etcd is full: compact and defragment it, then `etcdctl alarm disarm`"
         }
+        // A server that refuses a certificate may have closed the connection before its reason is read (TLS 1.3).
+        text if text.contains("connection closed") || text.contains("broken pipe") || text.contains("reset") => {
+            "; check --etcd-endpoints, and that etcd runs; with certificates, check that the endpoint speaks TLS, and \
+             --etcd-cafile, --etcd-certfile and --etcd-keyfile"
+        }
         text if text.contains("connect") || text.contains("timed out") || text.contains("timeout") => {
             "; check --etcd-endpoints, and that etcd runs"
         }
         _ => "",
-    };
-    cause + hint
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_connection_that_is_closed_may_be_for_a_certificate() {
+        for cause in ["connect: connection closed", "connect: stream closed because of a broken pipe"] {
+            assert!(hint(cause).contains("that etcd runs") && hint(cause).contains("--etcd-cafile"), "{cause}");
+        }
+        assert!(!hint("connect: tcp connect error: Connection refused").contains("--etcd-cafile"));
+        assert!(!hint("received fatal alert: CertificateRequired").contains("that etcd runs"));
+    }
 
     #[test]
     fn prefixes_are_joined_as_go_joins_paths() {
