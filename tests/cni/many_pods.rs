@@ -141,7 +141,7 @@ fn come_and_go_without_a_trace() {
     }
     println!("{PODS} pods removed in {:?}", started.elapsed());
     drop(traffic);
-    assert_eq!(runtimes[0].states(), ["first:eth0"]);
+    assert_eq!(runtimes[0].states(), ["first"]);
     assert_eq!(runtimes[0].addresses(), [one.address.to_string()]);
     let same = wait_for("all traces to be gone", SOON, || Traces::of(&world, 0) == before);
     assert!(same.is_ok(), "{:#?}\nbefore: {before:#?}", Traces::of(&world, 0));

@@ -2,9 +2,11 @@
 //!
 //! * [`runtime`] — what runs it
 //! * [`errors`] — every error result, and nothing left behind
+//! * [`flannels`] — beside flannel's plugin: what either attached, the other detaches
 //! * [`many_pods`] — 250 pods on a host, under traffic
 
 mod errors;
+mod flannels;
 mod many_pods;
 mod runtime;
 
@@ -138,19 +140,19 @@ fn what_is_kept_is_flannels_delegate_configuration_for_root_only() {
     // A second interface of the same container, as multus has them.
     runtime.set("delegate", json!({ "bridge": "cni0", "ipMasq": false }));
     let second = runtime.call("ADD", 0, "c1", &pod.netns.path(), "net1", None).succeeded().json();
-    assert_eq!(runtime.states(), ["c1:eth0", "c1:net1"]);
+    assert_eq!(runtime.states(), ["c1", "c1:net1"]);
     let directory = runtime.directory.join("state");
     let subnet = world.hosts[0].subnet().unwrap();
     let [a, b, c, _] = subnet.gateway.octets();
     assert_eq!(
-        fs::read_to_string(directory.join("c1:eth0")).unwrap(),
+        fs::read_to_string(directory.join("c1")).unwrap(),
         format!(
             r#"{{"cniVersion":"1.0.0","hairpinMode":true,"ipMasq":false,"ipam":{{"dataDir":"{}","ranges":[[{{"subnet":"{a}.{b}.{c}.0/24"}}]],"routes":[{{"dst":"10.5.0.0/16"}}],"type":"host-local"}},"isDefaultGateway":true,"isGateway":true,"mtu":1450,"name":"cbr0","type":"bridge"}}"#,
             runtime.directory.join("addresses").display()
         )
     );
     let mode = |name: &str| fs::metadata(directory.join(name)).unwrap().permissions().mode() & 0o777;
-    assert_eq!((mode(""), mode("c1:eth0")), (0o700, 0o600));
+    assert_eq!((mode(""), mode("c1")), (0o700, 0o600));
 
     // One goes, the other stays as it is.
     runtime.del_alone("c1", &pod.netns.path()).succeeded();
@@ -233,9 +235,9 @@ fn gc_detaches_all_but_what_is_valid() {
     let mut runtime = Runtime::alone(&world.hosts[0]);
     of_newest_version(&mut runtime);
     let mut pods: Vec<_> = ["a", "b", "c"].map(|id| Some(pod(&runtime, &world.hosts[0], id).0)).into();
-    // Kept by flannel's own plugin; of another network; damaged.
+    // Kept by an earlier version of ours; of another network; damaged.
     let directory = runtime.directory.join("state");
-    fs::rename(directory.join("b:eth0"), directory.join("b")).unwrap();
+    fs::rename(directory.join("a"), directory.join("a:eth0")).unwrap();
     let other = fs::read_to_string(directory.join("a:eth0")).unwrap().replace("cbr0", "other");
     fs::write(directory.join("x:eth0"), other).unwrap();
     fs::write(directory.join("y:eth0"), "{").unwrap();
@@ -247,12 +249,15 @@ fn gc_detaches_all_but_what_is_valid() {
     };
     let of = |id: &str| json!({ "containerID": id, "ifname": "eth0" });
     gc(json!([of("a"), of("b"), of("c")])).succeeded();
-    assert_eq!(runtime.states(), ["a:eth0", "b", "c:eth0", "x:eth0", "y:eth0"]);
+    assert_eq!(runtime.states(), ["a:eth0", "b", "c", "x:eth0", "y:eth0"]);
     // Two containers go without a DEL.
     pods[1] = None;
     pods[2] = None;
     assert_eq!(runtime.addresses().len(), 3);
-    assert_eq!(gc(json!([of("a"), { "containerID": "c", "ifname": "net1" }])).succeeded().output, "");
+    // What flannel's plugin kept does not say of which interface it is.
+    gc(json!([of("a"), { "containerID": "c", "ifname": "net1" }])).succeeded();
+    assert_eq!(runtime.states(), ["a:eth0", "c", "x:eth0", "y:eth0"]);
+    assert_eq!(gc(json!([of("a"), { "containerID": "d", "ifname": "net1" }])).succeeded().output, "");
     assert_eq!(runtime.states(), ["a:eth0", "x:eth0", "y:eth0"]);
     assert_eq!(runtime.addresses(), [pods[0].as_ref().unwrap().address.to_string()]);
     let calls = fs::read_to_string(runtime.directory.join("calls")).unwrap();

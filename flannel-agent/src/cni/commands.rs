@@ -43,11 +43,12 @@ fn add(request: &Request, attachment: &Attachment, netns: &Path) -> Result<Vec<u
         return Err(Error::InterfaceExists { ifname: attachment.ifname.clone(), netns: netns.to_owned() });
     }
     let states = States(&network.data_dir);
-    // What flannel's plugin kept is of the container's first interface, which may well be there.
-    let is_others = |kept: &Kept| kept.is_flannels() && attachment.ifname != FIRST_INTERFACE;
+    // What is kept by the container's name is of its first interface, which may well be there.
+    let is_others = |kept: &Kept| kept.is_by_container() && attachment.ifname != FIRST_INTERFACE;
     if let Some(kept) = states.load(attachment)?.filter(|kept| !is_others(kept)) {
         // Of a container of that name before a reboot: its address is still reserved.
         detach(network, path, &kept, |delegate, conf| delegate.detach(attachment, conf))?;
+        kept.remove()?;
     }
     states.save(attachment, &conf.to_bytes())?;
     delegate.run(Operation::Add, &conf).inspect_err(|_| {
@@ -68,7 +69,16 @@ fn del(request: &Request, attachment: &Attachment) -> Result<(), Error> {
             None => conf.clone(),
         };
         delegate.run(Operation::Del, &conf).map(drop)
-    })
+    })?;
+    if is_of_another(&kept, attachment, request.netns.as_deref()) { Ok(()) } else { kept.remove() }
+}
+
+/// Whether what is kept by the container's name may be of its first interface, when another is detached: that one's DEL
+/// came twice, or flannel's plugin attached it, which does not say. The delegate detaches by the interface's name, so it
+/// was asked to, and for the first interface the file is needed until that goes.
+fn is_of_another(kept: &Kept, attachment: &Attachment, netns: Option<&Path>) -> bool {
+    let is_first_gone = || netns.is_some_and(|netns| matches!(netns::has_interface(netns, FIRST_INTERFACE), Ok(false)));
+    kept.is_by_container() && attachment.ifname != FIRST_INTERFACE && !is_first_gone()
 }
 
 fn check(request: &Request, attachment: &Attachment, netns: &Path) -> Result<(), Error> {
@@ -150,14 +160,19 @@ fn gc(request: &Request) -> Result<(), Error> {
         return Err(Error::Network("cni.dev/valid-attachments is required for GC".to_owned()));
     };
     let mut results = Vec::new();
-    for (attachment, kept) in States(&network.data_dir).all()? {
+    let all = States(&network.data_dir).all()?;
+    // By its own name; one that has none may be what flannel's plugin kept by the container's.
+    let is_named = |valid: &Attachment| all.iter().any(|(of, kept)| of == valid && !kept.is_by_container());
+    for (attachment, kept) in &all {
         // What is damaged does not say whose it is; its DEL will come.
         let is_of_network = DelegateConf::parse(&kept.content).is_ok_and(|conf| conf.network() == network.name);
         let is_valid = valid.iter().any(|valid| {
-            valid.container_id == attachment.container_id && (kept.is_flannels() || valid.ifname == attachment.ifname)
+            valid == attachment
+                || kept.is_by_container() && valid.container_id == attachment.container_id && !is_named(valid)
         });
         if is_of_network && !is_valid {
-            results.push(detach(network, path, &kept, |delegate, conf| delegate.detach(&attachment, conf)));
+            let detached = detach(network, path, kept, |delegate, conf| delegate.detach(attachment, conf));
+            results.push(detached.and_then(|()| kept.remove()));
         }
     }
     let valid: Vec<_> = valid
@@ -178,7 +193,7 @@ fn delegation(request: &Request) -> Result<(DelegateConf, Delegate), Error> {
     Ok((conf, delegate))
 }
 
-/// Has the delegate detach what was kept, and forgets it once that is done.
+/// Has the delegate detach what was kept.
 fn detach(
     network: &Network,
     path: &[std::path::PathBuf],
@@ -189,6 +204,5 @@ fn detach(
         eprintln!("{} is damaged ({error}); the delegate gets what ADD would give it now", kept.path.display());
         DelegateConf::generate(network, &SubnetFile::read(&network.subnet_file)?)
     })?;
-    run(&Delegate::find(conf.plugin(), path)?, &conf)?;
-    kept.remove()
+    run(&Delegate::find(conf.plugin(), path)?, &conf)
 }

@@ -117,7 +117,7 @@ fn measure(options: &Options, directory: &Path, stopped: &AtomicBool) -> Result<
     let ours = runtimes.remove(0);
     let mut bridge = ours.clone();
     // To the letter what ours gives it.
-    let given: Value = serde_json::from_slice(&fs::read(ours.directory.join("state/pod1:eth0"))?)?;
+    let given: Value = serde_json::from_slice(&fs::read(ours.directory.join("state/pod1"))?)?;
     bridge.plugins = vec![given];
 
     let mut server = peer.netns.command("iperf3");
