@@ -36,6 +36,7 @@
 //! * [`guard`] — what a store that forgets can and can't do
 //! * [`store_faults`] — etcd restarted, wiped, rolled back, compacted, full, without a leader, and away at the start
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
+//! * [`rollback`] — back to flannel's daemon under traffic, with and without cleanup, and a cleanup that comes late
 //! * [`health`] — probes, and what the service manager is told
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
@@ -85,6 +86,7 @@ mod path_mtu;
 mod privileges;
 mod restart;
 mod retransmissions;
+mod rollback;
 mod routers;
 mod rule_sets;
 mod scenarios;

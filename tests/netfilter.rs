@@ -149,7 +149,11 @@ fn everybody_is_seen_as_flannels_users_expect() {
 #[test]
 fn what_another_program_takes_away_is_set_again_and_told() {
     for (more, damages) in [
-        ("", &["nft flush ruleset", "nft delete table ip flannel-ipv4", "nft flush chain ip flannel-ipv4 postrtg"][..]),
+        (
+            "",
+            &["nft flush ruleset", "nft delete table ip flannel-ipv4", "nft flush chain ip flannel-ipv4 postrtg-late"]
+                [..],
+        ),
         (
             BOTH[1],
             &["nft flush ruleset", "iptables -t nat -F", "iptables -F FORWARD", "iptables -t nat -D FLANNEL-POSTRTG 2"],

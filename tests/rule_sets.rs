@@ -51,10 +51,10 @@ fn the_table_of_nftables_is_this() {
     ];
     let mut expected = vec![
         json!({"table": {"family": "ip", "name": "flannel-ipv4"}}),
-        json!({"chain": {"family": "ip", "table": "flannel-ipv4", "name": "postrtg", "type": "nat",
+        json!({"chain": {"family": "ip", "table": "flannel-ipv4", "name": "postrtg-late", "type": "nat",
             "hook": "postrouting", "prio": 110, "policy": "accept"}}),
     ];
-    let rule = |expr| json!({"rule": {"family": "ip", "table": "flannel-ipv4", "chain": "postrtg", "comment": "flanneld masq", "expr": expr}});
+    let rule = |expr| json!({"rule": {"family": "ip", "table": "flannel-ipv4", "chain": "postrtg-late", "comment": "flanneld masq", "expr": expr}});
     expected.extend(rules.map(rule));
     assert_eq!(listed["nftables"].as_array().unwrap()[1..], expected, "{listed:#}");
     let status = &world.status(0)["status"]["rules"];

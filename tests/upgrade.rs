@@ -41,9 +41,14 @@ pub enum Kernel {
 impl Kernel {
     /// Two hosts with a ready agent and a pod each.
     pub fn two_hosts(self) -> World {
+        self.two_hosts_with(&[])
+    }
+
+    /// The same with arguments for the agents.
+    pub fn two_hosts_with(self, arguments: &[&str]) -> World {
         let mut world = World::new(2);
         for host in 0..2 {
-            self.start(&mut world, host, &agent());
+            self.start_with(&mut world, host, &agent(), arguments);
         }
         for host in &mut world.hosts {
             host.wait_ready().unwrap();
@@ -53,6 +58,10 @@ impl Kernel {
     }
 
     fn start(self, world: &mut World, host: usize, binary: &Path) {
+        self.start_with(world, host, binary, &[]);
+    }
+
+    fn start_with(self, world: &mut World, host: usize, binary: &Path, arguments: &[&str]) {
         let World { hosts, store, .. } = world;
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -60,7 +69,7 @@ impl Kernel {
                     // Of this thread and what it starts.
                     refuse_links();
                 }
-                hosts[host].start_agent(binary, store, &[]).unwrap();
+                hosts[host].start_agent(binary, store, arguments).unwrap();
             });
         });
     }

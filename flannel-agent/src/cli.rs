@@ -20,6 +20,10 @@ const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage; 3 `
                           kernel feature, bpf file system, interface); 78 bad configuration on this host.\n\
                           Every flag can be given as an environment variable: --etcd-prefix as FLANNELD_ETCD_PREFIX.";
 
+/// How a host goes back to flannel's daemon.
+pub const ROLL_BACK: &str = "Back to flannel's daemon: stop the agent, run `flannel-agent cleanup`, start flanneld. Where flanneld was started first, \
+                             cleanup removes only what flanneld does not use.";
+
 /// flannel over an eBPF VXLAN dataplane. Without a command: the daemon.
 #[derive(Debug, Parser)]
 #[command(name = "flannel-agent", after_help = EXIT_CODES, disable_version_flag = true)]
@@ -110,7 +114,9 @@ pub struct Cli {
 /// What the agent does besides being the daemon.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Remove everything that the agent made on this host: programs, maps, flannel.VNI with its route, subnet.env
+    /// Remove everything that the agent made on this host: programs, maps, flannel.VNI with its route, subnet.env. What
+    /// flannel's daemon uses by then stays
+    #[command(after_help = ROLL_BACK)]
     Cleanup,
     /// Print what became of the packets, by reason; also when the agent is not running
     Counters,

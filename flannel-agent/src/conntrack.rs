@@ -111,6 +111,12 @@ pub fn is_liberal() -> Option<bool> {
     is_set(&LIBERAL).map(|liberal| liberal && is_set(&RESETS) != Some(false))
 }
 
+/// The settings that an agent has changed and that [`restore`] would put back, by the kernel's names.
+pub fn changed(run_dir: &Path) -> Vec<&'static str> {
+    let changed = SETTINGS.iter().filter(|setting| run_dir.join(setting.kept).exists());
+    changed.map(|setting| setting.path).collect()
+}
+
 /// Puts back what was there before.
 ///
 /// # Errors

@@ -22,6 +22,7 @@
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
 //! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
+//! * [`ownership`] — whether that file is still the agent's own
 //! * [`docker_opts`] — Docker's options from it
 //! * [`cni`] — the CNI plugin, a program of its own that uses none of the rooms that run asynchronously
 //! * [`cleanup`] — taking all of it away again
@@ -50,6 +51,7 @@ pub mod lease;
 pub mod lock;
 pub mod netfilter;
 pub mod operator;
+pub mod ownership;
 pub mod preflight;
 pub mod privileges;
 pub mod registry;

@@ -1,20 +1,35 @@
-//! Taking away everything that the agent made on this host. The lease stays in the store until it ends, so that a host
-//! that comes back has its subnet again.
+//! Taking away everything that the agent made on this host, and nothing that somebody else uses by now. The lease stays in
+//! the store until it ends, so that a host that comes back has its subnet again.
+//!
+//! * `takeover` — whether somebody else does
+//!
+//! An overlay is found by whatever is left of it: pins, files of the run directory, or a device with the agent's next hop.
+//! Where flannel's daemon has taken it over, what only the agent can have made goes: programs, maps, its route with its
+//! next hop, its files, its rules where they are told from flannel's. What the two have in common stays: the device with its
+//! address, `subnet.env`, and the chains of iptables.
 
-use std::{fs, io};
+mod takeover;
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use flannel_common::vxlan::Vni;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     cli::Cli,
     conntrack, control,
-    dataplane::{self, DataplaneError},
-    device::{DeviceError, Netlink, vxlan::VxlanDevice},
+    dataplane::{self, DataplaneError, PinDirectory},
+    device::{DeviceError, Link, Netlink, vxlan::VxlanDevice},
     last_known::LastKnown,
     lock::{Lock, LockError},
     netfilter::{self, NetfilterError},
+    ownership::Written,
     status::Status,
+    subnet_env,
 };
 
 /// Something could not be taken away. What could was.
@@ -36,40 +51,116 @@ pub enum CleanupError {
     #[error("remove {path}: {source}")]
     File {
         /// Which.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// Why not.
         source: io::Error,
     },
 }
 
-/// Takes away pins, filters, devices with their routes, packet rules, and `subnet.env`.
+/// Takes away pins, filters, devices with their routes, packet rules, and `subnet.env`, of every overlay of this host whose
+/// agent does not run.
 ///
 /// # Errors
-/// [`CleanupError::Running`] before anything is touched, else the first of what failed.
+/// The first of what failed, after the rest was done; [`CleanupError::Running`] for an overlay that was not touched.
 pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     let (netlink, _events, _connection) = Netlink::open()?;
-    let vnis = dataplane::pinned_vnis(&cli.bpf_pin_dir);
-    let locks: Vec<Lock> = vnis.iter().map(|vni| Lock::take(&cli.run_dir, *vni)).collect::<Result<_, _>>()?;
-    for vni in &vnis {
-        undo(cli, &netlink, *vni, true, true).await?;
+    let overlays = overlays(cli, &netlink).await?;
+    if overlays.is_empty() {
+        let (pins, files) = (cli.bpf_pin_dir.display(), cli.run_dir.display());
+        info!(
+            "nothing of an agent is left on this host: no pins below {pins}, no files in {files}, no device with its next hop"
+        );
+        return Ok(());
     }
-    drop(locks);
-    for vni in &vnis {
-        for path in [
-            LastKnown::path(&cli.run_dir, *vni),
-            Status::path(&cli.run_dir, *vni),
-            control::path(&cli.run_dir, *vni),
-            Lock::path(&cli.run_dir, *vni),
-        ] {
-            remove_file(&path)?;
+    let mut results = Vec::new();
+    let mut running = Vec::new();
+    let connections: usize = overlays.keys().map(|vni| connections(cli, *vni)).sum();
+    for (vni, device) in &overlays {
+        match Lock::take(&cli.run_dir, *vni) {
+            Ok(lock) => results.push(clean(cli, &netlink, *vni, device.as_ref(), &lock).await),
+            Err(error) => {
+                running.push(format!("flannel.{vni}"));
+                results.push(Err(error.into()));
+            }
         }
     }
-    conntrack::restore(&cli.run_dir).map_err(|source| CleanupError::File { path: cli.run_dir.clone(), source })?;
-    remove_file(&cli.subnet_file())?;
-    // Only where it is empty: others may keep files there.
-    let _kept = fs::remove_dir(&cli.run_dir);
-    info!("everything that the agent made on this host is removed; its lease stays in the store until it ends");
-    Ok(())
+    if running.is_empty() {
+        results.push(restore_conntrack(cli, connections));
+        // Only where it is empty: others may keep files there.
+        let _kept = fs::remove_dir(&cli.run_dir);
+    } else if running.len() < overlays.len() {
+        info!("left as it is: {}, and what conntrack is told for all overlays", running.join(", "));
+    }
+    results.into_iter().collect()
+}
+
+/// How many TCP connections conntrack may have lost sight of.
+fn connections(cli: &Cli, vni: Vni) -> usize {
+    // Where the maps are gone, so is the knowledge.
+    dataplane::pinned_connections(&PinDirectory::new(&cli.bpf_pin_dir, vni)).unwrap_or(0)
+}
+
+/// Has conntrack be as strict as it was, unless that would cut off connections that go on. What it was is kept then, for an
+/// agent that comes back.
+fn restore_conntrack(cli: &Cli, connections: usize) -> Result<(), CleanupError> {
+    let changed = conntrack::changed(&cli.run_dir);
+    if connections > 0 && !changed.is_empty() {
+        info!(
+            "left {} at 1: conntrack has seen few packets of {connections} TCP connections, and would call the rest of them \
+             INVALID, which kube-proxy's rules drop; set them to 0 when these connections have ended",
+            changed.join(" and ")
+        );
+        return Ok(());
+    }
+    conntrack::restore(&cli.run_dir).map_err(|source| CleanupError::File { path: cli.run_dir.clone(), source })
+}
+
+/// What agents left, with the devices that are there.
+async fn overlays(cli: &Cli, netlink: &Netlink) -> Result<BTreeMap<Vni, Option<Link>>, DeviceError> {
+    let left = dataplane::pinned_vnis(&cli.bpf_pin_dir).into_iter().chain(vnis_of_files(&cli.run_dir));
+    let mut overlays: BTreeMap<_, _> = left.map(|vni| (vni, None)).collect();
+    for link in netlink.links().await? {
+        let Some(vni) = VxlanDevice::vni_of(&link.name) else { continue };
+        if overlays.contains_key(&vni) || netlink.has_our_next_hop(link.index).await? {
+            overlays.insert(vni, Some(link));
+        }
+    }
+    Ok(overlays)
+}
+
+async fn clean(
+    cli: &Cli,
+    netlink: &Netlink,
+    vni: Vni,
+    device: Option<&Link>,
+    _lock: &Lock,
+) -> Result<(), CleanupError> {
+    let name = VxlanDevice::name_of(vni);
+    let status = Status::read_all(&cli.run_dir).unwrap_or_default();
+    let status = status.into_iter().find_map(|(of, status)| (of == vni).then_some(status));
+    let taken = takeover::evidence(cli, netlink, vni, device, status.as_ref()).await?;
+    let mut results = Vec::new();
+    match taken {
+        Some(reason) => {
+            results.push(netfilter::remove_own(vni).await.map_err(Into::into));
+            results.push(undo_programs(cli, netlink, vni).await);
+            if let Some(Link { name, index, .. }) = device {
+                results.push(netlink.remove_route(name, *index).await.map_err(Into::into));
+            }
+            info!("removed the agent's programs, maps, files, and route of {name}");
+            info!(
+                "left {name} with its address, subnet.env and rules in iptables: {reason}. If nobody uses them, remove \
+                 them by hand, as after flannel's daemon"
+            );
+        }
+        None => {
+            results.push(undo(cli, netlink, vni, true, true).await);
+            results.push(remove_subnet_env(cli, vni, status.as_ref()));
+            info!("removed everything that the agent of {name} made; its lease stays in the store until it ends");
+        }
+    }
+    results.extend(files(&cli.run_dir, vni).iter().map(|path| remove_file(path).map(drop)));
+    results.into_iter().collect()
 }
 
 /// Takes away what was made: programs and maps with packet rules and the blackhole route, the device with what hangs on it, or both.
@@ -80,12 +171,7 @@ pub async fn undo(cli: &Cli, netlink: &Netlink, vni: Vni, programs: bool, device
     // Said last: it keeps nothing else from being taken away.
     let rules = if programs { netfilter::remove(vni).await } else { Ok(()) };
     if programs {
-        netlink.set_blackhole(vni, None).await?;
-        // The external interface of the agent that attached them is not known here.
-        for link in netlink.links().await? {
-            dataplane::detach_filters(&link.name, vni);
-        }
-        dataplane::remove(&cli.bpf_pin_dir, vni)?;
+        undo_programs(cli, netlink, vni).await?;
     }
     let name = VxlanDevice::name_of(vni);
     match netlink.link_by_name(&name).await? {
@@ -100,10 +186,61 @@ pub async fn undo(cli: &Cli, netlink: &Netlink, vni: Vni, programs: bool, device
     Ok(rules?)
 }
 
-fn remove_file(path: &std::path::Path) -> Result<(), CleanupError> {
+async fn undo_programs(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<(), CleanupError> {
+    netlink.set_blackhole(vni, None).await?;
+    let interfaces: Vec<_> = netlink.links().await?.into_iter().map(|link| link.name).collect();
+    Ok(dataplane::remove(&cli.bpf_pin_dir, vni, &interfaces)?)
+}
+
+/// Removes the `subnet.env` that an overlay's agent wrote.
+fn remove_subnet_env(cli: &Cli, vni: Vni, status: Option<&Status>) -> Result<(), CleanupError> {
+    let path = match Written::recall(&cli.run_dir, vni) {
+        Some(written) => written.path,
+        None => {
+            let path = cli.subnet_file();
+            let subnet = subnet_env::previous_subnet(&path);
+            if status.is_some_and(|status| subnet.is_some_and(|subnet| subnet != status.lease.subnet)) {
+                warn!("left {}: it is of another overlay", path.display());
+                return Ok(());
+            }
+            path
+        }
+    };
+    if remove_file(&path)? {
+        info!("removed {}", path.display());
+    }
+    Ok(())
+}
+
+/// An overlay's files in the run directory.
+fn files(run_dir: &Path, vni: Vni) -> [PathBuf; 5] {
+    [
+        LastKnown::path(run_dir, vni),
+        Status::path(run_dir, vni),
+        control::path(run_dir, vni),
+        Written::record(run_dir, vni),
+        // Last: until then nobody else begins.
+        Lock::path(run_dir, vni),
+    ]
+}
+
+/// The overlays that have some.
+fn vnis_of_files(run_dir: &Path) -> Vec<Vni> {
+    let entries = fs::read_dir(run_dir).into_iter().flatten().flatten();
+    let vnis = entries.filter_map(|entry| {
+        let name = entry.file_name();
+        let number = name.to_str()?.strip_prefix("flannel.")?.split('.').next()?.parse().ok()?;
+        let vni = Vni::new_checked(number).ok()?;
+        files(run_dir, vni).contains(&entry.path()).then_some(vni)
+    });
+    vnis.collect()
+}
+
+/// Whether there was one.
+fn remove_file(path: &Path) -> Result<bool, CleanupError> {
     match fs::remove_file(path) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(source) => Err(CleanupError::File { path: path.to_owned(), source }),
     }
 }

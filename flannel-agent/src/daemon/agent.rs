@@ -32,6 +32,7 @@ use crate::{
     health::{self, Health},
     lease::{LeaseTable, PeerChange},
     netfilter::keeper::Keeper,
+    ownership::Written,
     registry::{OwnLease, ResyncCause, Update, etcd::Registry},
     repair::Repair,
     status::LeaseState,
@@ -426,7 +427,9 @@ impl Agent<'_> {
 
     pub(super) fn write_subnet_env(&self) -> Result<(), DaemonError> {
         let (network, subnet, mtu) = (self.network.network, self.own.key.subnet, self.device.mtu);
-        Ok(SubnetEnv { network, subnet, mtu, ip_masq: self.cli.packet_rules.ip_masq }.write(&self.cli.subnet_file())?)
+        let path = self.cli.subnet_file();
+        SubnetEnv { network, subnet, mtu, ip_masq: self.cli.packet_rules.ip_masq }.write(&path)?;
+        Ok(Written::remember(&self.cli.run_dir, self.device.vni, &path)?)
     }
 
     fn write_record(&mut self) {

@@ -179,14 +179,8 @@ fn attach_filter(program: &mut SchedClassifier, hook: Hook, interface: &str, vni
     Ok(was_there)
 }
 
-/// Removes an overlay's filters, as kernels without TCX have them, from an interface. Links go with their pins.
-pub fn detach_filters(interface: &str, vni: Vni) {
-    for hook in Hook::ALL {
-        detach_filter(hook, interface, vni);
-    }
-}
-
-fn detach_filter(hook: Hook, interface: &str, vni: Vni) {
+/// Removes an overlay's filter, as kernels without TCX have them, from an interface. Links go with their pins.
+pub(super) fn detach_filter(hook: Hook, interface: &str, vni: Vni) {
     let handle = TcHandle::from(filter_handle(vni));
     let filter = SchedClassifierLink::attached(interface, hook.attach_type(), FILTER_PRIORITY, handle, None);
     // There is none on most interfaces, and nobody to ask but by removing it.

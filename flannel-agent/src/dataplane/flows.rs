@@ -7,7 +7,10 @@ use flannel_common::{
     flow::{Flow, FlowKey},
     maps::FLOWS,
 };
-use nix::time::{ClockId, clock_gettime};
+use nix::{
+    libc::IPPROTO_TCP,
+    time::{ClockId, clock_gettime},
+};
 use serde::Serialize;
 
 use super::{DataplaneError, PinDirectory};
@@ -41,9 +44,7 @@ impl Flows {
 /// # Errors
 /// [`DataplaneError::Map`] where there is none.
 pub fn pinned_flows(pins: &PinDirectory, bypass_time: Duration) -> Result<Flows, DataplaneError> {
-    let map = MapData::from_pin(pins.map(FLOWS)).map_err(DataplaneError::map("open", FLOWS))?;
-    let map: BpfHashMap<_, FlowKey, Flow> =
-        Map::LruHashMap(map).try_into().map_err(DataplaneError::map("open", FLOWS))?;
+    let map = open(pins)?;
     let now: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?.into();
     let is_fresh = |released| released > 0 && now.saturating_sub(Duration::from_nanos(released)) < bypass_time;
     let mut flows = Flows::default();
@@ -57,4 +58,22 @@ pub fn pinned_flows(pins: &PinDirectory, bypass_time: Duration) -> Result<Flows,
         }
     }
     Ok(flows)
+}
+
+/// How many TCP connections have passed the stack by, or may have; some of them may have ended.
+///
+/// # Errors
+/// [`DataplaneError::Map`] where there is no dataplane.
+pub fn pinned_connections(pins: &PinDirectory) -> Result<usize, DataplaneError> {
+    let mut connections = 0;
+    for entry in open(pins)?.iter() {
+        let (key, _) = entry.map_err(DataplaneError::map("read", FLOWS))?;
+        connections += usize::from(key.protocol == IPPROTO_TCP as u32);
+    }
+    Ok(connections)
+}
+
+fn open(pins: &PinDirectory) -> Result<BpfHashMap<MapData, FlowKey, Flow>, DataplaneError> {
+    let map = MapData::from_pin(pins.map(FLOWS)).map_err(DataplaneError::map("open", FLOWS))?;
+    Map::LruHashMap(map).try_into().map_err(DataplaneError::map("open", FLOWS))
 }

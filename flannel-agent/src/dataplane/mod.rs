@@ -7,6 +7,7 @@
 mod attach;
 mod attached;
 mod batch;
+mod detach;
 mod drops;
 mod features;
 mod flows;
@@ -22,7 +23,6 @@ mod xdp;
 
 use std::{collections::BTreeMap, io, path::PathBuf};
 
-pub use attach::detach_filters;
 pub use attached::{Attachment, AttachmentState, attached_xdp, attachments};
 /// Runs a program on a packet of one's own.
 pub use aya::programs::{TestRun, TestRunOptions};
@@ -31,6 +31,7 @@ use aya::{
     maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray},
     programs::{ProgramError, SchedClassifier},
 };
+pub use detach::{overlay_devices, remove};
 pub use drops::{Dropped, pinned_drops};
 pub use features::Features;
 use flannel_common::{
@@ -39,10 +40,10 @@ use flannel_common::{
     maps::{CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS, PODS},
     packet::Mac,
 };
-pub use flows::{Directions, Flows, pinned_flows};
+pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
 pub use held::Repaired;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
-pub use pins::{PinDirectory, pinned_vnis, remove, require_bpffs};
+pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
 pub use xdp::XdpMode;
 
 use crate::{config::NetworkConfig, privileges::permission_hint};

@@ -21,7 +21,7 @@ use flannel_common::{
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use tracing::{info, warn};
 
-use super::{Capacity, DataplaneError, Hook, xdp};
+use super::{Capacity, DataplaneError};
 
 /// Entries are made as they come (include/uapi/linux/bpf.h).
 const BPF_F_NO_PREALLOC: u32 = 1;
@@ -238,31 +238,7 @@ pub fn pinned_vnis(root: &Path) -> Vec<Vni> {
     overlays.into_iter().filter(|(_, overlay)| has_version(overlay)).map(|(vni, _)| vni).collect()
 }
 
-/// Unpins everything that agents pinned for an overlay, of every layout. Links that nothing else holds are thereby
-/// detached. What others keep below `root` stays.
-///
-/// # Errors
-/// [`DataplaneError::Pin`].
-pub fn remove(root: &Path, vni: Vni) -> Result<(), DataplaneError> {
-    let overlay = root.join(vni.to_string());
-    if !overlay.exists() {
-        return Ok(());
-    }
-    // What XDP takes out of the tunnel needs the program at the hook behind it.
-    for program in [xdp::PIN].into_iter().chain(Hook::ALL.map(Hook::program)) {
-        for link in links(&overlay, program)? {
-            remove_pin(&link)?;
-        }
-    }
-    versions(&overlay).iter().try_for_each(|version| remove_pin(version))?;
-    for directory in [overlay.as_path(), root] {
-        // Only where they are empty. The root may be the operator's own, or the mount point.
-        let _kept = fs::remove_dir(directory);
-    }
-    Ok(())
-}
-
-fn links(overlay: &Path, program: &str) -> Result<Vec<PathBuf>, DataplaneError> {
+pub(super) fn links(overlay: &Path, program: &str) -> Result<Vec<PathBuf>, DataplaneError> {
     let prefix = format!("{program}-");
     let entries = match fs::read_dir(overlay) {
         Ok(entries) => entries,
@@ -273,7 +249,7 @@ fn links(overlay: &Path, program: &str) -> Result<Vec<PathBuf>, DataplaneError> 
     Ok(names.map(|entry| entry.path()).collect())
 }
 
-fn versions(overlay: &Path) -> Vec<PathBuf> {
+pub(super) fn versions(overlay: &Path) -> Vec<PathBuf> {
     let versions = directories(overlay, |name| name.strip_prefix('v')?.parse::<u32>().ok());
     versions.into_iter().map(|(_, path)| path).collect()
 }

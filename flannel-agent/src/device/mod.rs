@@ -6,6 +6,7 @@
 mod blackhole;
 pub mod external;
 pub mod filters;
+mod flannels;
 pub mod next_hop;
 pub mod offload;
 mod overlay_route;

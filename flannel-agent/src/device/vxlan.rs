@@ -74,6 +74,12 @@ impl VxlanDevice {
         format!("flannel.{vni}")
     }
 
+    /// The VNI of a device by its name; [`None`] of another's.
+    pub fn vni_of(name: &str) -> Option<Vni> {
+        let vni = Vni::new_checked(name.strip_prefix("flannel.")?.parse().ok()?).ok()?;
+        (Self::name_of(vni) == name).then_some(vni)
+    }
+
     /// Whether an existing device is this one, MTU and MAC aside, which can be changed.
     fn matches(&self, message: &LinkMessage) -> bool {
         self.has_endpoint(message) && self.can_become(message)

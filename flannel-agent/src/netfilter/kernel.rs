@@ -128,6 +128,21 @@ impl Kernel {
         self.restore(&text).await
     }
 
+    /// Takes away what no flannel can have made. Its daemon uses the same table and chains; of the table only our chain is
+    /// ours then.
+    async fn clear_own(&self, vni: Vni) -> Result<(), NetfilterError> {
+        if vni != Vni::DEFAULT {
+            return self.clear(vni).await;
+        }
+        let Some(nft) = &self.nft else { return Ok(()) };
+        let table = Names::of(vni).table;
+        let Some(listing) = nft.list(&["--stateless", "list", "table", "ip", &table]).await? else { return Ok(()) };
+        match nft::without_chain(&table, &listing) {
+            text if text.is_empty() => Ok(()),
+            text => nft.run(&["-f", "-"], &text).await.map(drop),
+        }
+    }
+
     /// Sets our table of nftables, or takes it away, and with it those of flannel's that are about the same Network.
     async fn replace_table(
         &self,
@@ -223,4 +238,12 @@ impl Kernel {
 /// [`NetfilterError`].
 pub async fn remove(vni: Vni) -> Result<(), NetfilterError> {
     Kernel::find().clear(vni).await
+}
+
+/// Takes away those rules of an overlay that a daemon of flannel's, which has taken over, does not take for its own.
+///
+/// # Errors
+/// [`NetfilterError`].
+pub async fn remove_own(vni: Vni) -> Result<(), NetfilterError> {
+    Kernel::find().clear_own(vni).await
 }

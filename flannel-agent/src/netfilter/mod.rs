@@ -37,7 +37,11 @@ mod tool;
 use flannel_common::vxlan::Vni;
 use ipnet::Ipv4Net;
 
-pub use self::{flags::Flags, kernel::remove, tool::NetfilterError};
+pub use self::{
+    flags::Flags,
+    kernel::{remove, remove_own},
+    tool::NetfilterError,
+};
 
 /// kube-proxy's mark on what it masquerades itself (`--iptables-masquerade-bit=14`), and its mask.
 const KUBE_MARK: &str = "0x4000";

@@ -2,6 +2,10 @@
 
 use super::{KUBE_MARK, MASQUERADE_COMMENT, MULTICAST, Masquerade, Names, Rules};
 
+/// Our chain. Not flannel's `postrtg`: the kernel lets no chain have another priority than it has, and a daemon of flannel's
+/// that takes over would fail to make its own in the table that it has in common with ours.
+pub(super) const CHAIN: &str = "postrtg-late";
+
 /// The table with the rules that masquerade, or [`None`] where nothing is to be.
 ///
 /// Its chain comes behind those of others at `srcnat`, so that their rules win, as they do where iptables' are appended.
@@ -25,7 +29,7 @@ pub(super) fn table(rules: &Rules) -> Option<String> {
     Some(format!(
         "table ip {table} {{\n\
          \tcomment \"rules for flannel.{vni}\"\n\
-         \tchain postrtg {{\n\
+         \tchain {CHAIN} {{\n\
          \t\ttype nat hook postrouting priority srcnat + 10; policy accept;\n\
          {rules}\
          \t}}\n\
@@ -38,6 +42,17 @@ pub(super) fn table(rules: &Rules) -> Option<String> {
 pub(super) fn replace(unwanted: &[&str], wanted: Option<&str>) -> String {
     let deletions = unwanted.iter().map(|table| format!("delete table {table}\n"));
     deletions.chain(wanted.map(str::to_owned)).collect()
+}
+
+/// What takes our chain away from a table that is listed so, and with it the table where there is no other. Empty where it is
+/// not there.
+pub(super) fn without_chain(table: &str, listing: &str) -> String {
+    let chains = || listing.lines().filter_map(|line| line.trim().strip_prefix("chain ")?.strip_suffix(" {"));
+    match (chains().any(|chain| chain == CHAIN), chains().count()) {
+        (false, _) => String::new(),
+        (true, 1) => format!("delete table ip {table}\n"),
+        (true, _) => format!("flush chain ip {table} {CHAIN}\ndelete chain ip {table} {CHAIN}\n"),
+    }
 }
 
 #[cfg(test)]
@@ -74,6 +89,17 @@ mod tests {
             ]
         );
         assert!(!table(&rules(Masquerade::Plain)).expect("a table").contains("random"));
+    }
+
+    #[test]
+    fn beside_flannels_chains_only_ours_goes() {
+        let ours = table(&rules(Masquerade::Plain)).expect("a table");
+        assert_eq!(without_chain("flannel-ipv4", &ours), "delete table ip flannel-ipv4\n");
+        let flannels = "table ip flannel-ipv4 {\n\tchain postrtg {\n\t}\n";
+        assert_eq!(without_chain("flannel-ipv4", flannels), "");
+        let both = ours.trim_end().trim_end_matches('}').to_owned() + "\tchain postrtg {\n\t}\n}\n";
+        let text = "flush chain ip flannel-ipv4 postrtg-late\ndelete chain ip flannel-ipv4 postrtg-late\n";
+        assert_eq!(without_chain("flannel-ipv4", &both), text);
     }
 
     #[test]

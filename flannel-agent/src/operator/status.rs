@@ -118,5 +118,6 @@ fn table(overlay: &Overlay) -> String {
     for trouble in troubles {
         lines.push(["look at".to_owned(), trouble.clone()]);
     }
+    lines.push(["roll back".to_owned(), "stop the agent, run flannel-agent cleanup, start flanneld".to_owned()]);
     rows(lines)
 }

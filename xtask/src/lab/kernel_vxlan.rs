@@ -1,6 +1,6 @@
 //! Hosts of flannel's, made with plain commands.
 
-use std::{net::Ipv4Addr, process::Command};
+use std::{fs, net::Ipv4Addr, process::Command};
 
 use anyhow::{Context as _, Result};
 
@@ -61,6 +61,11 @@ impl Host {
     pub fn imitate_by_flannel(&self, other: &Self, store: &Store) -> Result<()> {
         let own = Ipv4Addr::from_bits(other.subnet()?.gateway.to_bits() - 1);
         self.add_kernel_vxlan(own)?;
+        self.add_kernel_peers(store, own)
+    }
+
+    /// Programs all peers of the store's but this host itself.
+    fn add_kernel_peers(&self, store: &Store, own: Ipv4Addr) -> Result<()> {
         for (key, _) in store.list(&format!("{PREFIX}/subnets/"))? {
             let subnet =
                 key.rsplit('/').next().and_then(|name| name.split('-').next()).context("a key without a name")?;
@@ -70,6 +75,28 @@ impl Host {
             }
         }
         Ok(())
+    }
+
+    /// Takes this host over as flannel's daemon does where our agent has stopped: it keeps the device that it finds, writes
+    /// `subnet.env` with the same content, and then programs the store's peers.
+    ///
+    /// # Errors
+    /// Where a command fails.
+    pub fn take_over_by_flannel(&self, store: &Store) -> Result<()> {
+        self.write_subnet_env_as_flannel()?;
+        let own = Ipv4Addr::from_bits(self.subnet()?.gateway.to_bits() - 1);
+        self.add_kernel_peers(store, own)
+    }
+
+    /// Writes `subnet.env` anew as flannel does: a file of its own, in the place of the one before (pkg/subnet/writefile_other.go).
+    ///
+    /// # Errors
+    /// Where the file can't be read or written.
+    pub fn write_subnet_env_as_flannel(&self) -> Result<()> {
+        let path = self.run_dir().join("subnet.env");
+        let new = path.with_file_name(".subnet.env.flannel");
+        fs::copy(&path, &new).with_context(|| format!("copy {path:?}"))?;
+        fs::rename(&new, &path).with_context(|| format!("rename {new:?}"))
     }
 
     /// Programs a peer as flannel does: neighbour, forwarding entry, route (pkg/backend/vxlan/vxlan_network.go).

@@ -1,0 +1,116 @@
+//! What a daemon of flannel's makes on `flannel.<VNI>` for each of its peers, told from what the agent makes.
+
+use std::net::Ipv4Addr;
+
+use futures_util::TryStreamExt as _;
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
+    },
+};
+
+use super::{DeviceError, Netlink, vxlan::NEXT_HOP_MAC};
+
+impl Netlink {
+    /// The subnets that flannel's daemon routes into a device: each by way of its own first address, whose permanent
+    /// neighbour has another MAC than the agent's made-up one (flannel: pkg/backend/vxlan/vxlan_network.go). The agent
+    /// removes them when it starts, so that whoever made them came after it.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn flannels_peers(&self, ifindex: u32) -> Result<Vec<String>, DeviceError> {
+        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries: Vec<NeighbourMessage> =
+            dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+        let next_hops: Vec<Ipv4Addr> = entries.iter().filter_map(|entry| others_next_hop(entry, ifindex)).collect();
+        if next_hops.is_empty() {
+            return Ok(Vec::new());
+        }
+        let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+        let routes: Vec<RouteMessage> = dump.try_collect().await.map_err(DeviceError::call("list", "routes"))?;
+        Ok(routes.iter().filter_map(|route| flannels_route(route, ifindex, &next_hops)).collect())
+    }
+
+    /// Whether a device has the agent's made-up next hop, by which it is recognised where nothing else is left of the agent.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn has_our_next_hop(&self, ifindex: u32) -> Result<bool, DeviceError> {
+        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries: Vec<NeighbourMessage> =
+            dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+        Ok(entries.iter().any(|entry| entry.header.ifindex == ifindex && has_our_mac(entry)))
+    }
+}
+
+fn has_our_mac(entry: &NeighbourMessage) -> bool {
+    entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.0.to_vec()))
+}
+
+fn others_next_hop(entry: &NeighbourMessage, ifindex: u32) -> Option<Ipv4Addr> {
+    let is_others = entry.header.ifindex == ifindex
+        && entry.header.state == NeighbourState::Permanent
+        && entry.attributes.iter().any(|attribute| matches!(attribute, NeighbourAttribute::LinkLayerAddress(_)))
+        && !has_our_mac(entry);
+    entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) if is_others => Some(*address),
+        _ => None,
+    })
+}
+
+fn flannels_route(route: &RouteMessage, ifindex: u32, next_hops: &[Ipv4Addr]) -> Option<String> {
+    let destination = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
+        _ => None,
+    })?;
+    let has = |wanted: RouteAttribute| route.attributes.contains(&wanted);
+    let is_flannels = route.header.table == RouteHeader::RT_TABLE_MAIN
+        && has(RouteAttribute::Oif(ifindex))
+        && has(RouteAttribute::Gateway(RouteAddress::Inet(destination)))
+        && next_hops.contains(&destination);
+    is_flannels.then(|| format!("{destination}/{}", route.header.destination_prefix_length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn neighbour(ifindex: u32, state: NeighbourState, mac: [u8; 6]) -> NeighbourMessage {
+        let mut entry = NeighbourMessage::default();
+        (entry.header.ifindex, entry.header.state) = (ifindex, state);
+        let address = NeighbourAddress::Inet(Ipv4Addr::new(10, 5, 2, 0));
+        entry
+            .attributes
+            .extend([NeighbourAttribute::Destination(address), NeighbourAttribute::LinkLayerAddress(mac.to_vec())]);
+        entry
+    }
+
+    fn route(gateway: [u8; 4]) -> RouteMessage {
+        RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(Ipv4Addr::new(10, 5, 2, 0), 24)
+            .gateway(gateway.into())
+            .output_interface(7)
+            .onlink()
+            .build()
+    }
+
+    #[test]
+    fn a_peer_of_flannels_is_told_from_the_agents_own_and_from_others() {
+        let others = [0xa, 0, 0, 0, 0, 9];
+        let next_hop = Ipv4Addr::new(10, 5, 2, 0);
+        assert_eq!(others_next_hop(&neighbour(7, NeighbourState::Permanent, others), 7), Some(next_hop));
+        for (entry, what) in [
+            (neighbour(8, NeighbourState::Permanent, others), "another device's"),
+            (neighbour(7, NeighbourState::Reachable, others), "the kernel's"),
+            (neighbour(7, NeighbourState::Permanent, NEXT_HOP_MAC.0), "the agent's"),
+        ] {
+            assert_eq!(others_next_hop(&entry, 7), None, "{what}");
+        }
+        assert_eq!(flannels_route(&route([10, 5, 2, 0]), 7, &[next_hop]).as_deref(), Some("10.5.2.0/24"));
+        assert_eq!(flannels_route(&route([10, 5, 2, 0]), 7, &[]), None, "a next hop of the agent's");
+        assert_eq!(flannels_route(&route([10, 5, 3, 0]), 7, &[[10, 5, 3, 0].into()]), None, "a site behind another");
+    }
+}
