@@ -4,7 +4,7 @@
 //! flannel's plugin keeps it in `<container>`, whatever the interface is called, and looks nowhere else (flannel:
 //! cni-plugin/flannel.go, `saveScratchNetConf`); a container's second attachment overwrites that of its first. Here the
 //! first has that file, and each further one `<container>:<interface>`, which neither name can be. Where the first is not
-//! [`FIRST_INTERFACE`], its file has that second name too, as a hard link: content that is byte for byte flannel's does not
+//! `eth0`, its file has that second name too, as a hard link: content that is byte for byte flannel's does not
 //! say whose it is.
 
 use std::{
@@ -140,7 +140,7 @@ impl Kept {
         Ok(())
     }
 
-    /// Whether it is kept by the container's name only, and so of [`FIRST_INTERFACE`], unless flannel's plugin kept it, which
+    /// Whether it is kept by the container's name only, and so of `eth0`, unless flannel's plugin kept it, which
     /// does not say.
     pub fn is_by_container(&self) -> bool {
         self.path.file_name().and_then(|name| name.to_str()).is_some_and(|name| !name.contains(SEPARATOR))
