@@ -10,9 +10,10 @@ use nix::{
 
 /// Without these nothing works.
 pub const NEEDED: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
-/// Kept where it is given: without it the verifier guards the programs against speculation, which costs each packet some
-/// nanoseconds (`bypass_spec_v1`, `bypass_spec_v4`).
-const USEFUL: Capability = Capability::CAP_PERFMON;
+/// Kept where they are given. Without the first the verifier guards the programs against speculation, which costs each
+/// packet some nanoseconds (`bypass_spec_v1`, `bypass_spec_v4`). iptables-legacy opens a raw socket, for which it needs the
+/// second.
+const USEFUL: [Capability; 2] = [Capability::CAP_PERFMON, Capability::CAP_NET_RAW];
 /// Nobody but the owner writes what is made without a mode of its own.
 const UMASK: u32 = 0o022;
 
@@ -34,7 +35,7 @@ pub enum PrivilegesError {
 /// [`PrivilegesError`].
 pub fn give_up() -> Result<(), PrivilegesError> {
     stat::umask(stat::Mode::from_bits_truncate(UMASK));
-    let kept: HashSet<_> = NEEDED.into_iter().chain([USEFUL]).collect();
+    let kept: HashSet<_> = NEEDED.into_iter().chain(USEFUL).collect();
     let held = caps::read(None, CapSet::Permitted)?;
     let kept: HashSet<_> = held.intersection(&kept).copied().collect();
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {

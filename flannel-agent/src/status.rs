@@ -119,11 +119,16 @@ pub struct XdpStatus {
 
 /// Packet rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct RulesStatus {
     /// What masquerades: `nftables`, `iptables` or `off`; empty before the first attempt.
     pub masquerade: String,
     /// Whether rules of ours in iptables accept what is forwarded.
     pub forward: bool,
+    /// In which: `nft` and `legacy`.
+    pub forward_in: Vec<String>,
+    /// Why it is not masqueraded as it would be by itself.
+    pub fallback: Option<String>,
     /// How often they were set again, since another program had changed them.
     pub repairs: u64,
     /// Why they are not as they should be.
@@ -299,7 +304,7 @@ impl Status {
         }
         troubles.extend(self.drift.waiting.values().cloned());
         if let Some(problem) = &self.rules.problem {
-            troubles.push(format!("the packet rules are not set: {problem}"));
+            troubles.push(format!("packet rules: {problem}"));
         }
         if !self.held.is_empty() {
             let count = self.held.len();

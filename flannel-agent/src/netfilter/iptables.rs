@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 
 use ipnet::Ipv4Net;
 
-use super::{FORWARD_COMMENT, KUBE_MARK, MASQUERADE_COMMENT, MULTICAST, Masquerade, Names, Rules};
+use super::{FORWARD_COMMENT, KUBE_MARK, MASQUERADE_COMMENT, MULTICAST, Masquerade, Names, Rules, order::Order};
 
 /// One of the two places of iptables that have rules of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Place {
     /// Where sources are translated.
     Postrouting,
@@ -68,59 +68,102 @@ impl Place {
         }
     }
 
-    /// What of a chain's listing by `iptables -S` is there: the rules of the kernel's chain that are ours, where `chains`
-    /// are our chains, and of a flannel before 0.20, which had none and named this Network in each.
-    pub(super) fn ours(self, listing: &str, chains: &[&str], network: Option<Ipv4Net>) -> Vec<String> {
-        let comment = format!("--comment \"{}\"", self.comment());
-        let network = network.map(|network| format!(" {network} "));
-        let is_ours = |line: &&str| {
-            let target = line.rsplit_once("-j ").map_or("", |(_, target)| target);
-            let jumps = chains.contains(&target);
-            let names_it = network.as_ref().is_some_and(|network| line.contains(network));
-            line.starts_with("-A ") && (jumps || names_it && line.contains(&comment))
+    /// Whether a rule of the kernel's chain is ours, as `iptables -S` lists it: one that leads to one of `chains`, which
+    /// are ours, or one of a flannel before 0.20, which had no chains and named this Network in each rule.
+    fn is_ours(self, rule: &str, chains: &[&str], network: Option<Ipv4Net>) -> bool {
+        let target = rule.rsplit_once("-j ").map_or("", |(_, target)| target);
+        let is_flannels = |network: Ipv4Net| {
+            rule.contains(&format!("--comment \"{}\"", self.comment())) && rule.contains(&format!(" {network} "))
         };
-        listing.lines().filter(is_ours).map(str::to_owned).collect()
+        chains.contains(&target) || network.is_some_and(is_flannels)
     }
 }
 
-/// What iptables has of ours in one place.
+/// What iptables has in one place.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Found {
-    /// What becomes of packets that no rule of the kernel's chain decides on.
-    pub(super) policy: String,
-    /// The rules of the kernel's chain that are ours, as `iptables -S` lists them.
-    pub(super) jumps: Vec<String>,
+    /// All rules of the kernel's chain, as `iptables -S` lists them.
+    hook: Vec<String>,
+    /// Whether what no rule decides on is dropped.
+    drops: bool,
+    /// What is ours.
+    pub(super) ours: Ours,
+}
+
+/// What is ours in one place: equal where nobody has changed anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Ours {
+    /// The rules of the kernel's chain.
+    jumps: Vec<String>,
     /// Our chains that are there, with their rules.
-    pub(super) chains: Vec<(String, String)>,
+    chains: Vec<(String, Vec<String>)>,
+}
+
+impl Ours {
+    pub(super) const fn is_set(&self) -> bool {
+        !self.jumps.is_empty() && !self.chains.is_empty()
+    }
 }
 
 impl Found {
-    /// Whether what reaches the end of the kernel's chain may pass.
-    pub(super) fn accepts(&self) -> bool {
-        self.policy != "DROP"
+    /// Of the listing of a kernel's chain, and of those of our chains that are there.
+    pub(super) fn parse(
+        place: Place,
+        hook: &str,
+        names: &[&str],
+        chains: Vec<(String, String)>,
+        network: Option<Ipv4Net>,
+    ) -> Self {
+        let rules = |listing: &str| listing.lines().filter(|line| line.starts_with("-A ")).map(str::to_owned).collect();
+        let drops = hook.lines().any(|line| line == format!("-P {} DROP", place.hook()));
+        let hook: Vec<String> = rules(hook);
+        let jumps = hook.iter().filter(|rule| place.is_ours(rule, names, network)).cloned().collect();
+        let chains = chains.into_iter().map(|(name, listing)| (name, rules(&listing))).collect();
+        Self { hook, drops, ours: Ours { jumps, chains } }
+    }
+
+    /// Whether there is anything that an accept of ours could defeat.
+    pub(super) fn may_drop(&self) -> bool {
+        self.drops || self.hook.len() > self.ours.jumps.len()
+    }
+
+    /// Whether nobody has any rule there.
+    pub(super) const fn is_empty(&self) -> bool {
+        self.hook.is_empty()
+    }
+
+    /// How others' rules stand about ours; [`None`] where it is not there.
+    pub(super) fn order(&self) -> Option<Order> {
+        Order::about(&self.hook, |rule| self.ours.jumps.contains(rule))
+    }
+
+    /// Behind how many of others' rules a jump to a chain is to be put; [`None`] where there is one, which stays. One to
+    /// another chain gives its place to it.
+    pub(super) fn place(&self, chain: &str, known: Option<&Order>, table: &str) -> Option<usize> {
+        match (&self.ours.jumps[..], self.order(), known) {
+            ([jump], ..) if jump.ends_with(&format!("-j {chain}")) => None,
+            (_, Some(order), _) => Some(order.place()),
+            (_, None, Some(known)) => Some(known.place_among(&self.hook, table)),
+            (_, None, None) => Some(self.hook.len()),
+        }
     }
 }
 
-/// The policy of a kernel's chain in its listing by `iptables -S`.
-pub(super) fn policy(listing: &str) -> String {
-    let policy = listing.lines().find_map(|line| line.strip_prefix("-P ")?.split(' ').nth(1));
-    policy.unwrap_or_default().to_owned()
-}
-
-/// One commit that takes away what was found, and sets the rules of a chain, if there are any. Empty where there is
-/// nothing to do.
-pub(super) fn replace(place: Place, chain: &str, rules: &[String], found: &Found) -> String {
-    if rules.is_empty() && found.jumps.is_empty() && found.chains.is_empty() {
+/// One commit that takes away what was found, and sets the rules of a chain, if there are any, with a jump to it behind
+/// so many of others' rules, unless there is one. Empty where there is nothing to do.
+pub(super) fn replace(place: Place, chain: &str, rules: &[String], found: &Found, behind: Option<usize>) -> String {
+    let Found { hook: all, ours: Ours { jumps, chains }, .. } = found;
+    if rules.is_empty() && jumps.is_empty() && chains.is_empty() {
         return String::new();
     }
     let mut text = format!("*{}\n", place.table());
     let is_wanted = !rules.is_empty();
-    let unwanted = || found.chains.iter().map(|(name, _)| name.as_str()).filter(|name| !is_wanted || *name != chain);
+    let unwanted = || chains.iter().map(|(name, _)| name.as_str()).filter(|name| !is_wanted || *name != chain);
     // Makes the chain, or empties it.
     for name in unwanted().chain(is_wanted.then_some(chain)) {
         let _infallible = writeln!(text, ":{name} - [0:0]");
     }
-    for jump in &found.jumps {
+    for jump in jumps.iter().filter(|_| !is_wanted || behind.is_some()) {
         let _infallible = writeln!(text, "-D {}", jump.trim_start_matches("-A "));
     }
     for name in unwanted() {
@@ -129,9 +172,11 @@ pub(super) fn replace(place: Place, chain: &str, rules: &[String], found: &Found
     for rule in rules {
         let _infallible = writeln!(text, "-A {chain} {rule}");
     }
-    if is_wanted {
+    if let Some(behind) = behind.filter(|_| is_wanted) {
         let (hook, comment) = (place.hook(), place.comment());
-        let _infallible = writeln!(text, "-A {hook} -m comment --comment \"{comment}\" -j {chain}");
+        let is_last = behind >= all.len() - jumps.len();
+        let command = if is_last { format!("-A {hook}") } else { format!("-I {hook} {}", behind + 1) };
+        let _infallible = writeln!(text, "{command} -m comment --comment \"{comment}\" -j {chain}");
     }
     text + "COMMIT\n"
 }
@@ -160,7 +205,7 @@ mod tests {
     fn flannels_text() {
         let place = Place::Postrouting;
         assert_eq!(
-            replace(place, "FLANNEL-POSTRTG", &place.rules(&rules()), &Found::default()),
+            replace(place, "FLANNEL-POSTRTG", &place.rules(&rules()), &Found::default(), Some(0)),
             r#"*nat
 :FLANNEL-POSTRTG - [0:0]
 -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
@@ -175,7 +220,7 @@ COMMIT
         );
         let place = Place::Forward;
         assert_eq!(
-            replace(place, "FLANNEL-FWD", &place.rules(&rules()), &Found::default()),
+            replace(place, "FLANNEL-FWD", &place.rules(&rules()), &Found::default(), Some(0)),
             r#"*filter
 :FLANNEL-FWD - [0:0]
 -A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
@@ -186,28 +231,55 @@ COMMIT
         );
     }
 
+    /// What is found in `nat`, with our chain.
+    fn found(hook: &[&str], names: &[&str]) -> Found {
+        let network = Some("10.5.0.0/16".parse().expect("CIDR"));
+        let chains = vec![("FLANNEL-POSTRTG".to_owned(), "-N FLANNEL-POSTRTG".to_owned())];
+        Found::parse(Place::Postrouting, &hook.join("\n"), names, chains, network)
+    }
+
+    fn replaced(rules: &[String], found: &Found, known: Option<&Order>) -> String {
+        let chain = "FLANNEL-POSTRTG";
+        replace(Place::Postrouting, chain, rules, found, found.place(chain, known, ""))
+    }
+
     #[test]
     fn what_was_there_goes_in_the_same_commit() {
-        let found = Found {
-            policy: "ACCEPT".to_owned(),
-            jumps: vec![MASQUERADE_JUMP.to_owned()],
-            chains: vec![("FLANNEL-POSTRTG".to_owned(), String::new())],
-        };
+        let found = found(&["-P POSTROUTING ACCEPT", MASQUERADE_JUMP], &["FLANNEL-POSTRTG"]);
         let gone = "*nat\n:FLANNEL-POSTRTG - [0:0]\n\
                     -D POSTROUTING -m comment --comment \"flanneld masq\" -j FLANNEL-POSTRTG\n\
                     -X FLANNEL-POSTRTG\nCOMMIT\n";
-        assert_eq!(replace(Place::Postrouting, "FLANNEL-POSTRTG", &[], &found), gone);
-        let renewed = replace(Place::Postrouting, "FLANNEL-POSTRTG", &["-j RETURN".to_owned()], &found);
-        assert!(renewed.contains("-D POSTROUTING") && !renewed.contains("-X"), "{renewed}");
-        assert_eq!(replace(Place::Postrouting, "FLANNEL-POSTRTG", &[], &Found::default()), "");
+        assert_eq!(replaced(&[], &found, None), gone);
+        assert_eq!(replaced(&[], &Found::default(), None), "");
+    }
+
+    #[test]
+    fn a_jump_that_is_there_stays_where_it_is() {
+        let rules = ["-j RETURN".to_owned()];
+        let with = |hook: &[&str], names: &[&str]| replaced(&rules, &found(hook, names), None);
+        let behind = "-A POSTROUTING -j MASQUERADE";
+        let there = with(&[MASQUERADE_JUMP, behind], &["FLANNEL-POSTRTG"]);
+        assert_eq!(there, "*nat\n:FLANNEL-POSTRTG - [0:0]\n-A FLANNEL-POSTRTG -j RETURN\nCOMMIT\n");
+        // Twice, or to another chain: one to ours where the first was.
+        let twice = with(&[behind, MASQUERADE_JUMP, behind, MASQUERADE_JUMP], &["FLANNEL-POSTRTG"]);
+        assert_eq!(twice.matches("-D POSTROUTING").count(), 2, "{twice}");
+        assert!(twice.contains("-I POSTROUTING 2 -m comment"), "{twice}");
+        let others = with(&["-A POSTROUTING -j FLANNEL-POSTRTG-7", behind], &["FLANNEL-POSTRTG", "FLANNEL-POSTRTG-7"]);
+        assert!(others.contains("-D POSTROUTING -j FLANNEL-POSTRTG-7\n"), "{others}");
+        assert!(others.contains("-I POSTROUTING 1 -m comment"), "{others}");
+        // None at the start: behind all others. One that was known: where it was.
+        let none = found(&[behind], &["FLANNEL-POSTRTG"]);
+        assert!(replaced(&rules, &none, None).contains("-A POSTROUTING -m comment"));
+        let known = found(&[MASQUERADE_JUMP, behind], &["FLANNEL-POSTRTG"]).order().expect("it was there");
+        assert!(replaced(&rules, &none, Some(&known)).contains("-I POSTROUTING 1 -m comment"));
     }
 
     #[test]
     fn ours_are_known_and_nobody_elses() {
-        let network = Some("10.5.0.0/16".parse().expect("CIDR"));
         let old =
             r#"-A POSTROUTING -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE"#;
-        let listing = [
+        let hook = [
+            "# Warning: iptables-legacy tables present, use iptables-legacy to see them",
             "-P POSTROUTING ACCEPT",
             MASQUERADE_JUMP,
             old,
@@ -215,10 +287,10 @@ COMMIT
             r#"-A POSTROUTING -s 10.6.0.0/16 -m comment --comment "flanneld masq" -j RETURN"#,
             r#"-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG-7"#,
             "-A POSTROUTING -j FLANNEL-POSTRTG-MINE",
-        ]
-        .join("\n");
-        assert_eq!(Place::Postrouting.ours(&listing, &["FLANNEL-POSTRTG"], network), [MASQUERADE_JUMP, old]);
-        assert_eq!(policy(&listing), "ACCEPT");
-        assert_eq!(policy(""), "");
+        ];
+        let all = found(&hook, &["FLANNEL-POSTRTG"]);
+        assert_eq!(all.ours.jumps, [MASQUERADE_JUMP, old]);
+        assert!(all.may_drop() && !found(&hook[..4], &["FLANNEL-POSTRTG"]).may_drop());
+        assert!(found(&["-P POSTROUTING DROP"], &[]).may_drop());
     }
 }

@@ -11,7 +11,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Masquerade, NetfilterError, Rules,
+    Masquerade, NetfilterError, Preference, Rules,
     kernel::{Kernel, Mode, State},
 };
 use crate::status::RulesStatus;
@@ -74,7 +74,7 @@ impl Drop for Keeper {
 }
 
 async fn keep(mut wanted: watch::Receiver<Option<Rules>>, report: watch::Sender<Report>, resync: Duration) {
-    let mut upkeep = Upkeep { last: None, status: RulesStatus::default() };
+    let mut upkeep = Upkeep::default();
     loop {
         let Some(rules) = wanted.borrow_and_update().clone() else {
             if wanted.changed().await.is_err() {
@@ -95,7 +95,9 @@ async fn keep(mut wanted: watch::Receiver<Option<Rules>>, report: watch::Sender<
     }
 }
 
+#[derive(Default)]
 struct Upkeep {
+    kernel: Kernel,
     /// The rules that were set last, and what the kernel had then.
     last: Option<(Rules, Mode, State)>,
     status: RulesStatus,
@@ -105,7 +107,10 @@ impl Upkeep {
     /// Looks at what is set, and sets it where that is not as it was left. What fails is said once.
     async fn bring(&mut self, rules: &Rules) {
         let result = self.try_bring(rules).await;
-        let problem = result.err().map(|error| error.to_string());
+        if result.is_err() {
+            self.last = None;
+        }
+        let problem = result.map_or_else(|error| Some(error.to_string()), |()| self.contradiction(rules));
         match &problem {
             Some(problem) if self.status.problem.as_ref() != Some(problem) => {
                 warn!("packet rules: {problem}; trying again");
@@ -113,39 +118,51 @@ impl Upkeep {
             None if self.status.problem.is_some() => info!("the packet rules are set"),
             _ => {}
         }
-        if problem.is_some() {
-            self.last = None;
-        }
         self.status.problem = problem;
     }
 
     async fn try_bring(&mut self, rules: &Rules) -> Result<(), NetfilterError> {
-        let kernel = Kernel::find();
-        let mode = kernel.mode(rules)?;
+        let mode = self.kernel.mode(rules)?;
         if let Some((set, with, left)) = &self.last
             && (set, *with) == (rules, mode)
         {
-            let now = kernel.state(mode, rules).await?;
+            let now = self.kernel.state(mode, rules).await?;
             if now == *left {
                 return Ok(());
             }
-            if now.differs_in_policy_only(left) {
-                info!("the policy of iptables' FORWARD is another now");
-            } else {
+            if now.forward() == left.forward() {
                 warn!("another program has changed the packet rules; they are set again");
                 self.status.repairs += 1;
+            } else {
+                info!("another iptables is in use than before; forwarding is accepted in each that is");
             }
         }
-        kernel.apply(mode, rules).await?;
-        let state = kernel.state(mode, rules).await?;
-        self.status.masquerade = match (rules.masquerade, mode) {
+        let (set, result) = self.kernel.apply(mode, rules).await;
+        result?;
+        let state = self.kernel.state(set.mode, rules).await?;
+        self.kernel.verify(&set, rules, &state)?;
+        self.status.masquerade = match (rules.masquerade, set.mode) {
             (Masquerade::Off, _) => "off",
             (_, Mode::Nftables) => "nftables",
             (_, Mode::Iptables) => "iptables",
         }
         .to_owned();
-        self.status.forward = state.has_forward();
-        self.last = Some((rules.clone(), mode, state));
+        self.status.forward = !state.forward().is_empty();
+        self.status.forward_in = state.forward().into_iter().map(|kind| kind.label().to_owned()).collect();
+        let is_new = self.status.fallback != set.fallback;
+        self.status.fallback = set.fallback;
+        self.last = state.is_settled().then(|| (rules.clone(), set.mode, state));
+        if let Some(fallback) = self.status.fallback.as_ref().filter(|_| is_new && self.contradiction(rules).is_none())
+        {
+            warn!("packet rules: {fallback}");
+        }
         Ok(())
+    }
+
+    /// What works otherwise than the config asks for, in words.
+    fn contradiction(&self, rules: &Rules) -> Option<String> {
+        let is_other = rules.preference == Preference::Nftables && self.status.masquerade == "iptables";
+        let fallback = self.status.fallback.as_ref().filter(|_| is_other)?;
+        Some(format!("EnableNFTables is true, and {fallback}"))
     }
 }

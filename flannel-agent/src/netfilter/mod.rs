@@ -3,9 +3,11 @@
 //!
 //! * [`Rules`] — what is wanted, as data; [`Flags`] — what is asked for
 //! * `nft`, `iptables` — the same in the two languages; pure
+//! * `order` — the place of our jumps among other people's rules; pure
 //! * `kernel` — what is set now, and setting it
 //! * [`keeper`] — the task that keeps it so
-//! * `tool` — running `nft` and `iptables`
+//! * `programs` — which of `nft`, `iptables-nft` and `iptables-legacy` the host has
+//! * `tool` — running them
 //!
 //! # Two languages
 //!
@@ -13,11 +15,17 @@
 //! commit of `iptables-restore`; the rules are the same. [`Preference`] says which. An overlay whose VNI is not 1 has
 //! the number in its names, so that the agents of two overlays on one host do not write into each other's.
 //!
-//! The rules that accept are always iptables'. They stand behind every other rule of `FORWARD` and so decide nothing but
-//! what its *policy* would, which Docker sets to DROP. An accept in a chain of nftables ends that chain only: the packet
-//! goes on to `FORWARD`, whose policy drops it. So with nftables there is no chain for it in our table, and iptables' is
-//! set where, and as long as, that policy is not ACCEPT. A base chain of somebody else's that drops what it does not know
-//! is defeated by neither.
+//! The rules that accept are always iptables', and there wherever iptables is. An accept in a chain of nftables ends that
+//! chain only: the packet goes on to `FORWARD`, where a REJECT or the policy DROP would stop it. So with nftables there is
+//! no chain for it in our table. Of the two iptables of a host an accept in one does not count in the other either: it is
+//! in `iptables`, and in the other kind as long as that has something that could drop. A base chain of somebody else's
+//! that drops what it does not know is defeated by none of them. For where our jump stands, see `order`.
+//!
+//! # An `nft` that does not work
+//!
+//! One that refuses, crashes, hangs, or does nothing is left alone for ten minutes, or until it is another file, and
+//! iptables masquerades, if there is one. Where there is none, or nftables is what the config asks for, one that refuses is
+//! asked for less first ([`nft::Form`]). What its table still has stays: two that masquerade do what one does.
 //!
 //! # How the kernel is reached
 //!
@@ -32,6 +40,8 @@ mod iptables;
 pub mod keeper;
 mod kernel;
 mod nft;
+mod order;
+mod programs;
 mod tool;
 
 use flannel_common::vxlan::Vni;
@@ -57,7 +67,7 @@ pub enum Preference {
     /// nftables where the host has `nft`, else iptables: the key is not there.
     #[default]
     Any,
-    /// nftables: it is true.
+    /// nftables: it is true. iptables only where nftables can't be had, which is a problem then.
     Nftables,
     /// iptables: it is false.
     Iptables,

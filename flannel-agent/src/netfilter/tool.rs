@@ -1,9 +1,19 @@
 //! Running other people's programs, with fixed arguments, without a shell.
 #![expect(clippy::disallowed_types, reason = "the one place of the agent that runs other programs: nft and iptables")]
 
-use std::{io, path::PathBuf, process::Stdio, time::Duration};
+use std::{
+    fs, io,
+    os::unix::{fs::MetadataExt as _, process::ExitStatusExt as _},
+    path::PathBuf,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
 
 use caps::{CapSet, Capability};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
 use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
 
 /// None of them takes longer, but where another program holds a lock.
@@ -48,6 +58,30 @@ pub enum NetfilterError {
         /// In its own words.
         reason: String,
     },
+    /// It crashed.
+    #[error("{program} was ended by {signal}; the program is broken: install another version")]
+    Crashed {
+        /// Which.
+        program: &'static str,
+        /// By which signal.
+        signal: String,
+    },
+    /// It was content, and nothing happened.
+    #[error("{program} reports success, and the rules that it was given are not there; install another version")]
+    WithoutEffect {
+        /// Which.
+        program: &'static str,
+    },
+    /// Two ways were tried.
+    #[error("{0}; and {1}")]
+    Both(Box<NetfilterError>, Box<NetfilterError>),
+}
+
+impl NetfilterError {
+    /// Whether a program understood that it was spoken to, and said no.
+    pub(super) const fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. })
+    }
 }
 
 /// What to do about what a program says.
@@ -75,26 +109,38 @@ impl Tool {
         which::which_in(name, Some(path), "/").ok().map(|path| Self { name, path })
     }
 
+    /// Which file it is: another one after an upgrade.
+    pub(super) fn identity(&self) -> Identity {
+        let file = fs::metadata(&self.path);
+        file.map_or((0, 0, 0), |file| (file.dev(), file.ino(), file.mtime()))
+    }
+
     /// What it prints.
     pub(super) async fn run(&self, arguments: &[&str], input: &str) -> Result<String, NetfilterError> {
         match self.attempt(arguments, input).await? {
-            Ended { code: Some(0), output, .. } => Ok(output),
-            Ended { words, .. } => Err(self.refused(words)),
+            Ended { status, output, .. } if status.success() => Ok(output),
+            ended => Err(self.refused(ended)),
         }
     }
 
     /// What it prints; [`None`] where it says by its exit code 1 that there is no such thing.
     pub(super) async fn list(&self, arguments: &[&str]) -> Result<Option<String>, NetfilterError> {
         match self.attempt(arguments, "").await? {
-            Ended { code: Some(0), output, .. } => Ok(Some(output)),
+            Ended { status, output, .. } if status.success() => Ok(Some(output)),
             // Of nft also the code for what is not permitted.
-            Ended { code: Some(1), words, .. } if !words.contains("not permitted") => Ok(None),
-            Ended { words, .. } => Err(self.refused(words)),
+            Ended { status, words, .. } if status.code() == Some(1) && !words.contains("not permitted") => Ok(None),
+            ended => Err(self.refused(ended)),
         }
     }
 
-    const fn refused(&self, reason: String) -> NetfilterError {
-        NetfilterError::Refused { program: self.name, reason }
+    fn refused(&self, ended: Ended) -> NetfilterError {
+        let program = self.name;
+        if let Some(number) = ended.status.signal() {
+            let signal = Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |it| it.to_string());
+            return NetfilterError::Crashed { program, signal };
+        }
+        let reason = if ended.words.is_empty() { format!("{}, without a word", ended.status) } else { ended.words };
+        NetfilterError::Refused { program, reason }
     }
 
     async fn attempt(&self, arguments: &[&str], input: &str) -> Result<Ended, NetfilterError> {
@@ -107,8 +153,10 @@ impl Tool {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
+            .process_group(0)
             .spawn()
             .map_err(failed)?;
+        let mut group = Group(child.id());
         let stdin = child.stdin.take();
         let ended = timeout(LIMIT, async move {
             if let Some(mut stdin) = stdin {
@@ -118,15 +166,33 @@ impl Tool {
             child.wait_with_output().await
         });
         let ended = ended.await.map_err(|_| NetfilterError::Late { program: self.name })?.map_err(failed)?;
+        group.0 = None;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let words =
-            text(&ended.stderr).lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
-        Ok(Ended { code: ended.status.code(), output: text(&ended.stdout), words })
+        // Without what underlines a place in the line above.
+        let says = |line: &&str| !line.trim_matches(['^', '~', ' ']).is_empty();
+        let words = text(&ended.stderr).lines().map(str::trim).filter(says).collect::<Vec<_>>().join(" ");
+        Ok(Ended { status: ended.status, output: text(&ended.stdout), words })
+    }
+}
+
+/// Device, inode, and time of change.
+pub(super) type Identity = (u64, u64, i64);
+
+/// The process group of a program that was started: killed when dropped, with whatever the program started, as a script
+/// in its place does. A group of its own also keeps a terminal's ^C from a half-done change.
+struct Group(Option<u32>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(id) = self.0.and_then(|id| i32::try_from(id).ok()) {
+            // It may just have ended.
+            let _gone = killpg(Pid::from_raw(id), Signal::SIGKILL);
+        }
     }
 }
 
 struct Ended {
-    code: Option<i32>,
+    status: ExitStatus,
     output: String,
     /// What it complained of, in one line.
     words: String,
@@ -152,6 +218,42 @@ mod tests {
         let error = cat.run(&["/no/such/file"], "").await.expect_err("fails").to_string();
         assert_eq!(error, "cat: /bin/cat: /no/such/file: No such file or directory");
         assert!(Tool::find("no-such-program").is_none());
+    }
+
+    #[tokio::test]
+    async fn a_crash_and_a_silent_refusal_are_told_apart() {
+        let sh = Tool { name: "nft", path: "/bin/sh".into() };
+        let error = async |script: &str| sh.run(&["-c", script], "").await.expect_err("fails");
+        let crash = error("kill -SEGV $$").await;
+        assert!(crash.to_string().starts_with("nft was ended by SIGSEGV") && !crash.is_refusal(), "{crash}");
+        let silent = error("exit 42").await;
+        assert_eq!(silent.to_string(), "nft: exit status: 42, without a word");
+        assert!(silent.is_refusal());
+    }
+
+    #[tokio::test]
+    async fn one_that_is_given_up_is_killed_with_its_children() {
+        let sh = Tool { name: "nft", path: "/bin/sh".into() };
+        let directory = tempfile::tempdir().expect("a folder");
+        let file = directory.path().join("pid");
+        let script = format!("sleep 1000 & echo $! > {}; wait", file.display());
+        let begun = async {
+            while fs::read_to_string(&file).unwrap_or_default().trim().is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let arguments = ["-c", &script];
+        tokio::select! {
+            ended = sh.run(&arguments, "") => panic!("{ended:?}"),
+            () = begun => {}
+        }
+        let child = fs::read_to_string(&file).expect("its number");
+        let path = format!("/proc/{}/stat", child.trim());
+        // Nobody may have asked for its end yet.
+        let is_gone = || fs::read_to_string(&path).map_or(true, |stat| stat.contains(") Z "));
+        while !is_gone() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     #[test]

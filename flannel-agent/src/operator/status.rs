@@ -83,10 +83,14 @@ fn table(overlay: &Overlay) -> String {
     lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
     let rules = match (status.rules.masquerade.as_str(), status.rules.forward) {
         ("", _) => "not set yet".to_owned(),
-        (masquerade, true) => format!("masquerade {masquerade}, forwarding accepted in iptables"),
+        (masquerade, true) => {
+            let kinds = status.rules.forward_in.join(" and ");
+            format!("masquerade {masquerade}, forwarding accepted in iptables ({kinds})")
+        }
         (masquerade, false) => format!("masquerade {masquerade}"),
     };
     lines.push(["rules".to_owned(), format!("{rules}, {} repairs", status.rules.repairs)]);
+    lines.extend(status.rules.fallback.iter().map(|fallback| ["rules".to_owned(), fallback.clone()]));
     let following = if store.following { "followed" } else { "away" };
     lines.push([
         "etcd".to_owned(),
