@@ -29,6 +29,7 @@
 //! * [`translated`] — who is who in flows that netfilter translates, when ports clash, servers change, sizes and paths do
 //! * [`scenarios`] — by address, by name and by a host's port, from pods, hosts and outside
 //! * [`netfilter`] — masquerading and forwarding, with nftables and with iptables
+//! * [`firewalls`] — the same among rules of others that refuse, in either iptables, and with programs that fail
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
@@ -67,6 +68,7 @@ mod drift_external;
 mod drops;
 mod encapsulation;
 mod fast_path;
+mod firewalls;
 mod frames;
 mod guard;
 mod health;

@@ -174,28 +174,6 @@ fn what_another_program_takes_away_is_set_again_and_told() {
 }
 
 #[test]
-fn a_policy_that_drops_is_defeated_as_long_as_it_drops() {
-    let world = world(2, &config(""), &["--iptables-resync=1"]);
-    assert_nothing(&world);
-    for host in &world.hosts {
-        host.netns.exec("iptables -P FORWARD DROP").unwrap();
-    }
-    world.wait_connected(0, 1);
-    world.wait_status(0, "forwarding", |status| status["rules"]["forward"] == true);
-    let (saved, tables) = ours(&world);
-    assert_eq!((saved.len(), tables.as_str()), (4, ""), "{saved:#?}");
-    // A rule of the user's comes before.
-    let (pod, remote) = (&world.hosts[0].pods[0].netns, world.hosts[1].pods[0].address.to_string());
-    world.hosts[0].netns.exec("iptables -I FORWARD -p icmp -j DROP").unwrap();
-    assert!(!is_answered(pod, &remote));
-    world.hosts[0].netns.exec("iptables -D FORWARD -p icmp -j DROP").unwrap();
-
-    world.hosts[0].netns.exec("iptables -P FORWARD ACCEPT").unwrap();
-    wait_for("no rules", SOON, || ours(&world).0.is_empty()).unwrap();
-    world.wait_status(0, "no repairs", |status| status["rules"]["forward"] == false && status["rules"]["repairs"] == 0);
-}
-
-#[test]
 fn rules_of_a_flannel_beside_it_stay() {
     const OTHERS: &str = "table ip flannel-ipv4 { chain postrtg { ip saddr 10.9.0.0/16 return; }; }
         table ip6 flannel-ipv6 { chain postrtg { ip6 saddr fd09::/48 return; }; }
@@ -312,7 +290,8 @@ fn a_refusal_is_told_once_and_healed() {
     );
     fs::write(&refusing, script).unwrap();
     fs::set_permissions(&refusing, fs::Permissions::from_mode(0o755)).unwrap();
-    let agent = agent_with(&world, &[("/usr/sbin/nft", refusing.to_str().unwrap())]);
+    // With iptables it would be used.
+    let agent = agent_with(&world, &[("/usr/sbin/nft", refusing.to_str().unwrap()), (IPTABLES, "/dev/null")]);
     world.hosts[0].start_agent(&agent, &world.store, MASQUERADE).unwrap();
     world.hosts[0].wait_ready().unwrap();
     let problem = "nft: Error: Could not process rule";

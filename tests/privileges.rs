@@ -22,6 +22,7 @@ use crate::{
 const USER: u32 = 65534;
 /// Their numbers in include/uapi/linux/capability.h.
 const NET_ADMIN: u64 = 1 << 12;
+const NET_RAW: u64 = 1 << 13;
 const PERFMON: u64 = 1 << 38;
 const BPF: u64 = 1 << 39;
 
@@ -138,7 +139,7 @@ fn one_capability_less_is_said() {
 fn root_gives_up_what_the_dataplane_does_not_need() {
     let world = World::with_agents(2);
     world.wait_connected(0, 1);
-    assert_capabilities(&world, 0, BPF | NET_ADMIN | PERFMON);
+    assert_capabilities(&world, 0, BPF | NET_ADMIN | NET_RAW | PERFMON);
 }
 
 #[test]
