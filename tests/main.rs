@@ -34,6 +34,7 @@
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
 //! * [`tenancy`] — keeping the own lease: renewal, sleeping past its end, losing it
+//! * [`duplicates`] — two hosts with one address
 //! * [`guard`] — what a store that forgets can and can't do
 //! * [`store_faults`] — etcd restarted, wiped, rolled back, compacted, full, without a leader, and away at the start
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
@@ -66,6 +67,7 @@ mod docker_opts;
 mod drift;
 mod drift_external;
 mod drops;
+mod duplicates;
 mod encapsulation;
 mod fast_path;
 mod firewalls;

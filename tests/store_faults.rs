@@ -475,3 +475,57 @@ fn put_invalid_utf8(world: &World) {
     command.env("ETCDCTL_API", "3").current_dir(world.lab.directory()).args(["-c", &script]);
     output(&mut command).unwrap();
 }
+
+/// A host whose agent starts again under a config that can't be used.
+fn started_under(config: &str) -> World {
+    let mut world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    wait_peers(&world, 0, 1);
+    world.wait_last_known(0);
+    world.hosts[0].agent = None;
+    world.store.put(&format!("{PREFIX}/config"), config).unwrap();
+    world.start(0, &[]);
+    world.wait_log(0, "going on with the lease");
+    world.wait_status(0, "the last known lease", |status| status["lease"]["state"] == "last_known");
+    world
+}
+
+#[test]
+fn a_config_that_is_corrected_is_gone_on_with() {
+    let world = started_under("garbage");
+    let lease = world.lease_of(0);
+    let traffic = world.traffic(1, 0);
+    world.store.put(&format!("{PREFIX}/config"), CONFIG).unwrap();
+    world.wait_status(0, "the lease to be confirmed", |status| {
+        status["lease"]["state"] == "held" && status["configDiffers"].is_null()
+    });
+    assert_eq!(world.status(0)["status"]["lease"]["losses"], 0);
+    assert_eq!(world.lease_of(0), lease);
+    traffic.assert_nothing_was_lost();
+}
+
+#[test]
+fn a_config_that_is_corrected_to_another_leaves_a_lease_that_is_there() {
+    let mut world = started_under("garbage");
+    let lease = world.lease_of(0);
+    let traffic = world.traffic(1, 0);
+    let other = r#"{"Network": "10.6.0.0/16", "Backend": {"Type": "vxlan"}}"#;
+    world.store.put(&format!("{PREFIX}/config"), other).unwrap();
+    world.wait_status(0, "the lease to be confirmed", |status| {
+        let differs = status["configDiffers"].as_str().unwrap_or_default();
+        status["lease"]["state"] == "held" && differs.contains("start the agent again to take it in")
+    });
+    assert_eq!(world.status(0)["status"]["lease"]["losses"], 0);
+    assert_eq!(world.lease_of(0), lease);
+    traffic.assert_nothing_was_lost();
+    // Where it ends under that config, there is nothing to take for the datapath that there is.
+    let key = format!("{PREFIX}/subnets/{}", lease.0);
+    let value: serde_json::Value =
+        serde_json::from_str(&world.store.etcdctl(&["get", "-w", "json", &key]).unwrap()).unwrap();
+    let etcd_lease = format!("{:x}", value["kvs"][0]["lease"].as_i64().unwrap());
+    world.store.etcdctl(&["lease", "revoke", &etcd_lease]).unwrap();
+    let agent = world.hosts[0].agent.as_mut().unwrap();
+    assert!(agent.wait(SOON).unwrap().success());
+    let log = agent.log();
+    assert!(log.contains("the network config is another one by now (Network 10.6.0.0/16, not 10.5.0.0/16"), "{log}");
+}

@@ -114,7 +114,7 @@ mod tests {
             prefix: "/coreos.com/network".to_owned(),
             public_ip: [192, 168, 64, 1].into(),
             config: r#"{"Network": "10.5.0.0/16"}"#.to_owned(),
-            lease: OwnLease { key: subnet(1).into(), vtep_mac: mac, etcd_lease: 7 },
+            lease: OwnLease { key: subnet(1).into(), vtep_mac: mac, etcd_lease: 7, version: 0 },
             peers: BTreeMap::from([(subnet(2), peer)]),
         }
     }

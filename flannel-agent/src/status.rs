@@ -17,6 +17,7 @@ use crate::{
     atomic_file::{self, WriteError},
     dataplane::Features,
     lease::{HoldReason, MacAddress},
+    registry::OwnLease,
 };
 
 /// Of the document's form.
@@ -24,6 +25,9 @@ pub const API_VERSION: &str = "flannel-agent/v1";
 
 /// For so many seconds an agent may not have asked the store yet.
 const START_TIME: u64 = 5;
+
+/// For so many seconds a claim is told of after it came; who waits claims more often.
+const CLAIM_TIME: u64 = 60;
 
 /// Of single entries, no more are put into words than this.
 const MOST_NAMED: usize = 10;
@@ -149,6 +153,23 @@ pub struct LeaseStatus {
     pub renewals: u64,
     /// How often another one had to be taken.
     pub losses: u64,
+    /// How often another host claimed it that has this one's address.
+    #[serde(default)]
+    pub claims: u64,
+    /// When the last one did.
+    #[serde(default)]
+    pub last_claim: u64,
+    /// Which living host has this one's address and lease, and what to do.
+    #[serde(default)]
+    pub contested: Option<String>,
+}
+
+impl LeaseStatus {
+    /// That of a lease which nothing has befallen.
+    pub fn new(lease: &OwnLease, state: LeaseState) -> Self {
+        let (subnet, vtep_mac) = (lease.key.subnet, lease.vtep_mac);
+        Self { subnet, vtep_mac, state, renewals: 0, losses: 0, claims: 0, last_claim: 0, contested: None }
+    }
 }
 
 /// How it stands with this host's lease.
@@ -161,15 +182,21 @@ pub enum LeaseState {
     LastKnown,
     /// It ended, and another is being taken.
     Lost,
+    /// Another living host has this one's address, and with it the lease; this one waits.
+    Contested,
 }
 
 impl LeaseState {
+    /// Each of them.
+    pub const ALL: [Self; 4] = [Self::Held, Self::LastKnown, Self::Lost, Self::Contested];
+
     /// Its name in status and metrics.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Held => "held",
             Self::LastKnown => "last_known",
             Self::Lost => "lost",
+            Self::Contested => "contested",
         }
     }
 }
@@ -287,10 +314,20 @@ impl Status {
                 troubles.push(format!("the lease {} is the last known, and not confirmed by etcd", self.lease.subnet));
             }
             LeaseState::Lost => troubles.push(format!("the lease {} is lost; taking another", self.lease.subnet)),
+            LeaseState::Contested => troubles.extend(self.lease.contested.clone()),
+        }
+        let claimed = now().saturating_sub(self.lease.last_claim);
+        if self.lease.claims > 0 && claimed < CLAIM_TIME {
+            troubles.push(format!(
+                "another host claims this host's address {} and the lease {} ({} times, the last {claimed} s ago), and was \
+                 told that this one lives. Give each host an address of its own with --public-ip or --iface",
+                self.public_ip, self.lease.subnet, self.lease.claims
+            ));
         }
         // An agent that has just started is about to ask.
         let has_asked = self.store.problem.is_some() || !self.store.resyncs.is_empty();
-        let is_starting = !has_asked && now().saturating_sub(self.store.since) < START_TIME;
+        let is_waiting = self.lease.state == LeaseState::Contested;
+        let is_starting = !has_asked && (is_waiting || now().saturating_sub(self.store.since) < START_TIME);
         if !self.store.following && !is_starting {
             troubles.push(format!("etcd is not being followed since {}: {}", time(self.store.since), problem()));
         }

@@ -149,7 +149,9 @@ fn agent_status(run_dir: &Path, subnet: &SubnetFile) -> Result<(), Error> {
     }
     match status.lease.state {
         LeaseState::Held | LeaseState::LastKnown => Ok(()),
-        LeaseState::Lost => Err(Error::LimitedConnectivity(format!("the lease of {} is lost", status.lease.subnet))),
+        LeaseState::Lost | LeaseState::Contested => {
+            Err(Error::LimitedConnectivity(format!("the lease of {} is lost", status.lease.subnet)))
+        }
     }
 }
 

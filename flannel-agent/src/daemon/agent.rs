@@ -1,14 +1,16 @@
 //! The running agent: makes the datapath, and keeps maps, kernel and lease table in step.
 
 use std::{
+    collections::BTreeSet,
     net::Ipv4Addr,
     sync::Arc,
     time::{Duration, Instant as Clock},
 };
 
 use flannel_common::maps::Config;
+use ipnet::Ipv4Net;
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{info, warn};
@@ -30,7 +32,7 @@ use crate::{
     dataplane::{Capacity, Dataplane, Features, PinDirectory},
     device::{self, Changed, DeviceEvent, Netlink, external::External, offload::Offloads, vxlan::VxlanDevice},
     health::{self, Health},
-    lease::{LeaseTable, PeerChange},
+    lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
     ownership::Written,
     registry::{OwnLease, ResyncCause, Update, etcd::Registry},
@@ -78,7 +80,7 @@ async fn make<'a>(
     features: Features,
     health: &Health,
 ) -> Result<Agent<'a>, DaemonError> {
-    let Prepared { registry, network, config, external, device, request, lease, known, snapshot } = prepared;
+    let Prepared { registry, network, config, external, device, request, lease, known, snapshot, lock: _ } = prepared;
     let endpoint = Endpoint {
         external: external.clone(),
         port: device.port,
@@ -91,6 +93,7 @@ async fn make<'a>(
     let (tenancy_sender, tenancy) = mpsc::channel(8);
     let doubt = Arc::new(Notify::new());
     let (public_ip, followed_ip) = watch::channel(external.public_ip);
+    let (unnamed, followed_unnamed) = watch::channel(BTreeSet::new());
     // Pods do not hang on what an operator may ask.
     let requests = control::listen(&control::path(&cli.run_dir, request.vni)).unwrap_or_else(|error| {
         warn!("no requests can be taken: {error}");
@@ -119,6 +122,8 @@ async fn make<'a>(
         registry: registry.clone(),
         updates: mpsc::channel(1).1,
         tenancy,
+        asked: None,
+        unnamed,
         doubt: Arc::clone(&doubt),
         requests,
         health: health.clone(),
@@ -139,7 +144,7 @@ async fn make<'a>(
     agent.netlink.remove_flannels_blackhole(agent.own.key.subnet).await?;
     agent.set_rules().await;
     // First: the CNI plugin takes a subnet.env without a status beside it for another daemon's.
-    agent.record.refresh(&agent.table);
+    agent.refresh();
     agent.write_record();
     agent.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
@@ -152,10 +157,11 @@ async fn make<'a>(
     let renew_interval = cli.renew_interval()?;
     let network = agent.network.clone();
     let heartbeat = health.heartbeat("lease");
-    let public_ip = followed_ip;
+    let (public_ip, unnamed) = (followed_ip, followed_unnamed);
     let events = tenancy_sender;
-    let tenant = Tenant { registry, request, public_ip, network, renew_interval, doubt, events, heartbeat };
-    tokio::spawn(tenant.keep((lease_state == LeaseState::Held).then_some(lease)));
+    let tenant =
+        Tenant { registry, request, lease, public_ip, unnamed, network, renew_interval, doubt, events, heartbeat };
+    tokio::spawn(tenant.keep(lease_state == LeaseState::Held));
     Ok(agent)
 }
 
@@ -218,6 +224,10 @@ pub(super) struct Agent<'a> {
     pub(super) registry: Registry,
     pub(super) updates: mpsc::Receiver<Update>,
     pub(super) tenancy: mpsc::Receiver<TenancyEvent>,
+    /// The tenant waits to be told how the own lease was deleted.
+    pub(super) asked: Option<oneshot::Sender<OwnDeletion>>,
+    /// Tells the tenant whose subnets are not to be taken, though the store does not name them.
+    pub(super) unnamed: watch::Sender<BTreeSet<Ipv4Net>>,
     /// Has the tenant look at how it stands with the lease.
     pub(super) doubt: Arc<Notify>,
     pub(super) requests: mpsc::Receiver<Pending>,
@@ -250,6 +260,7 @@ impl Agent<'_> {
         let mut pods_not_before = not_before;
         loop {
             heartbeat.beat();
+            let settles_at = self.table.settles_at().map(Instant::from_std);
             tokio::select! {
                 _ = alive.tick() => {}
                 () = shutdown.requested() => {
@@ -263,6 +274,10 @@ impl Agent<'_> {
                 }
                 Some(update) = self.updates.recv() => {
                     let changes = self.take_updates(update);
+                    self.apply(changes).await;
+                }
+                () = sleep_until(settles_at.unwrap_or(not_before)), if settles_at.is_some() => {
+                    let changes = self.settle();
                     self.apply(changes).await;
                 }
                 rules = self.rules.changed() => self.record.rules(rules),
@@ -315,7 +330,7 @@ impl Agent<'_> {
                         self.ensure_or_say().await;
                         self.compare_or_say(Changed::Neighbour).await;
                     }
-                    self.record.refresh(&self.table);
+                    self.refresh();
                 }
                 _ = look.tick() => self.look().await,
                 _ = record.tick(), if self.record.is_due() => self.write_record(),
@@ -378,7 +393,7 @@ impl Agent<'_> {
                 let peers = changes.len();
                 warn!("{peers} held peers are let go, as asked");
                 self.apply(changes).await;
-                self.record.refresh(&self.table);
+                self.refresh();
                 self.write_record();
                 Reply::Released { peers }
             }

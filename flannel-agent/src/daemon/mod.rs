@@ -122,11 +122,14 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
         health::serve(address, health.clone()).await?;
     }
 
-    let prepared = tokio::select! {
+    let mut prepared = tokio::select! {
         prepared = start::prepare(cli, &netlink) => prepared?,
         () = shutdown.requested() => return Ok(()),
     };
-    let _lock = Lock::take(&cli.run_dir, prepared.network.backend.vni)?;
+    let _lock = match prepared.lock.take() {
+        Some(lock) => lock,
+        None => Lock::take(&cli.run_dir, prepared.network.backend.vni)?,
+    };
     let agent = agent::set_up(cli, netlink, prepared, features, &health).await?;
     health.set_ready();
     health::ready();

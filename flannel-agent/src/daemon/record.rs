@@ -17,7 +17,7 @@ use crate::{
     escape::control_characters,
     last_known::LastKnown,
     lease::LeaseTable,
-    registry::{OwnLease, PassedOver, ResyncCause, Snapshot},
+    registry::{OwnLease, PassedOver, ResyncCause, Snapshot, etcd::RegistryError},
     repair::Repair,
     status::{
         API_VERSION, BypassStatus, DriftStatus, HeldPeer, LeaseState, LeaseStatus, RulesStatus, Status, StoreStatus,
@@ -41,6 +41,37 @@ pub(super) struct Record {
     writing: Option<JoinHandle<()>>,
 }
 
+/// The status of an agent that has just begun.
+pub(super) fn status(
+    network: &NetworkConfig,
+    external: &External,
+    device: &VxlanDevice,
+    lease: &OwnLease,
+    state: LeaseState,
+) -> Status {
+    Status {
+        api_version: API_VERSION.to_owned(),
+        written: 0,
+        pid: std::process::id(),
+        vni: device.vni.get(),
+        network: network.network,
+        external_interface: external.link.name.clone(),
+        public_ip: external.public_ip,
+        mtu: device.mtu,
+        features: Features::default(),
+        bypass: BypassStatus::default(),
+        xdp: XdpStatus::default(),
+        rules: RulesStatus::default(),
+        lease: LeaseStatus::new(lease, state),
+        store: StoreStatus { since: now(), ..StoreStatus::default() },
+        config_differs: None,
+        peers: 0,
+        held: Vec::new(),
+        held_total: Default::default(),
+        drift: DriftStatus::default(),
+    }
+}
+
 impl Record {
     #[expect(clippy::too_many_arguments, reason = "each is one line of the status")]
     pub(super) fn new(
@@ -53,27 +84,7 @@ impl Record {
         lease: &OwnLease,
         state: LeaseState,
     ) -> Self {
-        let status = Status {
-            api_version: API_VERSION.to_owned(),
-            written: 0,
-            pid: std::process::id(),
-            vni: device.vni.get(),
-            network: network.network,
-            external_interface: external.link.name.clone(),
-            public_ip: external.public_ip,
-            mtu: device.mtu,
-            features: Features::default(),
-            bypass: BypassStatus::default(),
-            xdp: XdpStatus::default(),
-            rules: RulesStatus::default(),
-            lease: LeaseStatus { subnet: lease.key.subnet, vtep_mac: lease.vtep_mac, state, renewals: 0, losses: 0 },
-            store: StoreStatus { since: now(), ..StoreStatus::default() },
-            config_differs: None,
-            peers: 0,
-            held: Vec::new(),
-            held_total: Default::default(),
-            drift: DriftStatus::default(),
-        };
+        let status = status(network, external, device, lease, state);
         Self {
             run_dir: cli.run_dir.clone(),
             vni: device.vni,
@@ -215,7 +226,32 @@ impl Record {
             status.losses += 1;
         }
         (status.subnet, status.vtep_mac, status.state) = (lease.key.subnet, lease.vtep_mac, state);
+        status.contested = None;
         (self.status_is_due, self.leases_are_due) = (true, true);
+    }
+
+    /// Another host claimed the lease, and was told that this one lives.
+    pub(super) fn claimed(&mut self) {
+        let status = &mut self.status.lease;
+        (status.claims, status.last_claim) = (status.claims + 1, now());
+        if status.claims == 1 {
+            warn!(
+                "another host claims this host's address {} and the lease of {}; it was told that this one lives. Give each \
+                 host an address of its own with --public-ip or --iface",
+                self.status.public_ip, status.subnet
+            );
+        }
+        self.status_is_due = true;
+    }
+
+    /// Another living host has this one's address and lease.
+    pub(super) fn contested(&mut self, error: &RegistryError) {
+        let (status, problem) = (&mut self.status.lease, error.to_string());
+        if status.contested.as_ref() != Some(&problem) {
+            warn!("{problem}");
+        }
+        (status.state, status.contested) = (LeaseState::Contested, Some(problem));
+        self.status_is_due = true;
     }
 
     /// The peers have changed.

@@ -1,23 +1,30 @@
 //! What is known before anything is touched: network config, lease and lease table, from the store. Where that is away
 //! or says nothing that can be used, from this host's last run.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use ipnet::Ipv4Net;
+use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::DaemonError;
+use super::{DaemonError, record, tenancy::CLAIM_PERIOD};
 use crate::{
     cli::Cli,
     config::NetworkConfig,
     device::{Netlink, external::External, vxlan::VxlanDevice},
     last_known::LastKnown,
     lease::{MacAddress, Peer},
+    lock::Lock,
     registry::{
         LeaseRequest, OwnLease, Snapshot,
         etcd::{Registry, RegistryError},
     },
-    retry, subnet_env,
+    retry,
+    status::{self, LeaseState},
+    subnet_env,
 };
 
 /// What the datapath is made from.
@@ -34,6 +41,8 @@ pub(super) struct Prepared {
     pub(super) known: BTreeMap<Ipv4Net, Peer>,
     /// The lease table as it was right after the lease was taken; [`None`] where the store is away.
     pub(super) snapshot: Option<Snapshot>,
+    /// The overlay's lock, where it had to be taken already.
+    pub(super) lock: Option<Lock>,
 }
 
 /// Waits for network config and lease. Touches nothing on the host.
@@ -58,22 +67,37 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
             previous: subnet_env::previous_subnet(&cli.subnet_file()),
             vni: network.backend.vni,
             ttl: cli.lease_ttl(),
+            avoid: known.as_ref().map(|(known, _)| known.peers.keys().copied().collect()).unwrap_or_default(),
+            is_contested: false,
         };
-        let lease = retry::until_ok(async || registry.acquire(&network, &request).await, is_final).await?;
+        let mut waiting = Waiting { cli, network: &network, external: &external, device: &device, lock: None };
+        let lease = loop {
+            // Not among what is tried again at once: somebody has to do something.
+            let attempt = async || match registry.acquire(&network, &request).await {
+                Err(error @ RegistryError::Contested { .. }) => Ok(Err(error)),
+                result => result.map(Ok),
+            };
+            match retry::until_ok(attempt, is_final).await? {
+                Ok(lease) => break lease,
+                Err(error) => waiting.say(&error)?,
+            }
+            sleep(CLAIM_PERIOD).await;
+        };
+        let lock = waiting.lock;
         let snapshot = retry::until_ok(async || registry.snapshot().await, is_final).await?;
         info!("lease {} of {}", lease.key.subnet, network.network);
-        Ok((network, config, device, request, lease, snapshot))
+        Ok((network, config, device, request, lease, snapshot, lock))
     };
     let outcome: Result<_, DaemonError> = from_store.await;
     match (outcome, known) {
-        (Ok((network, config, device, request, lease, snapshot)), known) => {
+        (Ok((network, config, device, request, lease, snapshot, lock)), known) => {
             let known = known.filter(|(_, before)| before.network == network.network);
             let known = known.map(|(known, _)| known.peers).unwrap_or_default();
             if network.backend.direct_routing {
                 warn!("DirectRouting is not used: packets to peers on the same link are encapsulated too");
             }
             let snapshot = Some(snapshot);
-            Ok(Prepared { registry, network, config, external, device, request, lease, known, snapshot })
+            Ok(Prepared { registry, network, config, external, device, request, lease, known, snapshot, lock })
         }
         (Err(DaemonError::Registry(error)), Some((known, network))) if error.is_away() => {
             let LastKnown { config, lease, peers, .. } = known;
@@ -85,12 +109,40 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
                 previous: Some(lease.key.subnet),
                 vni: network.backend.vni,
                 ttl: cli.lease_ttl(),
+                avoid: BTreeSet::new(),
+                is_contested: false,
             };
             let config = config.into_bytes();
-            let (known, snapshot) = (peers, None);
-            Ok(Prepared { registry, network, config, external, device, request, lease, known, snapshot })
+            let (known, snapshot, lock) = (peers, None, None);
+            Ok(Prepared { registry, network, config, external, device, request, lease, known, snapshot, lock })
         }
         (Err(error), _) => Err(error),
+    }
+}
+
+/// An agent whose address another living host has, so that it has no lease.
+struct Waiting<'a> {
+    cli: &'a Cli,
+    network: &'a NetworkConfig,
+    external: &'a External,
+    device: &'a VxlanDevice,
+    /// Held while it waits: by it `status` knows that an agent is running.
+    lock: Option<Lock>,
+}
+
+impl Waiting<'_> {
+    /// Says who has the lease, in the log and as this host's status. Nothing else on the host is touched.
+    fn say(&mut self, error: &RegistryError) -> Result<(), DaemonError> {
+        let RegistryError::Contested { subnet, vtep_mac, .. } = *error else { return Ok(()) };
+        let vni = self.network.backend.vni;
+        if self.lock.is_none() {
+            self.lock = Some(Lock::take(&self.cli.run_dir, vni)?);
+            warn!("{error}");
+        }
+        let lease = OwnLease { key: subnet.into(), vtep_mac, etcd_lease: 0, version: 0 };
+        let mut status = record::status(self.network, self.external, self.device, &lease, LeaseState::Contested);
+        (status.written, status.lease.contested) = (status::now(), Some(error.to_string()));
+        Ok(status.write(&self.cli.run_dir, vni)?)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the agent makes of what the store says: of the table, of the network config, and of its own lease.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -11,13 +11,16 @@ use tracing::{debug, info, warn};
 use super::{agent::Agent, tenancy::TenancyEvent};
 use crate::{
     dataplane::PeerMaps,
-    lease::{Credibility, LeaseKey, Peer, PeerChange},
+    lease::{Credibility, HoldReason, Peer, PeerChange},
     registry::{Entry, PassedOver, ResyncCause, Snapshot, Standing, Update},
     status::LeaseState,
 };
 
 /// A host is alive that was heard within this time.
 const SILENCE: Duration = Duration::from_secs(30);
+
+/// Of the subnets that are held at once, no more are named in one line than this.
+const MOST_NAMED: usize = 10;
 
 /// Whether the agent goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,12 +42,15 @@ impl Agent<'_> {
                     self.record.usable(&entry.key.to_string());
                     changes.extend(self.take_entry(&entry));
                 }
-                Update::Removed(key) => {
+                Update::Removed(key, revision) => {
                     self.record.event();
                     self.record.usable(&key.to_string());
-                    changes.extend(self.remove(key));
+                    let now = Instant::now();
                     if key == self.own.key {
+                        self.table.own_is_gone(Some(revision), now);
                         self.doubt_lease();
+                    } else {
+                        changes.extend(self.table.remove(key, Some(revision), now));
                     }
                 }
                 Update::PassedOver(passed_over) => {
@@ -60,8 +66,59 @@ impl Agent<'_> {
             }
             next = self.updates.try_recv().ok();
         }
-        self.record.refresh(&self.table);
+        self.refresh();
         changes
+    }
+
+    /// Judges the deletions after which it was quiet, and tells whom that concerns.
+    pub(super) fn settle(&mut self) -> Vec<PeerChange> {
+        let before: BTreeSet<_> = self.table.held().map(|(subnet, _)| *subnet).collect();
+        let changes = self.table.settle(is_heard(&self.dataplane.peers), Instant::now());
+        let held = |reason| {
+            let of_reason = self.table.held().filter(move |(_, hold)| hold.reason == reason);
+            of_reason.filter(|(subnet, _)| !before.contains(subnet)).map(|(subnet, _)| *subnet).collect::<Vec<_>>()
+        };
+        for subnet in held(HoldReason::StillSends) {
+            warn!("etcd no longer names the peer of {subnet}; it is held ({})", HoldReason::StillSends.label());
+        }
+        let mass = held(HoldReason::MassRemoval);
+        if !mass.is_empty() {
+            let named: Vec<_> = mass.iter().take(MOST_NAMED).map(ToString::to_string).collect();
+            let more = if mass.len() > MOST_NAMED { ", ..." } else { "" };
+            warn!(
+                "etcd no longer names {} of {} peers ({}{more}); they are held ({}) for {:?}, and longer while they send. \
+                 If etcd is right: flannel-agent lease release-guard",
+                mass.len(),
+                self.table.len(),
+                named.join(", "),
+                HoldReason::MassRemoval.label(),
+                self.cli.guard_grace()
+            );
+        }
+        self.answer();
+        self.refresh();
+        changes
+    }
+
+    /// Shows the table as it is now.
+    pub(super) fn refresh(&mut self) {
+        self.record.refresh(&self.table);
+        let unnamed = self.table.unnamed();
+        self.unnamed.send_if_modified(|before| {
+            let is_modified = *before != unnamed;
+            *before = unnamed;
+            is_modified
+        });
+    }
+
+    /// Tells the tenant how the own lease was deleted, once that is known.
+    fn answer(&mut self) {
+        if let Some(deletion) = self.table.own_deletion()
+            && let Some(asked) = self.asked.take()
+        {
+            // It may have stopped waiting.
+            let _unheard = asked.send(deletion);
+        }
     }
 
     fn take_snapshot(&mut self, snapshot: Snapshot, cause: ResyncCause) -> Vec<PeerChange> {
@@ -89,27 +146,24 @@ impl Agent<'_> {
         }
         let has_own = snapshot.entries.iter().any(|entry| self.is_own(entry));
         let credibility = if has_own { Credibility::Whole } else { Credibility::Doubtful };
-        let held = self.table.held().len();
-        let changes = self.table.replace(peers, credibility, is_heard(&self.dataplane.peers), Instant::now());
-        let more = self.table.held().len().saturating_sub(held);
-        if more > 0 {
-            warn!(
-                "etcd no longer names {more} of {} peers; they are held for {:?}, and longer while they send. If etcd is \
-                 right: flannel-agent lease release-guard",
-                self.table.len(),
-                self.cli.guard_grace()
-            );
+        if credibility == Credibility::Whole {
+            // Whoever asked how it was deleted looks again.
+            self.asked = None;
         }
-        changes
+        self.table.replace(peers, credibility, Instant::now())
     }
 
     fn take_entry(&mut self, entry: &Entry) -> Option<PeerChange> {
-        if entry.key == self.own.key && !self.is_held(entry) {
-            self.doubt_lease();
+        if entry.key == self.own.key {
+            self.table.own_is_there();
+            self.asked = None;
+            if !self.is_held(entry) {
+                self.doubt_lease();
+            }
         }
         let change = match self.peer_of(entry) {
             Ok(Some(peer)) => self.table.set(entry.key, peer),
-            Ok(None) => self.remove(entry.key),
+            Ok(None) => self.table.remove(entry.key, None, Instant::now()),
             // A lease that came to name no VTEP is one peer less.
             Err(passed_over) => self.pass_over(passed_over),
         };
@@ -125,27 +179,22 @@ impl Agent<'_> {
         if key == Some(self.own.key) {
             self.doubt_lease();
         }
-        self.remove(key?)
-    }
-
-    fn remove(&mut self, key: LeaseKey) -> Option<PeerChange> {
-        let subnet = key.subnet;
-        let held = self.table.held().len();
-        let change = self.table.remove(key, is_heard(&self.dataplane.peers), Instant::now());
-        if self.table.held().len() > held
-            && let Some((_, hold)) = self.table.held().find(|(of, _)| **of == subnet)
-        {
-            warn!("etcd no longer names the peer of {subnet}; it is held ({})", hold.reason.label());
-        }
-        change
+        self.table.remove(key?, None, Instant::now())
     }
 
     /// The host to encapsulate to for an entry; [`None`] for this one.
     fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, PassedOver> {
-        if entry.attributes.public_ip == self.external.public_ip {
-            return Ok(None);
-        }
         let passed_over = |reason: String| PassedOver { name: entry.key.to_string(), key: Some(entry.key), reason };
+        if entry.attributes.public_ip == self.external.public_ip {
+            return match entry.announced_mac() {
+                Some(mac) if mac != self.own.vtep_mac && entry.key != self.own.key => Err(passed_over(format!(
+                    "it names this host's own address {} with the MAC {mac} of another: two hosts must not have one \
+                     --public-ip",
+                    self.external.public_ip
+                ))),
+                _ => Ok(None),
+            };
+        }
         let (own, theirs) = (self.own.key.subnet, entry.key.subnet);
         if own.contains(&theirs) || theirs.contains(&own) {
             return Err(passed_over(format!("it overlaps this host's own lease {own}")));
@@ -157,9 +206,9 @@ impl Agent<'_> {
         entry.key == self.own.key && entry.attributes.public_ip == self.external.public_ip
     }
 
-    /// Whether an entry is this host's lease as it was taken.
+    /// Whether an entry is this host's lease as it was taken, and nobody wrote it since.
     fn is_held(&self, entry: &Entry) -> bool {
-        self.is_own(entry) && entry.etcd_lease == self.own.etcd_lease
+        self.is_own(entry) && entry.etcd_lease == self.own.etcd_lease && entry.version == self.own.version
     }
 
     /// The table says something that does not go with holding the lease. Only where it is held: a tenant that is taking
@@ -190,6 +239,10 @@ impl Agent<'_> {
     pub(super) async fn take_tenancy(&mut self, event: TenancyEvent) -> Course {
         match event {
             TenancyEvent::Renewed => self.record.renewed(),
+            TenancyEvent::Claimed => {
+                self.record.renewed();
+                self.record.claimed();
+            }
             TenancyEvent::Lost(standing) => {
                 let subnet = self.own.key.subnet;
                 match standing {
@@ -197,17 +250,37 @@ impl Agent<'_> {
                         "the lease of {subnet} ended while this host was silent, and {by} has it now; taking another. \
                          Pods of this host need new addresses"
                     ),
+                    Standing::Contested(mac) => warn!(
+                        "another host wrote its MAC {mac} into the lease of {subnet}, with this host's address {}",
+                        self.external.public_ip
+                    ),
+                    Standing::Deleted => warn!(
+                        "the lease of {subnet} was deleted together with those of others; taking it again if it is free"
+                    ),
                     _ => warn!("etcd no longer has the lease of {subnet}; taking it again if it is free"),
                 }
                 self.record.lease(&self.own, LeaseState::Lost);
             }
-            TenancyEvent::Taken(lease) => self.move_to(lease).await,
+            TenancyEvent::Contested(error) => self.record.contested(&error),
+            TenancyEvent::Taken(lease) => {
+                self.table.own_is_there();
+                self.move_to(lease).await;
+            }
+            TenancyEvent::Deleted(asked) => {
+                self.asked = Some(asked);
+                self.answer();
+            }
             TenancyEvent::Revoked => {
                 warn!("Lease has been revoked. Shutting down daemon.");
                 return Course::End;
             }
-            TenancyEvent::OtherConfig => {
-                warn!("the lease is lost, and the network config is another one by now; start the agent again");
+            TenancyEvent::OtherConfig(differences) => {
+                warn!(
+                    "etcd no longer has the lease of {}, and the network config is another one by now ({}); shutting down: \
+                     start the agent again to take both in",
+                    self.own.key.subnet,
+                    differences.join(", ")
+                );
                 return Course::End;
             }
         }

@@ -1,17 +1,22 @@
 //! Keeping this host's own lease: renewing it while it is its own, and taking another where it is lost. Never taking
 //! back what another host has by then.
+//!
+//! Whether a lease that was deleted was taken away from this host, or went with all others, only the lease table can tell.
+//! It is asked, and decides for peers and own lease alike.
 
-use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::Ipv4Addr, sync::Arc, time::Duration};
 
+use ipnet::Ipv4Net;
 use tokio::{
-    sync::{Notify, mpsc, watch},
-    time::sleep,
+    sync::{Notify, mpsc, oneshot, watch},
+    time::{sleep, timeout},
 };
 use tracing::{debug, info, warn};
 
 use crate::{
     config::NetworkConfig,
     health::Heartbeat,
+    lease::OwnDeletion,
     registry::{
         LeaseRequest, OwnLease, Standing,
         etcd::{Registry, RegistryError},
@@ -19,27 +24,65 @@ use crate::{
     retry,
 };
 
+/// How long a host waits that found another living one with its address, before it looks whether that is gone.
+pub(super) const CLAIM_PERIOD: Duration = Duration::from_secs(10);
+/// For how long the lease table is waited for, before etcd is asked again.
+const JUDGEMENT_TIME: Duration = Duration::from_secs(15);
+
 /// What becomes of the own lease.
 #[derive(Debug)]
 pub(super) enum TenancyEvent {
     /// It is kept for another term.
     Renewed,
+    /// Another host claims it, and was answered.
+    Claimed,
     /// It ended; another one is being taken.
     Lost(Standing),
+    /// Another living host has this one's address, and with it the lease.
+    Contested(RegistryError),
     /// This one is held from now on. It may be the one before.
     Taken(OwnLease),
+    /// It was deleted. How, is to be answered once it is known.
+    Deleted(oneshot::Sender<OwnDeletion>),
     /// Somebody took it away by deleting it.
     Revoked,
-    /// It ended, and the network config in the store is another one by now.
-    OtherConfig,
+    /// It is gone, and the network config in the store is another one by now: this differs.
+    OtherConfig(Vec<String>),
+}
+
+/// How keeping a lease ended.
+enum End {
+    /// Nobody listens any more.
+    Unheard,
+    /// Somebody deleted it, and nothing else.
+    Revoked,
+    /// It is to be taken again, or another.
+    Lost(Standing),
+}
+
+/// Why no lease can be taken.
+enum Refusal {
+    Registry(RegistryError),
+    /// The network config is another one, which differs in this.
+    OtherConfig(Vec<String>),
+}
+
+impl From<RegistryError> for Refusal {
+    fn from(error: RegistryError) -> Self {
+        Self::Registry(error)
+    }
 }
 
 /// Who keeps the lease.
 pub(super) struct Tenant {
     pub(super) registry: Registry,
     pub(super) request: LeaseRequest,
+    /// The lease that this host has, or had last.
+    pub(super) lease: OwnLease,
     /// This host's VTEP address, which may become another one.
     pub(super) public_ip: watch::Receiver<Ipv4Addr>,
+    /// The subnets whose hosts may be well, though the store does not name them.
+    pub(super) unnamed: watch::Receiver<BTreeSet<Ipv4Net>>,
     /// The config that the datapath is made for.
     pub(super) network: NetworkConfig,
     pub(super) renew_interval: Duration,
@@ -50,81 +93,110 @@ pub(super) struct Tenant {
 }
 
 impl Tenant {
-    /// Keeps the lease, or takes one where there is none. Returns when there is nothing more to keep, or nobody to tell.
-    pub(super) async fn keep(mut self, mut lease: Option<OwnLease>) {
+    /// Keeps the lease, which the store has or is to be asked for. Returns when there is nothing more to keep, or nobody
+    /// to tell.
+    pub(super) async fn keep(mut self, mut is_held: bool) {
         loop {
-            let held = match lease.take() {
-                Some(lease) => lease,
-                None => match self.take().await {
-                    Some(lease) => lease,
-                    None => return self.tell(TenancyEvent::OtherConfig).await,
-                },
-            };
-            match self.hold(&held).await {
-                Standing::Held => return,
-                Standing::Revoked => return self.tell(TenancyEvent::Revoked).await,
-                standing @ (Standing::Expired | Standing::Taken(_)) => {
-                    // What it was is what is wished for.
-                    self.request.previous = Some(held.key.subnet);
-                    self.request.vtep_mac = Some(held.vtep_mac);
+            if !is_held && let Err(differences) = self.take().await {
+                return self.tell(TenancyEvent::OtherConfig(differences)).await;
+            }
+            match self.hold().await {
+                End::Unheard => return,
+                End::Revoked => return self.tell(TenancyEvent::Revoked).await,
+                End::Lost(standing) => {
+                    self.request.is_contested = matches!(standing, Standing::Contested(_));
                     self.tell(TenancyEvent::Lost(standing)).await;
                 }
             }
+            is_held = false;
         }
     }
 
-    /// Takes a lease, however long it takes. [`None`] where the network config is another one.
-    async fn take(&mut self) -> Option<OwnLease> {
+    /// Takes a lease, however long it takes; what it was is what is wished for.
+    ///
+    /// # Errors
+    /// Where the network config is another one: what differs.
+    async fn take(&mut self) -> Result<(), Vec<String>> {
         let mut back_off = retry::BackOff::default();
         loop {
             self.heartbeat.beat();
             match self.try_take().await {
-                Ok(Some(lease)) => {
-                    self.tell(TenancyEvent::Taken(lease.clone())).await;
-                    return Some(lease);
+                Ok(lease) => {
+                    self.request.is_contested = false;
+                    self.lease = lease.clone();
+                    self.tell(TenancyEvent::Taken(lease)).await;
+                    return Ok(());
                 }
-                Ok(None) => return None,
+                Err(Refusal::OtherConfig(differences)) => return Err(differences),
+                Err(Refusal::Registry(error @ RegistryError::Contested { .. })) => {
+                    self.tell(TenancyEvent::Contested(error)).await;
+                    self.heartbeat.during(sleep(CLAIM_PERIOD)).await;
+                }
                 // Nothing is final: what worked at the start may work again, a certificate that is being replaced for one.
-                Err(error) => back_off.wait(&error).await,
+                Err(Refusal::Registry(error)) => back_off.wait(&error).await,
             }
         }
     }
 
-    async fn try_take(&mut self) -> Result<Option<OwnLease>, RegistryError> {
+    async fn try_take(&mut self) -> Result<OwnLease, Refusal> {
         self.request.public_ip = *self.public_ip.borrow_and_update();
+        self.request.previous = Some(self.lease.key.subnet);
+        self.request.vtep_mac = Some(self.lease.vtep_mac);
+        self.request.avoid.clone_from(&self.unnamed.borrow_and_update());
         let (now, _) = self.registry.network_config().await?;
-        if now != self.network {
-            return Ok(None);
+        if now == self.network {
+            return Ok(self.registry.acquire(&self.network, &self.request).await?);
         }
-        self.registry.acquire(&self.network, &self.request).await.map(Some)
+        // None can be taken for the datapath that there is. But one that the store has still is this host's still.
+        let mut lease = self.lease.clone();
+        match self.registry.standing(&mut lease, &self.request).await? {
+            Standing::Held | Standing::Claimed => Ok(lease),
+            _ => Err(Refusal::OtherConfig(self.network.differences(&now))),
+        }
     }
 
-    /// Renews the lease until it is lost. [`Standing::Held`] where nobody listens any more.
-    async fn hold(&mut self, lease: &OwnLease) -> Standing {
+    /// Renews the lease until it is lost.
+    async fn hold(&mut self) -> End {
         let mut back_off = retry::BackOff::default();
         let mut delay = self.renew_interval;
+        let mut deletion = None;
         loop {
             tokio::select! {
                 () = self.heartbeat.during(sleep(delay)) => {}
                 () = self.doubt.notified() => {}
                 Ok(()) = self.public_ip.changed() => {}
-                () = self.events.closed() => return Standing::Held,
+                () = self.events.closed() => return End::Unheard,
             }
             self.heartbeat.beat();
             // First: a lease that names the address before looks like another host's.
-            if let Err(error) = self.announce(lease).await {
+            if let Err(error) = self.announce().await {
                 delay = back_off.delay();
                 warn!("{error}; announcing this host's other address again in {delay:?}");
                 continue;
             }
-            match self.registry.standing(lease, &self.request).await {
-                Ok(Standing::Held) => {
-                    debug!("lease {} renewed", lease.key);
-                    self.tell(TenancyEvent::Renewed).await;
+            let before = self.lease.clone();
+            match self.registry.standing(&mut self.lease, &self.request).await {
+                Ok(standing @ (Standing::Held | Standing::Claimed)) => {
+                    debug!("lease {} renewed", self.lease.key);
+                    if self.lease.etcd_lease != before.etcd_lease {
+                        self.tell(TenancyEvent::Taken(self.lease.clone())).await;
+                    }
+                    let is_claimed = standing == Standing::Claimed;
+                    self.tell(if is_claimed { TenancyEvent::Claimed } else { TenancyEvent::Renewed }).await;
                     back_off.reset();
                     delay = self.renew_interval;
+                    deletion = None;
                 }
-                Ok(standing) => return standing,
+                // Still gone after all that went with it was looked at.
+                Ok(Standing::Deleted) if deletion == Some(OwnDeletion::Alone) => return End::Revoked,
+                Ok(Standing::Deleted) => {
+                    deletion = self.judged().await;
+                    if deletion == Some(OwnDeletion::WithOthers) {
+                        return End::Lost(Standing::Deleted);
+                    }
+                    delay = Duration::ZERO;
+                }
+                Ok(standing) => return End::Lost(standing),
                 Err(error) => {
                     delay = back_off.delay();
                     warn!("{error}; renewing the lease again in {delay:?}");
@@ -133,15 +205,23 @@ impl Tenant {
         }
     }
 
+    /// What the lease table makes of the deletion of the own lease. [`None`] where it has not heard of it, or sees the
+    /// lease again.
+    async fn judged(&self) -> Option<OwnDeletion> {
+        let (sender, answer) = oneshot::channel();
+        self.tell(TenancyEvent::Deleted(sender)).await;
+        self.heartbeat.during(timeout(JUDGEMENT_TIME, answer)).await.ok()?.ok()
+    }
+
     /// Has the lease name this host's address, where that has become another one.
-    async fn announce(&mut self, lease: &OwnLease) -> Result<(), RegistryError> {
+    async fn announce(&mut self) -> Result<(), RegistryError> {
         let public_ip = *self.public_ip.borrow_and_update();
         if public_ip == self.request.public_ip {
             return Ok(());
         }
         self.registry.disconnect();
-        if self.registry.announce(lease, &self.request, public_ip).await? {
-            info!("the lease {} names {public_ip} from now on", lease.key);
+        if self.registry.announce(&mut self.lease, &self.request, public_ip).await? {
+            info!("the lease {} names {public_ip} from now on", self.lease.key);
         }
         // Where it was not as it should be, how it stands with it is looked at next.
         self.request.public_ip = public_ip;

@@ -3,6 +3,7 @@
 //! (flannel: pkg/lease, pkg/subnet/subnet.go, pkg/subnet/etcd/local_manager.go).
 
 mod allocation;
+mod burst;
 mod table;
 
 use std::{
@@ -19,7 +20,7 @@ use serde_json::Value;
 
 pub use self::{
     allocation::{allocate, is_allocatable},
-    table::{Credibility, Hold, HoldReason, LeaseTable, PeerChange},
+    table::{Credibility, Hold, HoldReason, LeaseTable, OwnDeletion, PeerChange},
 };
 
 /// The last part of a lease's key: `10.5.34.0-24`, in a dual-stack cluster `10.5.34.0-24&fd00:1::-64`.

@@ -1,10 +1,12 @@
 //! The peers that the dataplane is to know, and the guard between them and the store.
 //!
 //! The store is believed at once in what it says, and slowly in what it no longer says: a wiped or rolled-back store, a
-//! wrong prefix or a mass expiry would otherwise cut hosts off that are well. Keeping a peer that is gone costs nothing.
+//! wrong prefix, a range that was deleted or a mass expiry would otherwise cut hosts off that are well. Keeping a peer
+//! that is gone costs nothing. So a deletion is judged a moment later, with all that came within that time, whether
+//! events or a snapshot told of them; the deletion of this host's own lease too.
 
 use std::{
-    collections::{BTreeMap, HashSet, VecDeque, btree_map},
+    collections::{BTreeMap, BTreeSet, HashSet, VecDeque, btree_map},
     net::Ipv4Addr,
     time::{Duration, Instant},
 };
@@ -12,7 +14,10 @@ use std::{
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use super::{LeaseKey, Peer};
+use super::{
+    LeaseKey, Peer,
+    burst::{Burst, Holder},
+};
 
 /// Removals are counted over this time.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -35,7 +40,7 @@ pub enum PeerChange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HoldReason {
-    /// Too many went at once, or the answer lacked this host's own lease.
+    /// Too many went at once, or this host's own lease with them.
     MassRemoval,
     /// Packets still arrive from it.
     StillSends,
@@ -59,8 +64,8 @@ impl HoldReason {
         match self {
             Self::MassRemoval => (
                 "mass_removal",
-                "More went within a minute than 3 and 5 % of the peers, or the answer lacked even this host's own lease. \
-                 Held for `--lease-guard-grace`.",
+                "Several went in one revision of etcd, or this host's own lease with others, or within seconds most of the \
+                 peers, or within a minute more than 3 and 5 % of them. Held for `--lease-guard-grace`.",
             ),
             Self::StillSends => ("still_sends", "Packets arrive from it. Held until it has been silent for 30 s."),
         }
@@ -85,6 +90,15 @@ pub enum Credibility {
     Doubtful,
 }
 
+/// How this host's own lease was deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnDeletion {
+    /// It and nothing else: it was taken away from this host.
+    Alone,
+    /// With those of others: nobody meant this host.
+    WithOthers,
+}
+
 /// The peers by the subnet that they lease; our own lease is not among them.
 #[derive(Clone, Debug)]
 pub struct LeaseTable {
@@ -94,6 +108,14 @@ pub struct LeaseTable {
     peers: BTreeMap<Ipv4Net, Peer>,
     /// Those of them that the store does not name.
     held: BTreeMap<Ipv4Net, Hold>,
+    /// Those of them whose deletion is still to be judged.
+    leaving: BTreeSet<Ipv4Net>,
+    /// The deletions that are.
+    burst: Option<Burst>,
+    /// Whether the store lacks this host's own lease.
+    lacks_own: bool,
+    /// Why, once that is judged.
+    own_deletion: Option<OwnDeletion>,
     /// When the last ones were removed, within the window.
     removals: VecDeque<Instant>,
     grace: Duration,
@@ -102,15 +124,24 @@ pub struct LeaseTable {
 impl LeaseTable {
     /// The peers as they were last known, of which a mass removal is held for `grace`.
     pub const fn new(peers: BTreeMap<Ipv4Net, Peer>, grace: Duration) -> Self {
-        Self { named: BTreeMap::new(), peers, held: BTreeMap::new(), removals: VecDeque::new(), grace }
+        Self {
+            named: BTreeMap::new(),
+            peers,
+            held: BTreeMap::new(),
+            leaving: BTreeSet::new(),
+            burst: None,
+            lacks_own: false,
+            own_deletion: None,
+            removals: VecDeque::new(),
+            grace,
+        }
     }
 
-    /// Takes in the whole table. `is_heard` says whether packets arrive from the host behind a subnet.
+    /// Takes in the whole table.
     pub fn replace(
         &mut self,
         snapshot: BTreeMap<LeaseKey, Peer>,
         credibility: Credibility,
-        is_heard: impl Fn(Ipv4Net) -> bool,
         now: Instant,
     ) -> Vec<PeerChange> {
         let by_subnet: BTreeMap<_, _> = snapshot.iter().map(|(key, peer)| (key.subnet, *peer)).collect();
@@ -118,23 +149,48 @@ impl LeaseTable {
         self.named = snapshot;
         let mut changes: Vec<_> =
             by_subnet.into_iter().filter_map(|(subnet, peer)| self.believe(subnet, peer)).collect();
-        let hosts: HashSet<Ipv4Addr> = self.named.values().map(|peer| peer.public_ip).collect();
-        // The host behind a subnet may have another one by now: then only its old lease ended.
-        let is_moved = |subnet: &Ipv4Net| self.peers.get(subnet).is_some_and(|peer| hosts.contains(&peer.public_ip));
-        let (moved, missing): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_moved);
-        let missing: Vec<_> = missing.into_iter().filter(|subnet| !self.held.contains_key(subnet)).collect();
-        let is_mass = credibility == Credibility::Doubtful || missing.len() > self.budget(now);
+        let hosts = self.named_hosts();
         for subnet in missing {
-            if is_mass {
-                self.held.insert(subnet, Hold { since: now, reason: HoldReason::MassRemoval });
-            } else if is_heard(subnet) {
-                self.held.insert(subnet, Hold { since: now, reason: HoldReason::StillSends });
-            } else {
+            let Some(host) = self.peers.get(&subnet).map(|peer| peer.public_ip) else { continue };
+            if hosts.contains(&host) {
+                // The host behind it has another one by now: only its old lease ended.
                 changes.extend(self.take_out(subnet, now));
+            } else if !self.held.contains_key(&subnet) && self.leaving.insert(subnet) {
+                self.gone(Holder::Host(host), None, now);
             }
         }
-        changes.extend(moved.into_iter().filter_map(|subnet| self.take_out(subnet, now)));
+        match credibility {
+            Credibility::Whole => self.own_is_there(),
+            Credibility::Doubtful => self.own_is_gone(None, now),
+        }
         changes
+    }
+
+    /// The store has this host's own lease.
+    pub const fn own_is_there(&mut self) {
+        (self.lacks_own, self.own_deletion) = (false, None);
+    }
+
+    /// The store lacks this host's own lease. `revision` is that of the deletion, where it is known.
+    pub fn own_is_gone(&mut self, revision: Option<i64>, now: Instant) {
+        if !self.lacks_own || revision.is_some() {
+            self.lacks_own = true;
+            self.own_deletion = None;
+            self.gone(Holder::Own, revision, now);
+        }
+    }
+
+    /// How this host's own lease was deleted. [`None`] where it was not, or that is still to be judged.
+    pub const fn own_deletion(&self) -> Option<OwnDeletion> {
+        self.own_deletion
+    }
+
+    fn gone(&mut self, holder: Holder, revision: Option<i64>, now: Instant) {
+        self.burst.get_or_insert_with(|| Burst::new(now)).add(holder, revision, now);
+    }
+
+    fn named_hosts(&self) -> HashSet<Ipv4Addr> {
+        self.named.values().map(|peer| peer.public_ip).collect()
     }
 
     /// A lease was taken or changed. [`None`] where that changes nothing.
@@ -152,11 +208,13 @@ impl LeaseTable {
 
     fn believe(&mut self, subnet: Ipv4Net, peer: Peer) -> Option<PeerChange> {
         self.held.remove(&subnet);
+        self.leaving.remove(&subnet);
         (self.peers.insert(subnet, peer) != Some(peer)).then_some(PeerChange::Set(subnet, peer))
     }
 
-    /// A lease ended. [`None`] where the peer is held, or is none.
-    pub fn remove(&mut self, key: LeaseKey, is_heard: impl Fn(Ipv4Net) -> bool, now: Instant) -> Option<PeerChange> {
+    /// A lease ended, in a revision where it was deleted. The peer goes once that is judged ([`Self::settle`]); at once
+    /// where its host has another lease by now.
+    pub fn remove(&mut self, key: LeaseKey, revision: Option<i64>, now: Instant) -> Option<PeerChange> {
         let subnet = key.subnet;
         self.named.remove(&key);
         if let Some(peer) = self.named_for(subnet) {
@@ -166,34 +224,64 @@ impl LeaseTable {
         if self.held.contains_key(&subnet) {
             return None;
         }
-        let reason = if self.named.values().any(|peer| peer.public_ip == host) {
-            // It has another subnet by now: only its old lease ended.
-            None
-        } else if is_heard(subnet) {
-            Some(HoldReason::StillSends)
-        } else {
-            (self.budget(now) == 0).then_some(HoldReason::MassRemoval)
-        };
-        match reason {
-            Some(reason) => {
-                self.held.insert(subnet, Hold { since: now, reason });
-                None
-            }
-            None => self.take_out(subnet, now),
+        if self.named.values().any(|peer| peer.public_ip == host) {
+            return self.take_out(subnet, now);
         }
+        self.leaving.insert(subnet);
+        self.gone(Holder::Host(host), revision, now);
+        None
+    }
+
+    /// When deletions are to be judged next.
+    pub fn settles_at(&self) -> Option<Instant> {
+        self.burst.as_ref().map(Burst::settles_at)
+    }
+
+    /// Judges the deletions after which it was quiet. `is_heard` says whether packets arrive from the host behind a
+    /// subnet.
+    pub fn settle(&mut self, is_heard: impl Fn(Ipv4Net) -> bool, now: Instant) -> Vec<PeerChange> {
+        let Some(burst) = self.burst.take_if(|burst| burst.settles_at() <= now) else { return Vec::new() };
+        let is_mass = burst.is_mass(self.peers.len() - self.held.len(), self.budget(now));
+        if self.lacks_own && self.own_deletion.is_none() {
+            let with_others = is_mass || self.recent_mass(now) > 0;
+            self.own_deletion = Some(if with_others { OwnDeletion::WithOthers } else { OwnDeletion::Alone });
+        }
+        let hosts = self.named_hosts();
+        let mut changes = Vec::new();
+        for subnet in std::mem::take(&mut self.leaving) {
+            let is_moved = self.peers.get(&subnet).is_none_or(|peer| hosts.contains(&peer.public_ip));
+            if !is_moved && is_mass {
+                self.held.insert(subnet, Hold { since: now, reason: HoldReason::MassRemoval });
+            } else if !is_moved && is_heard(subnet) {
+                self.held.insert(subnet, Hold { since: now, reason: HoldReason::StillSends });
+            } else {
+                changes.extend(self.take_out(subnet, now));
+            }
+        }
+        changes
     }
 
     /// A subnet is this host's own: nobody else's, whatever was known.
     pub fn exclude(&mut self, subnet: Ipv4Net) -> Option<PeerChange> {
         self.named.retain(|key, _| key.subnet != subnet);
         self.held.remove(&subnet);
+        self.leaving.remove(&subnet);
         self.peers.remove(&subnet).map(|_| PeerChange::Remove(subnet))
     }
 
     /// Lets go of what need not be held any longer.
     pub fn review(&mut self, is_heard: impl Fn(Ipv4Net) -> bool, now: Instant) -> Vec<PeerChange> {
+        if self.held.is_empty() {
+            return Vec::new();
+        }
+        let hosts = self.named_hosts();
         let mut over = Vec::new();
         for (subnet, hold) in &mut self.held {
+            if self.peers.get(subnet).is_some_and(|peer| hosts.contains(&peer.public_ip)) {
+                // Its host is back, with another subnet.
+                over.push(*subnet);
+                continue;
+            }
             if hold.reason == HoldReason::MassRemoval && now.duration_since(hold.since) < self.grace {
                 continue;
             }
@@ -206,9 +294,9 @@ impl LeaseTable {
         over.into_iter().filter_map(|subnet| self.take_out(subnet, now)).collect()
     }
 
-    /// Lets go of all that is held: the operator says that the store is right.
+    /// Lets go of all that is held, or is still to be judged: the operator says that the store is right.
     pub fn release(&mut self, now: Instant) -> Vec<PeerChange> {
-        let held: Vec<_> = self.held.keys().copied().collect();
+        let held: Vec<_> = self.held.keys().chain(&self.leaving).copied().collect();
         let changes = held.into_iter().filter_map(|subnet| self.take_out(subnet, now)).collect();
         // What was asked for takes nothing from what is believed unasked.
         self.removals.clear();
@@ -242,9 +330,23 @@ impl LeaseTable {
 
     fn take_out(&mut self, subnet: Ipv4Net, now: Instant) -> Option<PeerChange> {
         self.held.remove(&subnet);
+        self.leaving.remove(&subnet);
         self.peers.remove(&subnet)?;
         self.removals.push_back(now);
         Some(PeerChange::Remove(subnet))
+    }
+
+    /// The subnets whose hosts may be well, though the store does not name them.
+    pub fn unnamed(&self) -> BTreeSet<Ipv4Net> {
+        self.held.keys().chain(&self.leaving).copied().collect()
+    }
+
+    /// How many are held since lately because too many went.
+    fn recent_mass(&self, now: Instant) -> usize {
+        let is_recent = |hold: &&Hold| {
+            hold.reason == HoldReason::MassRemoval && now.saturating_duration_since(hold.since) <= WINDOW
+        };
+        self.held.values().filter(is_recent).count()
     }
 
     /// How many more peers may go now.
@@ -253,215 +355,9 @@ impl LeaseTable {
             self.removals.pop_front();
         }
         let before = self.peers.len() - self.held.len() + self.removals.len();
-        FEW.max(before / FRACTION).saturating_sub(self.removals.len())
+        FEW.max(before / FRACTION).saturating_sub(self.removals.len() + self.recent_mass(now))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::{collection::vec, prelude::*};
-
-    use super::*;
-    use crate::lease::MacAddress;
-
-    const GRACE: Duration = Duration::from_secs(900);
-
-    fn subnet(n: u8) -> Ipv4Net {
-        Ipv4Net::new_assert([10, 5, n, 0].into(), 24)
-    }
-
-    fn peer(n: u8) -> Peer {
-        Peer { public_ip: [192, 168, 0, n].into(), vtep_mac: MacAddress([2, 0, 0, 0, 0, n]) }
-    }
-
-    fn peers(numbers: impl IntoIterator<Item = u8>) -> BTreeMap<Ipv4Net, Peer> {
-        numbers.into_iter().map(|n| (subnet(n), peer(n))).collect()
-    }
-
-    fn key(n: u8) -> LeaseKey {
-        subnet(n).into()
-    }
-
-    fn snapshot(numbers: impl IntoIterator<Item = u8>) -> BTreeMap<LeaseKey, Peer> {
-        numbers.into_iter().map(|n| (key(n), peer(n))).collect()
-    }
-
-    fn table(numbers: impl IntoIterator<Item = u8>) -> LeaseTable {
-        LeaseTable::new(peers(numbers), GRACE)
-    }
-
-    fn nobody(_: Ipv4Net) -> bool {
-        false
-    }
-
-    fn everybody(_: Ipv4Net) -> bool {
-        true
-    }
-
-    fn reasons(table: &LeaseTable) -> Vec<(Ipv4Net, HoldReason)> {
-        table.held().map(|(subnet, hold)| (*subnet, hold.reason)).collect()
-    }
-
-    #[test]
-    fn the_readme_has_a_row_for_each_reason() {
-        let readme = include_str!("../../../README.md");
-        for reason in HoldReason::ALL {
-            let row = format!("| `{}` | {} |", reason.label(), reason.description());
-            assert!(readme.contains(&row), "README.md lacks: {row}");
-        }
-    }
-
-    #[test]
-    fn a_changed_host_is_a_change_though_its_subnet_stays() {
-        let mut table = table(1..=3);
-        let mut snapshot = snapshot(1..=3);
-        snapshot.insert(key(2), peer(9));
-        let changes = table.replace(snapshot.clone(), Credibility::Whole, nobody, Instant::now());
-        assert_eq!(changes, [PeerChange::Set(subnet(2), peer(9))]);
-        assert_eq!(table.replace(snapshot, Credibility::Whole, nobody, Instant::now()), []);
-        assert_eq!(table.set(key(2), peer(9)), None);
-    }
-
-    #[test]
-    fn a_few_removals_are_believed_and_many_are_not() {
-        let now = Instant::now();
-        let mut few = table(0..10);
-        assert_eq!(few.replace(snapshot(3..10), Credibility::Whole, nobody, now).len(), 3);
-        // The fourth within the window.
-        assert_eq!(few.remove(key(9), nobody, now), None);
-        assert_eq!(reasons(&few), [(subnet(9), HoldReason::MassRemoval)]);
-        let later = now + WINDOW + Duration::from_secs(1);
-        assert_eq!(few.remove(key(8), nobody, later), Some(PeerChange::Remove(subnet(8))));
-
-        let mut many = table(0..10);
-        assert_eq!(many.replace(snapshot(4..10), Credibility::Whole, nobody, now), []);
-        assert_eq!((many.len(), many.held().len()), (10, 4));
-        // One in twenty is believed in a large cluster.
-        let mut large = table(0..200);
-        assert_eq!(large.replace(snapshot(10..200), Credibility::Whole, nobody, now).len(), 10);
-    }
-
-    #[test]
-    fn an_answer_without_our_own_lease_removes_nobody() {
-        let mut table = table(1..=2);
-        assert_eq!(table.replace(BTreeMap::new(), Credibility::Doubtful, nobody, Instant::now()), []);
-        assert_eq!(table.held().len(), 2);
-    }
-
-    #[test]
-    fn who_still_sends_stays_until_silent() {
-        let now = Instant::now();
-        let mut table = table(1..=2);
-        assert_eq!(table.remove(key(1), everybody, now), None);
-        assert_eq!(reasons(&table), [(subnet(1), HoldReason::StillSends)]);
-        assert_eq!(table.review(everybody, now + 10 * GRACE), []);
-        assert_eq!(table.review(nobody, now), [PeerChange::Remove(subnet(1))]);
-    }
-
-    #[test]
-    fn the_grace_ends_for_the_silent_only() {
-        let now = Instant::now();
-        let mut table = table(0..10);
-        table.replace(snapshot([]), Credibility::Whole, nobody, now);
-        assert_eq!(table.review(nobody, now + GRACE / 2), []);
-        let changes = table.review(|heard| heard == subnet(7), now + GRACE);
-        assert_eq!(changes.len(), 9);
-        assert_eq!(reasons(&table), [(subnet(7), HoldReason::StillSends)]);
-        assert_eq!(table.release(now), [PeerChange::Remove(subnet(7))]);
-        assert!(table.is_empty());
-        table.set(key(1), peer(1));
-        assert_eq!(table.remove(key(1), nobody, now), Some(PeerChange::Remove(subnet(1))));
-    }
-
-    #[test]
-    fn what_comes_back_is_held_no_more() {
-        let now = Instant::now();
-        let mut table = table(0..10);
-        table.replace(snapshot([]), Credibility::Doubtful, nobody, now);
-        assert_eq!(table.set(key(1), peer(1)), None);
-        assert_eq!(table.replace(snapshot(0..10), Credibility::Whole, nobody, now), []);
-        assert_eq!(table.held().len(), 0);
-    }
-
-    #[test]
-    fn a_host_that_took_another_subnet_leaves_its_old_one_at_once() {
-        let now = Instant::now();
-        let mut table = table(1..=2);
-        let moved = BTreeMap::from([(key(1), peer(1)), (key(3), peer(2))]);
-        let changes = table.replace(moved, Credibility::Whole, everybody, now);
-        assert_eq!(changes, [PeerChange::Set(subnet(3), peer(2)), PeerChange::Remove(subnet(2))]);
-        table.set(key(4), peer(1));
-        assert_eq!(table.remove(key(1), everybody, now), Some(PeerChange::Remove(subnet(1))));
-    }
-
-    #[test]
-    fn a_siblings_end_is_not_a_peers() {
-        let now = Instant::now();
-        let mut table = table([]);
-        let dual = LeaseKey { ipv6_subnet: "fd00::/64".parse().ok(), ..key(1) };
-        assert_eq!(table.set(key(1), peer(1)), Some(PeerChange::Set(subnet(1), peer(1))));
-        assert_eq!(table.set(dual, peer(2)), Some(PeerChange::Set(subnet(1), peer(2))));
-        assert_eq!(table.set(key(1), peer(3)), None);
-        assert_eq!(table.remove(dual, nobody, now), Some(PeerChange::Set(subnet(1), peer(3))));
-        table.set(dual, peer(2));
-        assert_eq!(table.remove(key(1), nobody, now), None);
-        assert_eq!(table.remove(dual, nobody, now), Some(PeerChange::Remove(subnet(1))));
-    }
-
-    prop_compose! {
-        fn any_key()(n in 0u8..12, is_dual: bool) -> LeaseKey {
-            LeaseKey { ipv6_subnet: is_dual.then(|| "fd00::/64".parse().expect("CIDR")), ..key(n) }
-        }
-    }
-
-    fn apply(peers: &mut BTreeMap<Ipv4Net, Peer>, change: PeerChange) {
-        match change {
-            PeerChange::Set(subnet, peer) => drop(peers.insert(subnet, peer)),
-            PeerChange::Remove(subnet) => drop(peers.remove(&subnet)),
-        }
-    }
-
-    proptest! {
-        /// Events and the last snapshot lead to the same set, once nothing is held any more; and the changes reported on
-        /// the way say exactly that.
-        #[test]
-        fn events_end_where_the_snapshot_does(
-            events in vec((any_key(), proptest::option::of(0u8..4), any::<bool>()), 0..60),
-            start in vec((any_key(), 0u8..4), 0..12),
-        ) {
-            let now = Instant::now();
-            let first: BTreeMap<_, _> = start.into_iter().map(|(key, p)| (key, peer(p))).collect();
-            let mut last = first.clone();
-            let mut by_event = table([]);
-            let mut reported = BTreeMap::new();
-            for change in by_event.replace(first.clone(), Credibility::Whole, nobody, now) {
-                apply(&mut reported, change);
-            }
-            for (key, p, is_heard) in events {
-                let change = match p {
-                    Some(p) => { last.insert(key, peer(p)); by_event.set(key, peer(p)) }
-                    None => { last.remove(&key); by_event.remove(key, |_| is_heard, now) }
-                };
-                change.into_iter().for_each(|change| apply(&mut reported, change));
-                // Nothing that the store names is ever missing.
-                prop_assert!(last.keys().all(|key| by_event.peers.contains_key(&key.subnet)));
-                prop_assert_eq!(&reported, &by_event.peers);
-            }
-            by_event.release(now).into_iter().for_each(|change| apply(&mut reported, change));
-            let wanted: BTreeMap<_, _> = last.iter().map(|(key, peer)| (key.subnet, *peer)).collect();
-            prop_assert_eq!(&by_event.peers, &wanted);
-            prop_assert_eq!(&reported, &wanted);
-
-            let mut by_snapshot = table([]);
-            let mut reported = BTreeMap::new();
-            for snapshot in [first, last] {
-                for change in by_snapshot.replace(snapshot, Credibility::Whole, everybody, now) {
-                    apply(&mut reported, change);
-                }
-            }
-            by_snapshot.release(now).into_iter().for_each(|change| apply(&mut reported, change));
-            prop_assert_eq!(&by_snapshot.peers, &wanted);
-            prop_assert_eq!(&reported, &wanted);
-        }
-    }
-}
+mod tests;

@@ -72,7 +72,7 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
             up.get_or_create(&of()).set(is_running.into());
         }
         written.get_or_create(&of()).set(status.written.try_into().unwrap_or(i64::MAX));
-        for state in [LeaseState::Held, LeaseState::LastKnown, LeaseState::Lost] {
+        for state in LeaseState::ALL {
             lease.get_or_create(&with("state", state.label())).set((status.lease.state == state).into());
         }
         renewals.get_or_create(&of()).inc_by(status.lease.renewals);

@@ -3,7 +3,7 @@
 pub mod etcd;
 mod resync;
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
 use flannel_common::{packet::is_unicast, vxlan::Vni};
 use ipnet::Ipv4Net;
@@ -25,9 +25,18 @@ pub struct Entry {
     pub etcd_lease: i64,
     /// The store's revision in which the key was created; two keys of one name differ in it.
     pub create_revision: i64,
+    /// The store's revision in which it was last written.
+    pub mod_revision: i64,
+    /// How often it was written since it was created.
+    pub version: i64,
 }
 
 impl Entry {
+    /// The MAC that it announces, where it is a vxlan host's.
+    pub fn announced_mac(&self) -> Option<MacAddress> {
+        self.attributes.vxlan_data().ok().map(|data| data.vtep_mac)
+    }
+
     /// The lease as a host to encapsulate to.
     ///
     /// # Errors
@@ -77,8 +86,8 @@ pub enum Update {
     Snapshot(Snapshot, ResyncCause),
     /// A lease was taken or changed.
     Set(Box<Entry>),
-    /// A lease ended.
-    Removed(LeaseKey),
+    /// A lease ended, in this revision of the store.
+    Removed(LeaseKey, i64),
     /// A key was written that is no lease, or is none any more.
     PassedOver(PassedOver),
     /// A key that was no lease is gone.
@@ -102,6 +111,10 @@ pub struct LeaseRequest {
     pub vni: Vni,
     /// For how long the store keeps the lease of a host that is silent.
     pub ttl: Duration,
+    /// Subnets that hosts may have which the store does not name: not taken while there are others.
+    pub avoid: BTreeSet<Ipv4Net>,
+    /// Another living host was seen with the lease: it is asked for also where the MAC is this host's.
+    pub is_contested: bool,
 }
 
 /// The lease that this host holds.
@@ -114,6 +127,9 @@ pub struct OwnLease {
     pub vtep_mac: MacAddress,
     /// The etcd lease behind it; 0 for a reservation, which needs no renewal.
     pub etcd_lease: i64,
+    /// The key's version as this host wrote or found it; 0 where that is not known. What is above that, another wrote.
+    #[serde(skip)]
+    pub version: i64,
 }
 
 /// How it stands with this host's lease.
@@ -121,10 +137,14 @@ pub struct OwnLease {
 pub enum Standing {
     /// It is this host's, and renewed.
     Held,
+    /// The same, and another host that has this one's address asked whether somebody lives who holds it. It was answered.
+    Claimed,
     /// It ended: this host was silent for too long, or the store has lost it.
     Expired,
     /// It ended, and another host has the subnet.
     Taken(Ipv4Addr),
-    /// Somebody deleted it, and nothing else.
-    Revoked,
+    /// Another host with this one's address holds it, and announces this MAC.
+    Contested(MacAddress),
+    /// It was deleted before its term ended. Whether that was meant for this host, the rest of the table tells.
+    Deleted,
 }

@@ -83,6 +83,20 @@ pub enum RegistryError {
         /// What is wrong with it.
         source: ConfigError,
     },
+    /// Another host has this one's address, and lives.
+    #[error(
+        "another living host, with the MAC {vtep_mac}, has this host's address {public_ip} and the lease {subnet}: a machine \
+         that was cloned, a --public-ip that is given twice, or one address behind NAT. Give each host an address of its \
+         own with --public-ip or --iface; this one waits until the other is gone"
+    )]
+    Contested {
+        /// The address.
+        public_ip: std::net::Ipv4Addr,
+        /// The lease that names it.
+        subnet: ipnet::Ipv4Net,
+        /// The MAC that the other announces.
+        vtep_mac: crate::lease::MacAddress,
+    },
     /// No free subnet.
     #[error("out of subnets: {0} has none free; wait for a lease to end, or widen SubnetMin to SubnetMax")]
     OutOfSubnets(ipnet::Ipv4Net),
@@ -259,6 +273,8 @@ impl Registry {
                 value: kv.value().to_vec(),
                 etcd_lease: kv.lease(),
                 create_revision: kv.create_revision(),
+                mod_revision: kv.mod_revision(),
+                version: kv.version(),
             }),
             Err(error) => passed_over(Some(key), error.to_string()),
         }

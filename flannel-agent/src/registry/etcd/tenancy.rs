@@ -1,9 +1,32 @@
 //! Taking, keeping and losing this host's own lease. Every write is a transaction on the key's being what was read, so
 //! that a host which slept can't take back what another has by then.
+//!
+//! # Two hosts with one address
+//!
+//! As in flannel, the lease that names a host's PublicIP is its own, so a cloned machine, or one with the same
+//! `--public-ip`, would take the lease of a host that lives, and the peers would follow whoever wrote last. Nothing in the
+//! value can tell them apart, since flannel's bytes are fixed. So a host asks first:
+//!
+//! * **Claim.** Whoever finds a lease with its own address but not with the MAC of its own device writes the value that is
+//!   there again, with the etcd lease that is there, on condition that nobody has written since. That changes nothing but
+//!   the key's revision and version.
+//! * **Answer.** The agent that holds the lease sees by its watch that the version is one more than it knows, and writes
+//!   the same twice.
+//! * **Outcome.** Where the revision has changed within [`ANSWER_TIME`], somebody lives: the claimant writes nothing more,
+//!   says so ([`RegistryError::Contested`]), and claims again after a while. Else it goes on as flannel does, on condition
+//!   that the revision is still that of its claim, so that an answer that is late counts too.
+//!
+//! Answers are told from claims by their two writes, so that they can't alternate: a holder that sees one, since it took
+//! the lease while the other was stopped or cut off, claims, and whoever is answered gives way. Every write is on condition
+//! of the revision before, so of two that answer at once one succeeds and the other sees it, and of two that claim at once
+//! the later wins: its claim is what the earlier takes for an answer. A holder that finds another MAC in its lease is a
+//! claimant too. A host that has its device still (a restart, an upgrade, a takeover from flannel's daemon) finds its own
+//! MAC and asks nobody. flannel's daemon does not answer; towards it a host does what flannel would.
 
 use std::{net::Ipv4Addr, time::Duration};
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
+use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::{Read, Registry, RegistryError};
@@ -13,6 +36,12 @@ use crate::{
     registry::{Entry, LeaseRequest, OwnLease, Snapshot, Standing},
 };
 
+/// For how long an answer to a claim is waited for, ...
+const ANSWER_TIME: Duration = Duration::from_secs(2);
+/// ... and how often it is looked for.
+const ANSWER_LOOKS: u32 = 10;
+/// An answer is more than the one write of a claim.
+const ANSWER_WRITES: usize = 2;
 /// How often an acquisition that lost a race begins again before it is given back to the caller's back-off.
 const ACQUIRE_TRIES: usize = 10;
 
@@ -30,20 +59,23 @@ impl Registry {
         Err(RegistryError::LostRaces)
     }
 
-    /// Keeps the lease for another term if it is still this host's, and says how it stands with it.
+    /// Keeps the lease for another term if it is still this host's, and says how it stands with it. Claims of others are
+    /// answered.
     ///
     /// # Errors
     /// [`RegistryError::Call`].
-    pub async fn standing(&mut self, lease: &OwnLease, request: &LeaseRequest) -> Result<Standing, RegistryError> {
-        let response = self.client().await?.get(self.lease_key(&lease.key), None).await;
+    pub async fn standing(&mut self, lease: &mut OwnLease, request: &LeaseRequest) -> Result<Standing, RegistryError> {
+        let key = self.lease_key(&lease.key);
+        let response = self.client().await?.get(key.as_str(), None).await;
         let response = response.map_err(|error| self.failed("read the own lease", &error))?;
         let Some(kv) = response.kvs().first() else {
             // Whose etcd lease still runs, or never did, has had the key deleted by hand. But a store without a config
             // has lost more than that.
             let is_alive = self.keep_alive(lease.etcd_lease).await?;
             let has_config = !matches!(self.network_config().await, Err(RegistryError::NoConfig(_)));
-            return Ok(if is_alive && has_config { Standing::Revoked } else { Standing::Expired });
+            return Ok(if is_alive && has_config { Standing::Deleted } else { Standing::Expired });
         };
+        let value = self.value(request, lease.vtep_mac);
         let entry = match self.read(kv) {
             Read::Lease(entry) => entry,
             // Somebody damaged it. It goes with our etcd lease still, so it is ours to mend.
@@ -53,8 +85,9 @@ impl Registry {
                     Compare::lease(kv.key(), CompareOp::Equal, lease.etcd_lease),
                 ];
                 warn!("somebody overwrote our lease of {} with what is none; it is written again", lease.key.subnet);
-                let value = self.value(request, lease.vtep_mac);
-                self.put_if(&conditions, self.lease_key(&lease.key), value, lease.etcd_lease).await?;
+                if self.put_if(&conditions, key, value, lease.etcd_lease).await?.is_some() {
+                    lease.version = kv.version() + 1;
+                }
                 return Ok(if self.keep_alive(lease.etcd_lease).await? { Standing::Held } else { Standing::Expired });
             }
             _ => return Ok(Standing::Expired),
@@ -62,10 +95,53 @@ impl Registry {
         if entry.attributes.public_ip != request.public_ip {
             return Ok(Standing::Taken(entry.attributes.public_ip));
         }
-        // Ours by its address, but written anew: to be adopted like any that a start finds.
-        let is_same =
-            entry.etcd_lease == lease.etcd_lease && entry.value == self.value(request, lease.vtep_mac).as_bytes();
-        Ok(if is_same && self.keep_alive(lease.etcd_lease).await? { Standing::Held } else { Standing::Expired })
+        match entry.attributes.vxlan_data() {
+            Ok(data) if data.vtep_mac == lease.vtep_mac => {}
+            Ok(data) => return Ok(Standing::Contested(data.vtep_mac)),
+            Err(_) => return Ok(Standing::Expired),
+        }
+        if entry.etcd_lease != lease.etcd_lease || entry.value != value.as_bytes() {
+            // Ours, but written anew: to be adopted like any that a start finds.
+            let request = LeaseRequest { vtep_mac: Some(lease.vtep_mac), ..request.clone() };
+            let Some(adopted) = self.adopt(&request, &entry).await? else { return Ok(Standing::Expired) };
+            *lease = adopted;
+            return Ok(Standing::Held);
+        }
+        if !self.keep_alive(lease.etcd_lease).await? {
+            return Ok(Standing::Expired);
+        }
+        match entry.version - lease.version {
+            1 if lease.version != 0 => self.answer(lease, &entry).await.map(|()| Standing::Claimed),
+            2.. if lease.version != 0 => match self.claim(request, &entry, lease.vtep_mac).await {
+                Ok(Some(_)) => {
+                    lease.version = entry.version + 1;
+                    Ok(Standing::Held)
+                }
+                Ok(None) => Ok(Standing::Expired),
+                Err(RegistryError::Contested { vtep_mac, .. }) => Ok(Standing::Contested(vtep_mac)),
+                Err(error) => Err(error),
+            },
+            // Less than it was: the store went back.
+            _ => {
+                lease.version = entry.version;
+                Ok(Standing::Held)
+            }
+        }
+    }
+
+    /// Tells whoever claimed the lease that a living host has it.
+    async fn answer(&mut self, lease: &mut OwnLease, claim: &Entry) -> Result<(), RegistryError> {
+        let key = self.lease_key(&lease.key);
+        let (mut revision, mut version) = (claim.mod_revision, claim.version);
+        for _ in 0..ANSWER_WRITES {
+            let unchanged = [Compare::mod_revision(key.as_str(), CompareOp::Equal, revision)];
+            let written = self.put_if(&unchanged, key.clone(), claim.value.clone(), lease.etcd_lease).await?;
+            // Where somebody else wrote meanwhile, the watch tells of it.
+            let Some(written) = written else { break };
+            (revision, version) = (written, version + 1);
+        }
+        lease.version = version;
+        Ok(())
     }
 
     /// Has the lease name another address of this host. `false` where it is not as this host wrote it, and left so.
@@ -74,7 +150,7 @@ impl Registry {
     /// [`RegistryError::Call`].
     pub async fn announce(
         &mut self,
-        lease: &OwnLease,
+        lease: &mut OwnLease,
         request: &LeaseRequest,
         public_ip: Ipv4Addr,
     ) -> Result<bool, RegistryError> {
@@ -86,7 +162,9 @@ impl Registry {
         ];
         let request = LeaseRequest { public_ip, ..request.clone() };
         let value = self.value(&request, lease.vtep_mac);
-        self.put_if(&unchanged, key, value, lease.etcd_lease).await
+        let written = self.put_if(&unchanged, key, value, lease.etcd_lease).await?;
+        lease.version += i64::from(written.is_some());
+        Ok(written.is_some())
     }
 
     /// Keeps an etcd lease for another term. `false` where etcd no longer has it.
@@ -110,13 +188,20 @@ impl Registry {
     ) -> Result<Option<OwnLease>, RegistryError> {
         let Snapshot { entries, passed_over, .. } = self.snapshot().await?;
         let mut given_up = None;
-        for own in entries.iter().filter(|entry| entry.attributes.public_ip == request.public_ip) {
+        let mut named: Vec<_> =
+            entries.iter().filter(|entry| entry.attributes.public_ip == request.public_ip).collect();
+        // Where another host has the address too, there may be a lease of each.
+        named.sort_by_key(|entry| request.vtep_mac.is_none() || entry.announced_mac() != request.vtep_mac);
+        for own in named {
             if is_allocatable(config, own.key.subnet) && own.key.ipv6_subnet.is_none() {
                 return self.adopt(request, own).await;
             }
             if own.etcd_lease == 0 {
                 warn!("the reservation {} for this host does not fit the network config and is not used", own.key);
                 continue;
+            }
+            if self.confirm(request, own).await?.is_none() {
+                return Ok(None);
             }
             info!("our lease of {} does not fit the network config any more and is given up", own.key.subnet);
             self.delete(own).await?;
@@ -128,7 +213,9 @@ impl Registry {
         let taken = || keys().filter(|key| given_up != Some(*key)).map(|key| key.subnet);
         let is_free = |subnet: &ipnet::Ipv4Net| !taken().any(|lease| lease.contains(subnet) || subnet.contains(&lease));
         let previous = request.previous.filter(|subnet| is_allocatable(config, *subnet)).filter(is_free);
+        let avoided = || taken().chain(request.avoid.iter().copied());
         let subnet = previous
+            .or_else(|| allocate(config, avoided(), &mut rand::rng()))
             .or_else(|| allocate(config, taken(), &mut rand::rng()))
             .ok_or(RegistryError::OutOfSubnets(config.network))?;
         self.create(request, subnet.into()).await
@@ -137,25 +224,71 @@ impl Registry {
     /// Goes on with a lease that is this host's already.
     async fn adopt(&mut self, request: &LeaseRequest, own: &Entry) -> Result<Option<OwnLease>, RegistryError> {
         // A device that is gone (a reboot) is made again with the MAC that the peers know.
-        let announced = own.attributes.vxlan_data().ok().map(|data| data.vtep_mac);
+        let announced = own.announced_mac();
         let vtep_mac = request.vtep_mac.or(announced).unwrap_or_else(|| MacAddress::random(&mut rand::rng()));
         let value = self.value(request, vtep_mac);
         if !self.keep_alive(own.etcd_lease).await? {
             return Ok(None);
         }
+        let Some(revision) = self.confirm(request, own).await? else { return Ok(None) };
+        let version = own.version + i64::from(revision != own.mod_revision);
         // A reservation stays one. A lease of another term is exchanged for one of ours.
         let has_term = own.etcd_lease == 0 || self.granted(own.etcd_lease).await? == request.ttl;
         if has_term && own.value == value.as_bytes() {
-            return Ok(Some(OwnLease { key: own.key, vtep_mac, etcd_lease: own.etcd_lease }));
+            return Ok(Some(OwnLease { key: own.key, vtep_mac, etcd_lease: own.etcd_lease, version }));
         }
         let etcd_lease = if has_term { own.etcd_lease } else { self.grant(request.ttl).await? };
         let key = self.lease_key(&own.key);
         let unchanged = [
-            Compare::create_revision(key.as_str(), CompareOp::Equal, own.create_revision),
+            Compare::mod_revision(key.as_str(), CompareOp::Equal, revision),
             Compare::lease(key.as_str(), CompareOp::Equal, own.etcd_lease),
         ];
         let written = self.put_if(&unchanged, key, value, etcd_lease).await?;
-        Ok(written.then_some(OwnLease { key: own.key, vtep_mac, etcd_lease }))
+        Ok(written.map(|_| OwnLease { key: own.key, vtep_mac, etcd_lease, version: version + 1 }))
+    }
+
+    /// Makes sure that a lease which names this host's address is not held by another. The revision that it has then,
+    /// [`None`] where it is gone or another's by now.
+    async fn confirm(&mut self, request: &LeaseRequest, own: &Entry) -> Result<Option<i64>, RegistryError> {
+        match own.announced_mac() {
+            Some(mac) if request.is_contested || request.vtep_mac != Some(mac) => self.claim(request, own, mac).await,
+            // No vxlan host wrote it, or this one did.
+            _ => Ok(Some(own.mod_revision)),
+        }
+    }
+
+    /// Asks whether a living host holds the lease that names this host's address. The claim's revision where nobody
+    /// answered, [`None`] where the lease is gone or another's by now.
+    async fn claim(
+        &mut self,
+        request: &LeaseRequest,
+        own: &Entry,
+        announced: MacAddress,
+    ) -> Result<Option<i64>, RegistryError> {
+        let (subnet, public_ip) = (own.key.subnet, request.public_ip);
+        info!("the lease of {subnet} names {public_ip} with another MAC, {announced}: asking whether that host lives");
+        let key = self.lease_key(&own.key);
+        let unchanged = [Compare::mod_revision(key.as_str(), CompareOp::Equal, own.mod_revision)];
+        let claim = self.put_if(&unchanged, key.clone(), own.value.clone(), own.etcd_lease).await?;
+        let Some(claim) = claim else { return Ok(None) };
+        for _ in 0..ANSWER_LOOKS {
+            sleep(ANSWER_TIME / ANSWER_LOOKS).await;
+            let found = self.client().await?.get(key.as_str(), None).await;
+            let found = found.map_err(|error| self.failed("look for an answer", &error))?;
+            let Some(kv) = found.kvs().first() else { return Ok(None) };
+            if kv.mod_revision() == claim {
+                continue;
+            }
+            return match self.read(kv) {
+                Read::Lease(entry) if entry.attributes.public_ip == public_ip => {
+                    let vtep_mac = entry.announced_mac().unwrap_or(announced);
+                    Err(RegistryError::Contested { public_ip, subnet, vtep_mac })
+                }
+                _ => Ok(None),
+            };
+        }
+        info!("nobody answered: the lease of {subnet} is this host's");
+        Ok(Some(claim))
     }
 
     async fn create(&mut self, request: &LeaseRequest, key: LeaseKey) -> Result<Option<OwnLease>, RegistryError> {
@@ -163,8 +296,8 @@ impl Registry {
         let etcd_lease = self.grant(request.ttl).await?;
         let name = self.lease_key(&key);
         let absent = [Compare::version(name.as_str(), CompareOp::Equal, 0)];
-        if self.put_if(&absent, name, self.value(request, vtep_mac), etcd_lease).await? {
-            return Ok(Some(OwnLease { key, vtep_mac, etcd_lease }));
+        if self.put_if(&absent, name, self.value(request, vtep_mac), etcd_lease).await?.is_some() {
+            return Ok(Some(OwnLease { key, vtep_mac, etcd_lease, version: 1 }));
         }
         // Nothing hangs on it: it ends by itself.
         if let Err(error) = self.client().await?.lease_revoke(etcd_lease).await {
@@ -190,17 +323,20 @@ impl Registry {
         Ok(Duration::from_secs(u64::try_from(answer.granted_ttl()).unwrap_or(0)))
     }
 
+    /// Writes where the conditions hold, and says in which revision.
     async fn put_if(
         &mut self,
         conditions: &[Compare],
         key: String,
-        value: String,
+        value: impl Into<Vec<u8>>,
         etcd_lease: i64,
-    ) -> Result<bool, RegistryError> {
+    ) -> Result<Option<i64>, RegistryError> {
         let options = (etcd_lease != 0).then(|| PutOptions::new().with_lease(etcd_lease));
         let txn = Txn::new().when(conditions).and_then([TxnOp::put(key, value, options)]);
         let response = self.client().await?.txn(txn).await;
-        Ok(response.map_err(|error| self.failed("write the lease", &error))?.succeeded())
+        let response = response.map_err(|error| self.failed("write the lease", &error))?;
+        let revision = response.header().map_or(0, |header| header.revision());
+        Ok(response.succeeded().then_some(revision))
     }
 
     async fn delete(&mut self, entry: &Entry) -> Result<(), RegistryError> {

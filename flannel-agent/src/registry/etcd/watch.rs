@@ -131,9 +131,9 @@ impl Registry {
         // A deletion has the key only, so that every lease's is read as one without a usable value.
         match self.read(kv) {
             Read::Config(_) => Some(Update::Config(None)),
-            Read::Lease(entry) => Some(Update::Removed(entry.key)),
+            Read::Lease(entry) => Some(Update::Removed(entry.key, kv.mod_revision())),
             Read::PassedOver(passed_over) => Some(match passed_over.key {
-                Some(key) => Update::Removed(key),
+                Some(key) => Update::Removed(key, kv.mod_revision()),
                 None => Update::PassedOverRemoved(passed_over.name),
             }),
             Read::Foreign => {

@@ -1,0 +1,132 @@
+//! Two hosts with one address: a machine that was cloned, a `--public-ip` that is given twice.
+
+use std::fs;
+
+use nix::sys::signal::Signal;
+use xtask::{lab::PREFIX, progress::wait_for};
+
+use crate::world::{SOON, World, lease_value};
+
+const ADDRESS: &str = "--public-ip=192.168.64.1";
+const ASKED: &str = "asking whether that host lives";
+
+fn key_of(world: &World, host: usize) -> String {
+    format!("{PREFIX}/subnets/{}", world.lease_of(host).0)
+}
+
+/// Two hosts that talk, and a third that is to have the address of the first.
+fn with_newcomer() -> World {
+    let mut world = World::with_agents(2);
+    let newcomer = world.lab.host("node3", 3).unwrap();
+    world.hosts.push(newcomer);
+    world.wait_connected(0, 1);
+    world
+}
+
+fn troubles(world: &World, host: usize) -> String {
+    world.status(host)["troubles"].to_string()
+}
+
+#[test]
+fn the_second_waits_until_the_first_is_gone_and_both_say_so() {
+    let mut world = with_newcomer();
+    let (key, before) = (key_of(&world, 0), world.lease_of(0));
+    let traffic = [world.traffic(0, 1), world.traffic(1, 0)];
+    world.start(2, &[ADDRESS]);
+    let text = "another living host, with the MAC";
+    world.wait_log(2, text);
+    world.wait_status(2, "to wait", |status| status["lease"]["state"] == "contested");
+    assert_eq!(world.status(2)["running"], true);
+    let said = troubles(&world, 2);
+    assert!(said.contains(text) && said.contains("has this host's address 192.168.64.1 and the lease"), "{said}");
+    assert!(!said.contains("no agent is running"), "{said}");
+    world.assert_untouched(2);
+    world.wait_log(0, "another host claims this host's address 192.168.64.1");
+    world.wait_status(0, "the claim", |status| status["lease"]["claims"].as_u64() >= Some(1));
+    assert!(troubles(&world, 0).contains("another host claims this host's address 192.168.64.1"));
+    let lease = &world.status(0)["status"]["lease"];
+    assert_eq!((lease["state"].as_str(), lease["losses"].as_u64()), (Some("held"), Some(0)));
+    assert_eq!(world.lease_of(0), before);
+    traffic.into_iter().for_each(|traffic| traffic.assert_nothing_was_lost());
+
+    // Nobody answers any more.
+    world.hosts[0].agent = None;
+    world.wait_log(2, "nobody answered");
+    world.hosts[2].wait_ready().unwrap();
+    assert_eq!(world.store.get(&key).unwrap(), before.1, "subnet and MAC are those of the host that was");
+    world.wait_status(2, "the lease", |status| status["lease"]["state"] == "held");
+    assert_eq!(world.status(2)["status"]["lease"]["contested"], serde_json::Value::Null);
+}
+
+#[test]
+fn a_host_is_not_its_own_rival() {
+    let mut world = World::with_agents(1);
+    let before = world.lease_of(0);
+    // A restart has its device.
+    world.start(0, &[]);
+    world.wait_log(0, "carries");
+    let log = world.hosts[0].agent.as_ref().unwrap().log();
+    assert!(!log.contains(ASKED), "{log}");
+    // A reboot has nothing.
+    world.hosts[0].agent = None;
+    world.hosts[0].netns.ip("link delete flannel.1").unwrap();
+    fs::remove_dir_all(world.hosts[0].pin_dir()).unwrap();
+    fs::remove_dir_all(world.hosts[0].run_dir()).unwrap();
+    world.start(0, &[]);
+    world.wait_log(0, "nobody answered");
+    world.hosts[0].wait_ready().unwrap();
+    assert_eq!(world.lease_of(0), before);
+    let lease = world.status(0)["status"]["lease"].clone();
+    assert_eq!((lease["state"].as_str(), lease["claims"].as_u64()), (Some("held"), Some(0)));
+}
+
+#[test]
+fn one_that_could_not_answer_finds_out_and_they_do_not_alternate() {
+    let mut world = with_newcomer();
+    let key = key_of(&world, 0);
+    world.hosts[0].agent.as_ref().unwrap().signal(Signal::SIGSTOP).unwrap();
+    world.start(2, &[ADDRESS]);
+    world.hosts[2].wait_ready().unwrap();
+    world.hosts[0].agent.as_ref().unwrap().signal(Signal::SIGCONT).unwrap();
+    let state = |world: &World, host: usize| world.status(host)["status"]["lease"]["state"].clone();
+    let one_waits = || {
+        let states = [state(&world, 0), state(&world, 2)];
+        states.contains(&"held".into()) && states.contains(&"contested".into())
+    };
+    let waited = wait_for("one to hold the lease, and one to wait", SOON, one_waits);
+    let logs = || [0, 2].map(|host| world.hosts[host].agent.as_ref().unwrap().log());
+    assert!(waited.is_ok(), "{:#?}", logs());
+    let held = if state(&world, 0) == "held" { 0 } else { 2 };
+    assert!(troubles(&world, held).contains("another host claims this host's address"));
+    assert!(troubles(&world, 2 - held).contains("another living host"));
+    // A claim now and then, each of one write and answered with two.
+    let version = || {
+        let text = world.store.etcdctl(&["get", "-w", "json", &key]).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["kvs"][0]["version"].as_u64().unwrap()
+    };
+    assert!(version() < 30, "{}: {:#?}", version(), logs());
+}
+
+#[test]
+fn a_lease_that_another_wrote_over_is_taken_back_from_one_that_does_not_answer() {
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let (key, (_, value)) = (key_of(&world, 0), world.lease_of(0));
+    // As flannel's daemon does it on a host with the same address.
+    world.store.put(&key, &lease_value("192.168.64.1", "0a:00:00:00:00:77")).unwrap();
+    world.wait_log(0, "another host wrote its MAC 0a:00:00:00:00:77 into the lease");
+    wait_for("the lease to be as it was", SOON, || world.store.get(&key).unwrap() == value).unwrap();
+    world.wait_log(0, "is held again");
+    world.wait_connected(0, 1);
+}
+
+#[test]
+fn a_second_lease_with_this_hosts_address_is_said() {
+    let world = World::with_agents(1);
+    let key = format!("{PREFIX}/subnets/10.5.202.0-24");
+    world.store.put(&key, &lease_value("192.168.64.1", "0a:00:00:00:00:52")).unwrap();
+    world.wait_log(0, "it names this host's own address 192.168.64.1 with the MAC 0a:00:00:00:00:52 of another");
+    assert_eq!(world.status(0)["status"]["peers"], 0);
+    world.store.etcdctl(&["del", &key]).unwrap();
+    world.wait_status(0, "it to be forgotten", |status| status["store"]["passedOver"].as_object().unwrap().is_empty());
+}
