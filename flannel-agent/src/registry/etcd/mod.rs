@@ -3,14 +3,24 @@
 //! Unlike flannel's, a renewal is a keep-alive of the same etcd lease, which is no event to anybody, and every write
 //! is a transaction on the key's being what was read.
 
+mod certificate;
+mod connect;
+mod explain;
+mod short_rsa;
 mod tenancy;
+mod tls;
+mod verify;
 mod watch;
 
-use std::{fs, io, path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
-use etcd_client::{Certificate, Client, ConnectOptions, GetOptions, Identity, KeyValue, TlsOptions};
-use futures_util::future::select_ok;
+use etcd_client::{GetOptions, KeyValue, Txn, TxnOp, TxnOpResponse};
 
+use self::{
+    connect::Connection,
+    explain::{Asked, Permission},
+    tls::Tls,
+};
 use super::{Entry, PassedOver, ResyncCause, Snapshot};
 use crate::{
     config::{ConfigError, NetworkConfig},
@@ -19,9 +29,6 @@ use crate::{
 
 /// For how long one request may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a connection with a watch on it is tested, and how long that may take. Idle ones are not: etcd takes that
-/// for abuse and closes them.
-const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 /// How large an answer may be. The client's own limit of 4 MiB is less than three values of the size that etcd takes,
 /// which would keep the whole table from every host.
 const MAX_ANSWER: usize = 1 << 30;
@@ -54,6 +61,14 @@ pub enum RegistryError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// A certificate or key can't be used.
+    #[error("{subject}: {problem}; check --etcd-cafile, --etcd-certfile and --etcd-keyfile")]
+    Certificate {
+        /// Its file.
+        subject: String,
+        /// Why not, and what to make instead.
+        problem: String,
     },
     /// Certificates for connections that have none.
     #[error("TLS files are given, but no endpoint is https://; change --etcd-endpoints, or drop the files")]
@@ -124,73 +139,61 @@ impl RegistryError {
     }
 }
 
-/// The lease table. Connects when it has to, and anew after a failure, to whichever endpoint answers first: a client
-/// that balances over all of them fails a call whenever it picks one that is dead.
+/// The lease table. Connects when it has to, and anew after a failure.
 #[derive(Clone)]
 pub struct Registry {
     options: EtcdOptions,
     prefix: String,
-    client: Option<Client>,
+    connection: Option<Connection>,
 }
 
 impl Registry {
     /// Checks how etcd is to be reached; asks nothing of it yet.
     ///
     /// # Errors
-    /// [`RegistryError::File`] or [`RegistryError::PlainEndpoints`].
+    /// [`RegistryError::File`], [`RegistryError::Certificate`] or [`RegistryError::PlainEndpoints`].
     pub fn new(options: EtcdOptions) -> Result<Self, RegistryError> {
-        tls_options(&options)?;
-        Ok(Self { prefix: normalise(&options.prefix), options, client: None })
-    }
-
-    async fn client(&mut self) -> Result<Client, RegistryError> {
-        if let Some(client) = &self.client {
-            return Ok(client.clone());
+        let has_tls = options.endpoints.iter().any(|endpoint| connect::is_tls(endpoint));
+        if has_tls {
+            Tls::read(&options)?;
+        } else if options.ca_file.is_some() || options.identity.is_some() {
+            // flannel would go on in clear text.
+            return Err(RegistryError::PlainEndpoints);
         }
-        let mut connect = ConnectOptions::new()
-            .with_connect_timeout(REQUEST_TIMEOUT)
-            .with_timeout(REQUEST_TIMEOUT)
-            .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
-            .with_require_leader(true)
-            .with_auto_token_refresh(true);
-        // Read anew each time: certificates are renewed.
-        let tls = tls_options(&self.options)?.unwrap_or_default();
-        if let Some((name, password)) = &self.options.user {
-            connect = connect.with_user(name, password);
-        }
-        let key = self.config_key();
-        let attempts = self.options.endpoints.iter().map(|endpoint| {
-            let (key, connect, tls) = (key.as_str(), connect.clone(), tls.clone());
-            Box::pin(async move {
-                // Per endpoint: the client refuses TLS options for one in clear text.
-                let connect = if endpoint.starts_with("https://") { connect.with_tls(tls) } else { connect };
-                let mut client = Client::connect([endpoint], Some(connect)).await?;
-                // Without user and password, connecting asks nothing of the server.
-                client.get(key, Some(GetOptions::new().with_count_only())).await?;
-                Ok(client)
-            })
-        });
-        let first = select_ok(attempts).await.map(|(client, _slower)| client);
-        let client = first.map_err(|error| self.failed("connect", &error))?;
-        self.client = Some(client.clone());
-        Ok(client)
+        Ok(Self { prefix: normalise(&options.prefix), options, connection: None })
     }
 
     /// Makes the next call on a fresh connection: one from an address that this host no longer has hangs.
     pub fn disconnect(&mut self) {
-        self.client = None;
+        self.connection = None;
     }
 
-    /// A call failed: the next one is made on a fresh connection.
+    /// A call that needs the leases failed: the next one is made on a fresh connection.
     fn failed(&mut self, call: &'static str, error: &etcd_client::Error) -> RegistryError {
-        let cause = explain(error);
-        let kind = ResyncCause::of_message(&cause).unwrap_or(ResyncCause::Connection);
-        self.ended(call, kind, cause)
+        self.refused(call, Permission::WriteLeases, error)
+    }
+
+    /// The same for a call that needs a certain permission.
+    fn refused(&mut self, call: &'static str, permission: Permission, error: &etcd_client::Error) -> RegistryError {
+        let kind = connect::kind(error).unwrap_or(ResyncCause::Connection);
+        let tls = self.connection.as_ref().and_then(|connection| connection.tls.as_ref());
+        let (config_key, leases_key) = (self.config_key(), self.leases_key());
+        let asked = Asked {
+            config_key: &config_key,
+            leases_key: &leases_key,
+            permission,
+            user: self.options.user.as_ref().map(|(user, _)| user.as_str()),
+            identity: tls.and_then(|tls| tls.identity.as_ref()),
+        };
+        let error = explain::inner(error);
+        let cause = explain::explain(error, &asked).unwrap_or_else(|| explain::broken(error, tls.is_some()));
+        self.ended(call, kind, cause.to_string())
     }
 
     fn ended(&mut self, call: &'static str, kind: ResyncCause, cause: String) -> RegistryError {
-        self.client = None;
-        RegistryError::Call { call, endpoints: self.options.endpoints.join(","), kind, cause }
+        let endpoint = self.connection.take().map(|connection| connection.endpoint);
+        let endpoints = endpoint.unwrap_or_else(|| self.options.endpoints.join(","));
+        RegistryError::Call { call, endpoints, kind, cause }
     }
 
     /// The path that config and leases are under.
@@ -203,23 +206,36 @@ impl Registry {
         format!("{}/config", self.prefix)
     }
 
-    /// Everything below the prefix in one read: config and leases.
+    /// Config and leases at one revision. Reads what flannel reads, and nothing else below the prefix: a role may be
+    /// confined to that.
     ///
     /// # Errors
     /// [`RegistryError::Call`].
     pub async fn snapshot(&mut self) -> Result<Snapshot, RegistryError> {
         let mut kv = self.client().await?.kv_client().max_decoding_message_size(MAX_ANSWER);
-        let response = kv.get(format!("{}/", self.prefix), Some(GetOptions::new().with_prefix())).await;
-        let response = response.map_err(|error| self.failed("list the leases", &error))?;
+        let reads =
+            [TxnOp::get(self.config_key(), None), TxnOp::get(self.leases_key(), Some(GetOptions::new().with_prefix()))];
+        let response = match kv.txn(Txn::new().and_then(reads)).await {
+            Ok(response) => response,
+            Err(error) => {
+                // Of a transaction, etcd does not say which part it refuses.
+                let config = kv.get(self.config_key(), Some(GetOptions::new().with_count_only())).await;
+                let permission = if config.is_ok() { Permission::WriteLeases } else { Permission::ReadConfig };
+                return Err(self.refused("list the leases", permission, &error));
+            }
+        };
         let (revision, cluster_id) =
             response.header().map_or((0, 0), |header| (header.revision(), header.cluster_id()));
         let mut snapshot = Snapshot { revision, cluster_id, ..Snapshot::default() };
-        for kv in response.kvs() {
-            match self.read(kv) {
-                Read::Config(value) => snapshot.config = Some(value),
-                Read::Lease(entry) => snapshot.entries.push(entry),
-                Read::PassedOver(passed_over) => snapshot.passed_over.push(passed_over),
-                Read::Foreign => {}
+        for answer in response.op_responses() {
+            let TxnOpResponse::Get(answer) = answer else { continue };
+            for kv in answer.kvs() {
+                match self.read(kv) {
+                    Read::Config(value) => snapshot.config = Some(value),
+                    Read::Lease(entry) => snapshot.entries.push(entry),
+                    Read::PassedOver(passed_over) => snapshot.passed_over.push(passed_over),
+                    Read::Foreign => {}
+                }
             }
         }
         Ok(snapshot)
@@ -231,7 +247,7 @@ impl Registry {
     /// [`RegistryError::NoConfig`], [`RegistryError::Config`] or [`RegistryError::Call`].
     pub async fn network_config(&mut self) -> Result<(NetworkConfig, Vec<u8>), RegistryError> {
         let response = self.client().await?.get(self.config_key(), None).await;
-        let response = response.map_err(|error| self.failed("read the config", &error))?;
+        let response = response.map_err(|error| self.refused("read the config", Permission::ReadConfig, &error))?;
         let value = response.kvs().first().map(|kv| kv.value().to_vec());
         let value = value.ok_or_else(|| RegistryError::NoConfig(self.config_key()))?;
         Ok((self.parse_config(&value)?, value))
@@ -246,8 +262,13 @@ impl Registry {
             .map_err(|source| RegistryError::Config { key: self.config_key(), source })
     }
 
+    /// What the leases' keys begin with.
+    fn leases_key(&self) -> String {
+        format!("{}/subnets/", self.prefix)
+    }
+
     fn lease_key(&self, key: &LeaseKey) -> String {
-        format!("{}/subnets/{key}", self.prefix)
+        format!("{}{key}", self.leases_key())
     }
 
     /// What a key and its value are.
@@ -290,88 +311,14 @@ enum Read {
     Foreign,
 }
 
-fn tls_options(options: &EtcdOptions) -> Result<Option<TlsOptions>, RegistryError> {
-    let read = |path: &PathBuf| fs::read(path).map_err(|source| RegistryError::File { path: path.clone(), source });
-    let mut tls = TlsOptions::new();
-    match &options.ca_file {
-        Some(path) => tls = tls.ca_certificate(Certificate::from_pem(read(path)?)),
-        None => tls = tls.with_native_roots(),
-    }
-    if let Some((certificate, key)) = &options.identity {
-        tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
-    }
-    let is_tls = |endpoint: &String| endpoint.starts_with("https://");
-    match (options.endpoints.iter().any(is_tls), options.ca_file.is_some() || options.identity.is_some()) {
-        (true, _) => Ok(Some(tls)),
-        (false, false) => Ok(None),
-        // flannel would go on in clear text.
-        (false, true) => Err(RegistryError::PlainEndpoints),
-    }
-}
-
 /// The prefix as Go's `path.Join` leaves it: one slash between parts, none at the end.
 fn normalise(prefix: &str) -> String {
     prefix.split('/').filter(|part| !part.is_empty()).fold(String::new(), |path, part| path + "/" + part)
 }
 
-/// The cause in one line, with what may mend it.
-fn explain(error: &etcd_client::Error) -> String {
-    let mut causes = vec![match error {
-        etcd_client::Error::GRpcStatus(status) => status.message().to_owned(),
-        other => other.to_string(),
-    }];
-    let mut source = match error {
-        etcd_client::Error::GRpcStatus(status) => std::error::Error::source(status),
-        etcd_client::Error::TransportError(error) => std::error::Error::source(error),
-        _ => None,
-    };
-    while let Some(cause) = source {
-        causes.push(cause.to_string());
-        source = cause.source();
-    }
-    causes.dedup();
-    let cause = causes.join(": ");
-    let hint = hint(&cause);
-    cause + hint
-}
-
-/// What may mend a cause.
-fn hint(cause: &str) -> &'static str {
-    match cause.to_lowercase() {
-        text if text.contains("certificate") || text.contains("tls") || text.contains("corrupt message") => {
-            "; check that the endpoint speaks TLS, and --etcd-cafile, --etcd-certfile and --etcd-keyfile"
-        }
-        text if text.contains("authentication failed") || text.contains("user name is empty") => {
-            "; check --etcd-username and --etcd-password"
-        }
-        text if text.contains("permission denied") => "; give that user the prefix in etcd",
-        text if text.contains("space exceeded") => {
-            "; etcd is full: compact and defragment it, then `etcdctl alarm disarm`"
-        }
-        // A server that refuses a certificate may have closed the connection before its reason is read (TLS 1.3).
-        text if text.contains("connection closed") || text.contains("broken pipe") || text.contains("reset") => {
-            "; check --etcd-endpoints, and that etcd runs; with certificates, check that the endpoint speaks TLS, and \
-             --etcd-cafile, --etcd-certfile and --etcd-keyfile"
-        }
-        text if text.contains("connect") || text.contains("timed out") || text.contains("timeout") => {
-            "; check --etcd-endpoints, and that etcd runs"
-        }
-        _ => "",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_connection_that_is_closed_may_be_for_a_certificate() {
-        for cause in ["connect: connection closed", "connect: stream closed because of a broken pipe"] {
-            assert!(hint(cause).contains("that etcd runs") && hint(cause).contains("--etcd-cafile"), "{cause}");
-        }
-        assert!(!hint("connect: tcp connect error: Connection refused").contains("--etcd-cafile"));
-        assert!(!hint("received fatal alert: CertificateRequired").contains("that etcd runs"));
-    }
 
     #[test]
     fn prefixes_are_joined_as_go_joins_paths() {

@@ -1,6 +1,6 @@
 //! Following the table: a snapshot, then its changes; a fresh snapshot after every gap.
 
-use etcd_client::{EventType, KeyValue, WatchOptions, WatchResponse};
+use etcd_client::{Client, EventType, KeyValue, WatchOptions, WatchResponse, WatchStream};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
@@ -80,11 +80,8 @@ impl Registry {
         if updates.send(Update::Snapshot(snapshot, cause)).await.is_err() {
             return Ok(());
         }
-        let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1).with_fragment();
-        let prefix = format!("{}/", self.prefix);
         let client = self.client().await.map_err(|error| Gap { cause: error.resync_cause(), error })?;
-        let stream = client.watch_client().max_decoding_message_size(MAX_ANSWER).watch(prefix, Some(options)).await;
-        let mut stream = stream.map_err(|error| self.gap(&error))?;
+        let mut stream = self.follow(client, revision + 1).await.map_err(|error| self.gap(&error))?;
         back_off.reset();
         loop {
             let next = tokio::select! {
@@ -101,7 +98,9 @@ impl Registry {
                 Err(error) => return Err(self.gap(&error)),
             };
             if let Some(header) = response.header() {
-                *position = Some(Position { cluster_id, revision: header.revision() });
+                // The two watches tell of one revision one after the other.
+                let seen = position.map_or(revision, |position| position.revision).max(header.revision());
+                *position = Some(Position { cluster_id, revision: seen });
             }
             for event in response.events() {
                 let Some(kv) = event.kv() else { continue };
@@ -116,6 +115,15 @@ impl Registry {
                 }
             }
         }
+    }
+
+    /// Watches the config and the leases on one stream, from a revision on.
+    async fn follow(&self, client: Client, start: i64) -> Result<WatchStream, etcd_client::Error> {
+        let options = WatchOptions::new().with_start_revision(start).with_fragment();
+        let mut watches = client.watch_client().max_decoding_message_size(MAX_ANSWER);
+        let mut stream = watches.watch(self.config_key(), Some(options.clone())).await?;
+        stream.watch(self.leases_key(), Some(options.with_prefix())).await?;
+        Ok(stream)
     }
 
     fn put(&self, kv: &KeyValue) -> Option<Update> {
@@ -154,7 +162,14 @@ impl Registry {
             0 => {
                 let reason = response.cancel_reason();
                 let cause = ResyncCause::of_message(reason).unwrap_or(ResyncCause::Cancelled);
-                (cause, format!("etcd cancelled it: {reason}"))
+                let text = match cause {
+                    // Before 3.6 it says so of a session that has expired, too.
+                    ResyncCause::Unauthenticated => {
+                        "etcd cancelled it: the session of this user has expired, or its role has changed".to_owned()
+                    }
+                    _ => format!("etcd cancelled it: {reason}"),
+                };
+                (cause, text)
             }
             revision => (ResyncCause::Compacted, format!("changes before revision {revision} are compacted away")),
         };
