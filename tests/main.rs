@@ -21,6 +21,7 @@
 //! * [`large_packets`] — every size, whole or segmented, on small frames and large
 //! * [`kernels`] — what differs from kernel to kernel, and the verifier's work on each
 //! * [`certificates`] — TLS to the store
+//! * [`etcd_roles`] — users and roles in the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
@@ -69,6 +70,7 @@ mod drift_external;
 mod drops;
 mod duplicates;
 mod encapsulation;
+mod etcd_roles;
 mod fast_path;
 mod firewalls;
 mod frames;

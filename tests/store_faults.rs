@@ -138,7 +138,8 @@ fn fill(world: &World) {
         let client = etcd_client::Client::connect([endpoint], None).await.unwrap();
         let value = "x".repeat(20_000);
         let puts = (0..2000).map(|number| {
-            let (mut client, key, value) = (client.clone(), format!("{PREFIX}/filler/{}", number % 50), value.clone());
+            let (mut client, key, value) =
+                (client.clone(), format!("{PREFIX}/subnets/filler-{}", number % 50), value.clone());
             async move { client.put(key, value, None).await.map(drop) }
         });
         futures_util::future::try_join_all(puts).await.unwrap();
@@ -217,7 +218,10 @@ fn etcd_is_full() {
     })
     .unwrap();
     world.start(2, &[]);
-    world.wait_log(2, "etcd is full: compact and defragment it, then `etcdctl alarm disarm`");
+    world.wait_log(
+        2,
+        "etcd is full: its database has reached its quota; compact and defragment it, then `etcdctl alarm disarm`",
+    );
     world.assert_untouched(2);
     // Renewals go on: they write nothing.
     let renewals = |world: &World| world.status(0)["status"]["lease"]["renewals"].as_u64().unwrap();
