@@ -93,10 +93,9 @@ impl DaemonError {
             | Self::Dataplane(
                 DataplaneError::NotBpffs { .. } | DataplaneError::Load(_) | DataplaneError::Program { .. },
             ) => HOST_LACKS,
-            Self::Registry(
-                RegistryError::File { .. } | RegistryError::Certificate { .. } | RegistryError::PlainEndpoints,
-            )
-            | Self::Margin(_) => BAD_CONFIGURATION,
+            Self::Registry(RegistryError::File { .. } | RegistryError::Certificate { .. }) | Self::Margin(_) => {
+                BAD_CONFIGURATION
+            }
             _ => FAILED,
         }
     }

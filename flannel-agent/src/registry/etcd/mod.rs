@@ -3,6 +3,7 @@
 //! Unlike flannel's, a renewal is a keep-alive of the same etcd lease, which is no event to anybody, and every write
 //! is a transaction on the key's being what was read.
 
+pub mod address;
 mod certificate;
 mod connect;
 mod explain;
@@ -17,6 +18,7 @@ use std::{io, path::PathBuf, time::Duration};
 use etcd_client::{GetOptions, KeyValue, Txn, TxnOp, TxnOpResponse};
 
 use self::{
+    address::Prefix,
     connect::Connection,
     explain::{Asked, Permission},
     tls::Tls,
@@ -38,7 +40,7 @@ const MAX_ANSWER: usize = 1 << 30;
 pub struct EtcdOptions {
     /// URLs.
     pub endpoints: Vec<String>,
-    /// The path that config and leases are under.
+    /// The path that config and leases are under, as the operator wrote it.
     pub prefix: String,
     /// The authority that signed the servers' certificates.
     pub ca_file: Option<PathBuf>,
@@ -70,9 +72,6 @@ pub enum RegistryError {
         /// Why not, and what to make instead.
         problem: String,
     },
-    /// Certificates for connections that have none.
-    #[error("TLS files are given, but no endpoint is https://; change --etcd-endpoints, or drop the files")]
-    PlainEndpoints,
     /// etcd refused, or did not answer.
     #[error("etcd at {endpoints}: {call}: {cause}")]
     Call {
@@ -123,7 +122,7 @@ pub enum RegistryError {
 impl RegistryError {
     /// Whether trying again can't help.
     pub const fn is_final(&self) -> bool {
-        matches!(self, Self::File { .. } | Self::PlainEndpoints)
+        matches!(self, Self::File { .. } | Self::Certificate { .. })
     }
 
     /// Whether the store did not answer, or has no config that can be used: what was known before still counts then.
@@ -143,7 +142,7 @@ impl RegistryError {
 #[derive(Clone)]
 pub struct Registry {
     options: EtcdOptions,
-    prefix: String,
+    prefix: Prefix,
     connection: Option<Connection>,
 }
 
@@ -151,16 +150,13 @@ impl Registry {
     /// Checks how etcd is to be reached; asks nothing of it yet.
     ///
     /// # Errors
-    /// [`RegistryError::File`], [`RegistryError::Certificate`] or [`RegistryError::PlainEndpoints`].
+    /// [`RegistryError::File`] or [`RegistryError::Certificate`].
     pub fn new(options: EtcdOptions) -> Result<Self, RegistryError> {
-        let has_tls = options.endpoints.iter().any(|endpoint| connect::is_tls(endpoint));
-        if has_tls {
+        // As flannel: certificates are for who is reached by TLS.
+        if options.endpoints.iter().any(|endpoint| connect::is_tls(endpoint)) {
             Tls::read(&options)?;
-        } else if options.ca_file.is_some() || options.identity.is_some() {
-            // flannel would go on in clear text.
-            return Err(RegistryError::PlainEndpoints);
         }
-        Ok(Self { prefix: normalise(&options.prefix), options, connection: None })
+        Ok(Self { prefix: Prefix::new(&options.prefix), options, connection: None })
     }
 
     /// Makes the next call on a fresh connection: one from an address that this host no longer has hangs.
@@ -196,14 +192,14 @@ impl Registry {
         RegistryError::Call { call, endpoints, kind, cause }
     }
 
-    /// The path that config and leases are under.
+    /// A name for the path that config and leases are under; for the same keys it is the same.
     pub fn prefix(&self) -> &str {
-        &self.prefix
+        self.prefix.identity()
     }
 
     /// The key of the network configuration.
     pub fn config_key(&self) -> String {
-        format!("{}/config", self.prefix)
+        self.prefix.key("config")
     }
 
     /// Config and leases at one revision. Reads what flannel reads, and nothing else below the prefix: a role may be
@@ -264,19 +260,17 @@ impl Registry {
 
     /// What the leases' keys begin with.
     fn leases_key(&self) -> String {
-        format!("{}/subnets/", self.prefix)
+        self.prefix.key("subnets/")
     }
 
     fn lease_key(&self, key: &LeaseKey) -> String {
-        format!("{}{key}", self.leases_key())
+        self.prefix.key(&format!("subnets/{key}"))
     }
 
     /// What a key and its value are.
     fn read(&self, kv: &KeyValue) -> Read {
         let key = String::from_utf8_lossy(kv.key());
-        let Some(name) = key.strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix('/')) else {
-            return Read::Foreign;
-        };
+        let Some(name) = self.prefix.name_of(&key) else { return Read::Foreign };
         if name == "config" {
             return Read::Config(kv.value().to_vec());
         }
@@ -309,21 +303,4 @@ enum Read {
     PassedOver(PassedOver),
     /// Somebody else's.
     Foreign,
-}
-
-/// The prefix as Go's `path.Join` leaves it: one slash between parts, none at the end.
-fn normalise(prefix: &str) -> String {
-    prefix.split('/').filter(|part| !part.is_empty()).fold(String::new(), |path, part| path + "/" + part)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prefixes_are_joined_as_go_joins_paths() {
-        assert_eq!(normalise("/coreos.com/network"), "/coreos.com/network");
-        assert_eq!(normalise("//coreos.com//network/"), "/coreos.com/network");
-        assert_eq!(normalise("network"), "/network");
-    }
 }
