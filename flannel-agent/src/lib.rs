@@ -26,6 +26,7 @@
 //! * [`docker_opts`] — Docker's options from it
 //! * [`cni`] — the CNI plugin, a program of its own that uses none of the rooms that run asynchronously
 //! * [`cleanup`] — taking all of it away again
+//! * [`go_values`] — values as Go reads them; [`suggestion`] — what a misspelt name may mean
 //! * [`repair`] — what somebody else changed and the agent made right again
 //! * [`retry`] — back-off
 //!
@@ -45,6 +46,7 @@ pub mod dataplane;
 pub mod device;
 pub mod docker_opts;
 pub mod escape;
+pub mod go_values;
 pub mod health;
 pub mod last_known;
 pub mod lease;
@@ -59,5 +61,6 @@ pub mod repair;
 pub mod retry;
 pub mod status;
 pub mod subnet_env;
+pub mod suggestion;
 pub mod underlay;
 pub mod xdp;

@@ -8,7 +8,7 @@ use flannel_agent::{
     daemon::{self, DaemonError},
     docker_opts, escape, operator,
 };
-use tracing::error;
+use tracing::{error, warn};
 use tracing_subscriber::filter::LevelFilter;
 
 /// Exit code of `status` where not all is well.
@@ -23,6 +23,9 @@ async fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     start_log(&cli);
+    for notice in &cli.notices {
+        warn!("{notice}");
+    }
     match serve(&cli).await {
         Ok(code) => code,
         Err(error) => {
@@ -51,7 +54,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
 
 fn start_log(cli: &Cli) {
     let level = match cli.verbosity {
-        0 => LevelFilter::INFO,
+        ..=0 => LevelFilter::INFO,
         1..=4 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };

@@ -1,4 +1,12 @@
 //! The command line: flannel's flags and `FLANNELD_*` variables (flannel: main.go), and ours beside them.
+//!
+//! * `arguments` — from Go's form of flags, and from variables, to clap's
+//! * `flannels` — flags of flannel's for what this agent does not have
+//! * `error` — what is wrong with a command line
+
+mod arguments;
+mod error;
+mod flannels;
 
 use std::{
     ffi::OsString,
@@ -7,18 +15,27 @@ use std::{
     time::Duration,
 };
 
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use regex::Regex;
 
+use self::arguments::{Arguments, Given};
+pub use self::error::UsageError;
 use crate::{
-    dataplane::BpfLogLevel, device::external::Selection, docker_opts, netfilter, registry::etcd::EtcdOptions,
+    dataplane::BpfLogLevel,
+    device::external::Selection,
+    docker_opts, go_values, netfilter,
+    registry::etcd::{EtcdOptions, address::Endpoints},
     xdp::XdpFlag,
 };
 
 /// What the exit codes mean; printed by `--help`.
-const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage; 3 `status` found something to look at; 77 the host lacks something (capability, \
+const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage: a flag or a variable; 3 `status` found something to look at; 77 the host lacks something (capability, \
                           kernel feature, bpf file system, interface); 78 bad configuration on this host.\n\
-                          Every flag can be given as an environment variable: --etcd-prefix as FLANNELD_ETCD_PREFIX.";
+                          Flags have one dash or two; a switch has its value behind `=`. Each can be given as an environment \
+                          variable, such as --etcd-prefix as FLANNELD_ETCD_PREFIX. An empty text is none.";
+
+/// Where flannel's keys are by default.
+const DEFAULT_PREFIX: &str = "/coreos.com/network";
 
 /// How a host goes back to flannel's daemon.
 pub const ROLL_BACK: &str = "Back to flannel's daemon: stop the agent, run `flannel-agent cleanup`, start flanneld. Where flanneld was started first, \
@@ -33,63 +50,65 @@ pub struct Cli {
     pub command: Option<Command>,
     /// Print the version and exit
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, value_parser = go_values::boolean)]
     pub version: bool,
     /// Log verbosity: 0 information, 1 to 4 debugging, 5 and above tracing
-    #[arg(long = "v", default_value_t = 0, value_name = "LEVEL", global = true)]
-    pub verbosity: u8,
-    /// Comma-separated etcd endpoints
-    #[arg(long, value_delimiter = ',', default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379")]
-    etcd_endpoints: Vec<String>,
+    #[arg(long = "v", default_value = "0", value_name = "LEVEL", global = true)]
+    #[arg(value_parser = go_values::number::<i32>(i32::MIN.into()..=i32::MAX.into()))]
+    pub verbosity: i32,
+    /// Comma-separated etcd endpoints; without a scheme: TLS where there is a client certificate
+    #[arg(long, value_name = "URL,...", default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379")]
+    etcd_endpoints: Endpoints,
     /// The path in etcd that the network config and the leases are under
-    #[arg(long, default_value = "/coreos.com/network")]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PREFIX)]
     etcd_prefix: String,
     /// Key of the client certificate
-    #[arg(long, value_name = "FILE", requires = "etcd_certfile")]
+    #[arg(long, value_name = "FILE")]
     etcd_keyfile: Option<PathBuf>,
     /// Client certificate for etcd
-    #[arg(long, value_name = "FILE", requires = "etcd_keyfile")]
+    #[arg(long, value_name = "FILE")]
     etcd_certfile: Option<PathBuf>,
     /// Certificate of the authority that signed etcd's
     #[arg(long, value_name = "FILE")]
     etcd_cafile: Option<PathBuf>,
     /// User for etcd
-    #[arg(long, value_name = "NAME", requires = "etcd_password")]
+    #[arg(long, value_name = "NAME")]
     etcd_username: Option<String>,
     /// Password for etcd
-    #[arg(long, value_name = "PASSWORD", requires = "etcd_username")]
+    #[arg(long, value_name = "PASSWORD")]
     etcd_password: Option<String>,
     /// Interface or IPv4 address for traffic between hosts; may be repeated, the first that exists is taken
     #[arg(long, value_name = "NAME|IP")]
     iface: Vec<String>,
     /// Pattern for the address or name of that interface; may be repeated
-    #[arg(long, value_name = "REGEX")]
+    #[arg(long, value_name = "REGEX", value_parser = pattern)]
     iface_regex: Vec<Regex>,
     /// Take the interface that reaches this address
-    #[arg(long, value_name = "IP")]
+    #[arg(long, value_name = "IP", value_parser = go_values::ipv4)]
     iface_can_reach: Option<Ipv4Addr>,
     /// Address that other hosts reach this one at
-    #[arg(long, value_name = "IP")]
+    #[arg(long, value_name = "IP", value_parser = go_values::ipv4)]
     public_ip: Option<Ipv4Addr>,
     /// How many minutes before its end the lease is renewed at the latest; it is renewed three times per term in any case
-    #[arg(long, value_name = "MINUTES", default_value_t = 60)]
-    pub subnet_lease_renew_margin: u32,
+    #[arg(long, value_name = "MINUTES", default_value = "60", value_parser = go_values::number::<i64>(i64::MIN..=i64::MAX))]
+    subnet_lease_renew_margin: i64,
     /// For how many seconds etcd keeps the lease of a host that is silent
-    #[arg(long, value_name = "SECONDS", default_value_t = 86400, value_parser = clap::value_parser!(u32).range(5..))]
+    #[arg(long, value_name = "SECONDS", default_value = "86400", value_parser = go_values::number::<u32>(5..=u32::MAX.into()))]
     subnet_lease_ttl: u32,
     /// Address that /healthz and /readyz are answered at
-    #[arg(long, value_name = "IP", default_value = "0.0.0.0")]
+    #[arg(long, value_name = "IP", default_value = "0.0.0.0", value_parser = listening_address)]
     healthz_ip: IpAddr,
     /// Port that /healthz and /readyz are answered at; 0 for none
-    #[arg(long, value_name = "PORT", default_value_t = 0)]
-    healthz_port: u16,
+    #[arg(long, value_name = "PORT", default_value = "0", value_parser = go_values::number::<i64>(i64::MIN..=65535))]
+    healthz_port: i64,
     /// For how many seconds peers are kept that vanish from etcd all at once, unless `lease release-guard` says otherwise
-    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    #[arg(long, value_name = "SECONDS", default_value = "900", value_parser = go_values::number::<u32>(0..=u32::MAX.into()))]
     lease_guard_grace: u32,
     /// Whether packets of established flows between pods pass the host's stack by
     #[arg(long, value_enum, default_value_t)]
     pub bypass: Switch,
     /// For how many milliseconds they may, before one takes the stack again
-    #[arg(long, value_name = "MILLISECONDS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    #[arg(long, value_name = "MILLISECONDS", default_value = "1000", value_parser = go_values::number::<u32>(1..=60_000))]
     bypass_revalidate: u32,
     /// Who takes packets out of the tunnel before the kernel aggregates them
     #[arg(long, value_enum, default_value_t)]
@@ -109,6 +128,12 @@ pub struct Cli {
     /// Log of the eBPF programs, for debugging
     #[arg(long, value_enum, default_value_t)]
     pub bpf_log_level: BpfLogLevel,
+    /// What flannel has and this agent does not
+    #[command(flatten)]
+    flannels: flannels::FlannelFlags,
+    /// What is to be said of the command line, once there is a log.
+    #[arg(skip)]
+    pub notices: Vec<String>,
 }
 
 /// What the agent does besides being the daemon.
@@ -180,51 +205,87 @@ impl Cli {
     /// The command line of this process. Says what is wrong with it, or what was asked for, and exits, where it can't
     /// be acted on.
     pub fn from_process() -> Self {
-        let (cli, warnings) = Self::parse_with(std::env::args_os().collect(), |name| std::env::var(name).ok())
-            .unwrap_or_else(|e| e.exit());
-        for warning in warnings {
-            eprintln!("{warning}");
-        }
-        cli
+        Self::parse_with(std::env::args_os().skip(1), |name| std::env::var_os(name))
+            .unwrap_or_else(|error| error.exit())
     }
 
-    /// Parses arguments and environment as flannel does: long flags may have one dash, a variable counts where its
-    /// flag is not given, an empty variable is none, and one that can't be used is passed over with a warning.
+    /// Parses arguments and environment as flannel does: a variable counts where its flag is not given, an empty
+    /// variable is none, and one that can't be used is passed over with a notice.
     fn parse_with(
-        args: Vec<OsString>,
-        variable: impl Fn(&str) -> Option<String>,
-    ) -> Result<(Self, Vec<String>), clap::Error> {
-        let command = Self::command();
-        let flags: Vec<String> = command.get_arguments().filter_map(|arg| arg.get_long()).map(str::to_owned).collect();
-        let mut args: Vec<OsString> = args.into_iter().map(|arg| with_two_dashes(arg, &flags)).collect();
-        let mut warnings = Vec::new();
-
-        let given: Vec<String> = args.iter().filter_map(|arg| flag_name(arg.to_str()?)).map(str::to_owned).collect();
-        let mut from_environment = Vec::new();
-        for flag in flags.iter().filter(|flag| !given.contains(flag) && *flag != "version" && *flag != "help") {
-            let name = format!("FLANNELD_{}", flag.to_uppercase().replace('-', "_"));
-            let Some(value) = variable(&name).filter(|value| !value.is_empty()) else { continue };
-            from_environment.push((name, OsString::from(format!("--{flag}={value}"))));
+        args: impl Iterator<Item = OsString>,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Self, UsageError> {
+        let definition = Self::command();
+        let Arguments { flags, command, help } = Arguments::read(&definition, args)?;
+        let (variables, bad) = arguments::variables(&definition, &flags, variable);
+        let given: Vec<Given> = variables.into_iter().chain(flags).collect();
+        let mut line = vec![OsString::from("flannel-agent")];
+        line.extend(arguments::for_clap(&definition, &given));
+        line.extend(command);
+        line.extend(help.then(|| OsString::from("--help")));
+        let mut cli = Self::from_arg_matches(&definition.try_get_matches_from(line)?)?;
+        cli.notices = bad;
+        if cli.command.is_none() && !cli.version {
+            cli.review(&given)?;
         }
-        // Each alone first, so that a bad one costs only itself. What it requires may be another variable.
-        from_environment.retain(|(name, arg)| {
-            let alone = [OsString::from("flannel-agent"), arg.clone()];
-            let kind = command.clone().try_get_matches_from(alone).err().map(|error| error.kind());
-            let is_bad = kind.is_some_and(|kind| kind != clap::error::ErrorKind::MissingRequiredArgument);
-            if is_bad {
-                warnings.push(format!("{name} has a value that can't be used and is passed over"));
+        Ok(cli)
+    }
+
+    /// What can't be, and what is to be said, of a daemon with these flags.
+    fn review(&mut self, given: &[Given]) -> Result<(), UsageError> {
+        let written = |name: &str| {
+            let last = given.iter().rfind(|flag| flag.name == name);
+            last.map_or_else(|| format!("--{name}"), |flag| flag.written.clone())
+        };
+        if let Some((name, what)) = self.flannels.unsupported() {
+            return Err(UsageError::Unsupported { written: written(name), what });
+        }
+        match (&self.etcd_certfile, &self.etcd_keyfile) {
+            (Some(_), None) => {
+                return Err(UsageError::Identity { given: written("etcd-certfile"), missing: "--etcd-keyfile" });
             }
-            !is_bad
-        });
-        args.splice(1..1, from_environment.into_iter().map(|(_, arg)| arg));
-        let matches = command.try_get_matches_from(args)?;
-        Ok((Self::from_arg_matches(&matches)?, warnings))
+            (None, Some(_)) => {
+                return Err(UsageError::Identity { given: written("etcd-keyfile"), missing: "--etcd-certfile" });
+            }
+            _ => {}
+        }
+        let without_effect = self.flannels.without_effect().map(|(name, why)| format!("{} {why}", written(name)));
+        self.notices.extend(without_effect);
+        if given.iter().rfind(|flag| flag.name == "etcd-prefix").is_some_and(|flag| flag.value.is_empty()) {
+            self.notices.push(format!(
+                "{} is empty, and the default {DEFAULT_PREFIX} counts; for keys at the root, as flannel has them then, give \".\"",
+                written("etcd-prefix")
+            ));
+        }
+        match (&self.etcd_username, &self.etcd_password) {
+            (Some(_), None) => self
+                .notices
+                .push(format!("{} is not used without --etcd-password, as with flannel", written("etcd-username"))),
+            (None, Some(_)) => self
+                .notices
+                .push(format!("{} is not used without --etcd-username, as with flannel", written("etcd-password"))),
+            _ => {}
+        }
+        self.notices.extend(self.etcd_endpoints.unusable().iter().map(|error| format!("{error}; going on without it")));
+        let clear: Vec<String> =
+            self.etcd().endpoints.into_iter().filter(|endpoint| !endpoint.starts_with("https://")).collect();
+        let file = ["etcd-certfile", "etcd-cafile"]
+            .into_iter()
+            .zip([&self.etcd_certfile, &self.etcd_cafile])
+            .find_map(|(name, file)| file.as_ref().map(|_| written(name)));
+        if let (Some(file), false) = (file, clear.is_empty()) {
+            self.notices.push(format!(
+                "{} is reached in clear text, in spite of {file}: TLS is for endpoints with https://",
+                clear.join(",")
+            ));
+        }
+        Ok(())
     }
 
     /// How etcd is reached.
     pub fn etcd(&self) -> EtcdOptions {
         EtcdOptions {
-            endpoints: self.etcd_endpoints.clone(),
+            endpoints: self.etcd_endpoints.urls(self.etcd_certfile.is_some() && self.etcd_keyfile.is_some()),
             prefix: self.etcd_prefix.clone(),
             ca_file: self.etcd_cafile.clone(),
             identity: self.etcd_certfile.clone().zip(self.etcd_keyfile.clone()),
@@ -244,7 +305,7 @@ impl Cli {
     pub fn renew_interval(&self) -> Result<Duration, InvalidMargin> {
         // flannel's range; its term is a day.
         let margin = match self.subnet_lease_renew_margin {
-            margin @ 1..=1439 => Duration::from_secs(u64::from(margin) * 60),
+            margin @ 1..=1439 => Duration::from_secs(margin.unsigned_abs() * 60),
             _ => return Err(InvalidMargin),
         };
         let third = self.lease_ttl() / 3;
@@ -269,7 +330,8 @@ impl Cli {
 
     /// Where health probes are answered; [`None`] for nowhere.
     pub fn healthz(&self) -> Option<SocketAddr> {
-        (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port))
+        let port = u16::try_from(self.healthz_port).ok().filter(|port| *port != 0)?;
+        Some(SocketAddr::new(self.healthz_ip, port))
     }
 
     /// How the external interface is chosen.
@@ -288,120 +350,22 @@ impl Cli {
     }
 }
 
-/// Go's flag package takes `-name` and `--name` alike.
-fn with_two_dashes(arg: OsString, flags: &[String]) -> OsString {
-    match arg.to_str() {
-        Some(text) if !text.starts_with("--") => match flag_name(text) {
-            Some(name) if flags.iter().any(|flag| flag == name) => OsString::from(format!("-{text}")),
-            _ => arg,
-        },
-        _ => arg,
-    }
+/// A pattern; the reason why it is none in one line.
+fn pattern(text: &str) -> Result<Regex, String> {
+    Regex::new(text).map_err(|error| {
+        let text = error.to_string();
+        let reason = text.lines().last().unwrap_or_default();
+        format!("expected a regular expression: {}", reason.strip_prefix("error: ").unwrap_or(reason))
+    })
 }
 
-fn flag_name(arg: &str) -> Option<&str> {
-    let name = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-'))?;
-    Some(name.split_once('=').map_or(name, |(name, _)| name))
+/// Where to listen.
+fn listening_address(text: &str) -> Result<IpAddr, String> {
+    match text {
+        "localhost" => Ok(Ipv4Addr::LOCALHOST.into()),
+        text => text.parse().map_err(|_| "expected an IP address, as in 0.0.0.0".to_owned()),
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(args: &[&str], environment: &[(&str, &str)]) -> Result<(Cli, Vec<String>), clap::Error> {
-        let args = std::iter::once("flannel-agent").chain(args.iter().copied()).map(OsString::from).collect();
-        let variable =
-            |name: &str| environment.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
-        Cli::parse_with(args, variable)
-    }
-
-    fn cli(args: &[&str], environment: &[(&str, &str)]) -> Cli {
-        let (cli, warnings) = parse(args, environment).expect("valid");
-        assert_eq!(warnings, Vec::<String>::new());
-        cli
-    }
-
-    #[test]
-    fn the_definition_is_consistent() {
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn flannels_defaults() {
-        let cli = cli(&[], &[]);
-        assert_eq!(cli.etcd().endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
-        assert_eq!(cli.etcd().prefix, "/coreos.com/network");
-        assert_eq!(cli.subnet_file().to_str(), Some("/run/flannel/subnet.env"));
-        assert_eq!(cli.healthz(), None);
-    }
-
-    #[test]
-    fn health_probes_are_answered_at_a_port_and_anywhere() {
-        let healthz = |args: &[&str]| cli(args, &[]).healthz().map(|address| address.to_string());
-        assert_eq!(healthz(&["-healthz-port=8081"]).as_deref(), Some("0.0.0.0:8081"));
-        assert_eq!(healthz(&["--healthz-ip=::1", "--healthz-port=8081"]).as_deref(), Some("[::1]:8081"));
-        assert_eq!(healthz(&["--healthz-ip=127.0.0.1"]), None);
-    }
-
-    #[test]
-    fn one_dash_is_as_good_as_two() {
-        let cli = cli(&["-iface=eth0", "-iface", "10.0.0.1", "--etcd-prefix", "/x", "-v=4", "-public-ip=1.2.3.4"], &[]);
-        assert_eq!(cli.selection().interfaces, ["eth0", "10.0.0.1"]);
-        assert_eq!((cli.etcd().prefix.as_str(), cli.verbosity), ("/x", 4));
-        assert_eq!(cli.selection().public_ip, Some([1, 2, 3, 4].into()));
-    }
-
-    #[test]
-    fn variables_count_where_the_flag_is_not_given() {
-        let environment = [
-            ("FLANNELD_ETCD_PREFIX", "/env"),
-            ("FLANNELD_IFACE", "eth7"),
-            ("FLANNELD_SUBNET_FILE", ""),
-            ("FLANNELD_V", "5"),
-            ("FLANNELD_IP_MASQ", "true"),
-        ];
-        let cli = cli(&["--etcd-prefix=/flag"], &environment);
-        assert_eq!(cli.etcd().prefix, "/flag");
-        assert_eq!(cli.selection().interfaces, ["eth7"]);
-        assert_eq!(cli.subnet_file().to_str(), Some("/run/flannel/subnet.env"));
-        assert_eq!((cli.verbosity, cli.packet_rules.ip_masq), (5, true));
-    }
-
-    #[test]
-    fn variables_may_require_each_other() {
-        let environment = [("FLANNELD_ETCD_USERNAME", "u"), ("FLANNELD_ETCD_PASSWORD", "-p")];
-        assert_eq!(cli(&[], &environment).etcd().user, Some(("u".to_owned(), "-p".to_owned())));
-    }
-
-    #[test]
-    fn a_bad_variable_costs_only_itself() {
-        let environment = [("FLANNELD_PUBLIC_IP", "nonsense"), ("FLANNELD_ETCD_PREFIX", "/env")];
-        let (cli, warnings) = parse(&[], &environment).expect("valid");
-        assert_eq!(cli.etcd().prefix, "/env");
-        assert_eq!(warnings, ["FLANNELD_PUBLIC_IP has a value that can't be used and is passed over"]);
-    }
-
-    #[test]
-    fn the_lease_is_renewed_three_times_per_term_or_within_the_margin() {
-        let interval = |args: &[&str]| cli(args, &[]).renew_interval().map(|interval| interval.as_secs()).ok();
-        assert_eq!(interval(&[]), Some(86400 / 3));
-        assert_eq!(interval(&["--subnet-lease-renew-margin=1439"]), Some(60));
-        assert_eq!(interval(&["--subnet-lease-ttl=9"]), Some(3));
-        assert_eq!(interval(&["--subnet-lease-renew-margin=0"]), None);
-        assert_eq!(interval(&["--subnet-lease-renew-margin=1440"]), None);
-    }
-
-    #[test]
-    fn bad_flags_are_refused() {
-        for args in [&["--no-such-flag"][..], &["--public-ip=x"], &["--iface-regex=("], &["--etcd-keyfile=/k"]] {
-            assert_eq!(parse(args, &[]).expect_err("refused").exit_code(), 2, "{args:?}");
-        }
-    }
-
-    #[test]
-    fn commands_take_the_directories() {
-        let cli = cli(&["cleanup", "--run-dir=/tmp/r"], &[]);
-        assert!(matches!(cli.command, Some(Command::Cleanup)));
-        assert_eq!(cli.subnet_file().to_str(), Some("/tmp/r/subnet.env"));
-    }
-}
+mod tests;

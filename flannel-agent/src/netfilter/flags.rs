@@ -2,33 +2,33 @@
 
 use std::time::Duration;
 
-use clap::{ArgAction, builder::BoolishValueParser};
+use clap::ArgAction;
 use ipnet::Ipv4Net;
 
 use super::{Masquerade, Preference, Rules};
-use crate::config::NetworkConfig;
+use crate::{config::NetworkConfig, go_values};
 
 /// As Go's flags are, a switch may stand alone or have a value behind `=`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Flags {
     /// Masquerade what leaves the overlay, and what enters it with a source outside the Network
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
-    #[arg(action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    #[arg(action = ArgAction::Set, value_parser = go_values::boolean)]
     pub ip_masq: bool,
     /// Masquerade with the packet's own source port where it is free, instead of a random one
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
-    #[arg(action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    #[arg(action = ArgAction::Set, value_parser = go_values::boolean)]
     ip_masq_fully_random_disable: bool,
     /// Accept what is forwarded to and from the Network, where iptables would drop it by policy
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true")]
-    #[arg(action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    #[arg(action = ArgAction::Set, value_parser = go_values::boolean)]
     iptables_forward_rules: bool,
     /// How often it is looked whether the packet rules are still there
-    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=86400))]
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = go_values::number::<u32>(1..=u32::MAX.into()))]
     iptables_resync: u32,
     /// Drop what is sent to addresses of this host's subnet while no route leads to its pods
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
-    #[arg(action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    #[arg(action = ArgAction::Set, value_parser = go_values::boolean)]
     pub ip_blackhole_route: bool,
 }
 
@@ -90,5 +90,6 @@ mod tests {
         assert_eq!(rules(&[], r#""EnableNFTables": true,"#).2, Preference::Nftables);
         assert_eq!(flags(&[]).expect("valid").resync(), Duration::from_secs(5));
         assert!(flags(&["--iptables-resync=0"]).is_err() && flags(&["--ip-masq=maybe"]).is_err());
+        assert!(flags(&["--ip-masq=yes"]).is_err(), "Go's words only");
     }
 }
