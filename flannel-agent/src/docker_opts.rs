@@ -78,11 +78,11 @@ pub enum DockerOptsError {
 pub fn run(options: &Options) -> Result<(), DockerOptsError> {
     let path = &options.flannel_env;
     // Without the file there are no options from it, and that is no error.
-    let env = match fs::read_to_string(path) {
+    let env = match fs::read(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(DockerOptsError::Read { path: path.clone(), source: error });
         }
-        text => text.unwrap_or_default(),
+        text => String::from_utf8_lossy(&text.unwrap_or_default()).into_owned(),
     };
     let content = options.render(
         &env,

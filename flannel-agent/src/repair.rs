@@ -26,6 +26,8 @@ pub enum Repair {
     ExternalInterface,
     /// A next hop of the underlay has another MAC.
     NextHop,
+    /// `subnet.env` was gone, or lacked what a runtime needs.
+    SubnetEnv,
     /// `net.ipv4.ip_forward` was off.
     IpForward,
     /// conntrack was strict about windows.
@@ -34,7 +36,7 @@ pub enum Repair {
 
 impl Repair {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Device,
         Self::DeviceSettings,
         Self::DeviceAddress,
@@ -46,6 +48,7 @@ impl Repair {
         Self::MapEntry,
         Self::ExternalInterface,
         Self::NextHop,
+        Self::SubnetEnv,
         Self::IpForward,
         Self::Conntrack,
     ];
@@ -64,6 +67,7 @@ impl Repair {
             Self::MapEntry => "map_entry",
             Self::ExternalInterface => "external_interface",
             Self::NextHop => "next_hop",
+            Self::SubnetEnv => "subnet_env",
             Self::IpForward => "ip_forward",
             Self::Conntrack => "conntrack",
         }

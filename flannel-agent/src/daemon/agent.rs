@@ -109,6 +109,7 @@ async fn make<'a>(
         has_external: true,
         is_rebuild_due: false,
         other_since: None,
+        is_subnet_env_incomplete: false,
         rules: Keeper::new(cli.packet_rules.resync()),
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
@@ -209,6 +210,8 @@ pub(super) struct Agent<'a> {
     pub(super) is_rebuild_due: bool,
     /// Since when another interface is the right one.
     pub(super) other_since: Option<Clock>,
+    /// `subnet.env` lacked something when it was last looked at.
+    pub(super) is_subnet_env_incomplete: bool,
     rules: Keeper,
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
@@ -441,13 +444,17 @@ impl Agent<'_> {
     }
 
     pub(super) fn write_subnet_env(&self) -> Result<(), DaemonError> {
-        let (network, subnet, mtu) = (self.network.network, self.own.key.subnet, self.device.mtu);
         let path = self.cli.subnet_file();
-        SubnetEnv { network, subnet, mtu, ip_masq: self.cli.packet_rules.ip_masq }.write(&path)?;
+        self.subnet_env().write(&path)?;
         Ok(Written::remember(&self.cli.run_dir, self.device.vni, &path)?)
     }
 
-    fn write_record(&mut self) {
+    pub(super) fn subnet_env(&self) -> SubnetEnv {
+        let (network, subnet, mtu) = (self.network.network, self.own.key.subnet, self.device.mtu);
+        SubnetEnv { network, subnet, mtu, ip_masq: self.cli.packet_rules.ip_masq }
+    }
+
+    pub(super) fn write_record(&mut self) {
         self.record.write(&self.own, &self.table);
     }
 

@@ -21,6 +21,7 @@ use crate::{
     },
     registry::ResyncCause,
     repair::Repair,
+    subnet_env::State,
     xdp,
 };
 
@@ -35,6 +36,7 @@ const SETTLED: Duration = Duration::from_millis(900);
 const EXTERNAL: &str = "external interface";
 const PINS: &str = "pin directory";
 const FORWARDING: &str = "forwarding";
+const SUBNET_ENV: &str = "subnet.env";
 
 impl Agent<'_> {
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there. What there was to do.
@@ -126,11 +128,46 @@ impl Agent<'_> {
             }
             Err(error) => self.record.waiting(FORWARDING, Some(error.to_string())),
         }
+        self.ensure_files();
         if self.ensure_conntrack() {
             self.record.repaired(Repair::Conntrack, "conntrack was strict about windows");
         }
         if !self.has_external || self.is_rebuild_due {
             self.compare_or_say(Changed::Topology).await;
+        }
+    }
+
+    /// Writes again what others read of this host, where it is gone.
+    fn ensure_files(&mut self) {
+        let path = self.cli.subnet_file();
+        let state = self.subnet_env().state(&path);
+        let was_incomplete = std::mem::replace(&mut self.is_subnet_env_incomplete, state == State::Incomplete);
+        let what = match state {
+            State::Gone => "was gone",
+            // Not at once: somebody may be writing it.
+            State::Incomplete if was_incomplete => "lacked what a runtime needs",
+            State::Incomplete => return,
+            State::AsItShould => return self.record.waiting(SUBNET_ENV, None),
+            // Another daemon serves this host's pods now, or an administrator means it. Two that correct each other would
+            // never end.
+            State::OfAnother(subnet) => {
+                let own = self.own.key.subnet;
+                let text = format!(
+                    "{} names {subnet}, which somebody else wrote, and not this host's {own}; remove it to have it written again",
+                    path.display()
+                );
+                return self.record.waiting(SUBNET_ENV, Some(text));
+            }
+        };
+        // First, as at the start: the CNI plugin takes a subnet.env without a status beside it for another daemon's.
+        self.record.restore_files(&self.own, &self.table);
+        match self.write_subnet_env() {
+            Ok(()) => {
+                self.is_subnet_env_incomplete = false;
+                self.record.waiting(SUBNET_ENV, None);
+                self.record.repaired(Repair::SubnetEnv, &format!("{} {what}", path.display()));
+            }
+            Err(error) => self.record.waiting(SUBNET_ENV, Some(error.to_string())),
         }
     }
 

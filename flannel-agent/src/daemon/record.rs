@@ -302,6 +302,15 @@ impl Record {
         self.take_due(own, table)();
     }
 
+    /// Writes what is gone of them, at once.
+    pub(super) fn restore_files(&mut self, own: &OwnLease, table: &LeaseTable) {
+        self.status_is_due |= !Status::path(&self.run_dir, self.vni).exists();
+        self.leases_are_due |= !LastKnown::path(&self.run_dir, self.vni).exists();
+        if self.is_due() {
+            self.take_due(own, table)();
+        }
+    }
+
     fn take_due(&mut self, own: &OwnLease, table: &LeaseTable) -> impl FnOnce() + use<> {
         self.status.written = now();
         let status = std::mem::take(&mut self.status_is_due).then(|| self.status.clone());
