@@ -22,12 +22,20 @@ fn a_bad_network_config_is_named_and_waited_out() {
     world.wait_log(0, "flannel config not found in etcd store. Did you create your config using etcdv3 API?");
     for (config, reason) in [
         ("not json", "not a JSON object: expected ident at line 1 column 2"),
+        (r#"{"Newtork": "10.5.0.0/16"}"#, r#"it has "Newtork", did you mean "Network"?"#),
+        (
+            r#"{"Network": "10.5.0.0/16", "SubnetLen": "26"}"#,
+            r#"SubnetLen: "26" is a string, expected a whole number (as in "SubnetLen": 26)"#,
+        ),
         (r#"{"Backend": {"Type": "vxlan"}}"#, "please define a correct Network parameter in the flannel config"),
-        (r#"{"Network": "10.5.0.0/29"}"#, "network is too small. Minimum useful network prefix is /28"),
+        (
+            r#"{"Network": "10.5.0.0/29"}"#,
+            "network is too small. Minimum useful network prefix is /28 (Network: 10.5.0.0/29)",
+        ),
         (r#"{"Network": "10.5.0.0/16", "SubnetLen": 17}"#, "network must be able to accommodate at least four subnets"),
         (
             r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": 16777216}}"#,
-            "VNI 16777216 is out of range",
+            "Backend.VNI: 16777216 is out of range, expected 0 to 9999999",
         ),
         (r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "ipsec"}}"#, "unknown backend type: ipsec"),
     ] {

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::{
     cli::Cli,
-    config::NetworkConfig,
+    config::{NetworkConfig, unknown_keys},
     dataplane::Features,
     device::{external::External, vxlan::VxlanDevice},
     escape::control_characters,
@@ -34,7 +34,10 @@ pub(super) struct Record {
     run_dir: PathBuf,
     vni: Vni,
     prefix: String,
+    /// The network config that the datapath is made for, as the store had it.
     config: String,
+    /// The one whose unknown keys were said last.
+    reviewed: Vec<u8>,
     status: Status,
     status_is_due: bool,
     leases_are_due: bool,
@@ -85,15 +88,29 @@ impl Record {
         state: LeaseState,
     ) -> Self {
         let status = status(network, external, device, lease, state);
-        Self {
+        let mut record = Self {
             run_dir: cli.run_dir.clone(),
             vni: device.vni,
             prefix: prefix.to_owned(),
             config: String::from_utf8_lossy(&config).into_owned(),
+            reviewed: Vec::new(),
             status,
             status_is_due: true,
             leases_are_due: true,
             writing: None,
+        };
+        record.review_config(&config);
+        record
+    }
+
+    /// Says which keys of a network config are unknown; of the same config once.
+    pub(super) fn review_config(&mut self, config: &[u8]) {
+        if self.reviewed == config {
+            return;
+        }
+        self.reviewed = config.to_vec();
+        for unknown in unknown_keys(&String::from_utf8_lossy(config)) {
+            warn!("the network config in etcd: {unknown}");
         }
     }
 

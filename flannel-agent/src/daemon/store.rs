@@ -221,6 +221,9 @@ impl Agent<'_> {
 
     /// Compares the config in the store with the one that the datapath is made for.
     fn take_config(&mut self, config: Option<&[u8]>) {
+        if let Some(config) = config {
+            self.record.review_config(config);
+        }
         let difference = match config.map(|config| self.registry.parse_config(config)) {
             None => Some("the network config is gone from etcd; going on with the one before".to_owned()),
             Some(Err(error)) => Some(format!("{error}; going on with the one before")),
