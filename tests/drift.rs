@@ -156,7 +156,7 @@ impl Talk {
         let samples = metrics.lines().filter_map(|line| line.strip_prefix(r#"flannel_repairs_total{vni="1",repair=""#));
         let counts = samples.map(|sample| sample.split_once("\"} ").unwrap());
         let mut counts: Vec<_> = counts.map(|(repair, count)| (repair.to_owned(), count.parse().unwrap())).collect();
-        assert_eq!(counts.len(), 13, "{metrics}");
+        assert_eq!(counts.len(), flannel_agent::repair::Repair::ALL.len(), "{metrics}");
         counts.retain(|(_, count)| *count > 0);
         counts.sort();
         counts

@@ -50,6 +50,7 @@
 //! * [`cni`] — the CNI plugin, run as a runtime runs it
 //! * [`docker_opts`] — Docker's options
 //! * [`docker`] — Docker Engines with these, and their containers
+//! * [`flags`] — flags, variables and shared files as flannel takes them, with its own process
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
@@ -73,6 +74,7 @@ mod encapsulation;
 mod etcd_roles;
 mod fast_path;
 mod firewalls;
+mod flags;
 mod frames;
 mod guard;
 mod health;

@@ -63,8 +63,12 @@ impl Netlink {
         let links = self.links().await?;
         let addresses = self.addresses().await?;
         let choice = match selection {
-            Selection { interfaces, patterns, .. } if !interfaces.is_empty() || !patterns.is_empty() => {
-                by_name(selection, &links, &addresses)?
+            Selection { interfaces, patterns, can_reach, .. } if !interfaces.is_empty() || !patterns.is_empty() => {
+                match (by_name(selection, &links, &addresses), can_reach) {
+                    // The last of the three that is asked, as with flannel.
+                    (Err(SelectError::NoMatch(_)), Some(destination)) => self.by_route(*destination).await?,
+                    (choice, _) => choice?,
+                }
             }
             Selection { can_reach: Some(destination), .. } => self.by_route(*destination).await?,
             Selection { public_ip: Some(ip), .. } if addresses.iter().any(|(_, address)| address == ip) => {
