@@ -95,7 +95,7 @@ pub enum RegistryError {
         /// Its key.
         key: String,
         /// What is wrong with it.
-        source: ConfigError,
+        source: Box<ConfigError>,
     },
     /// Another host has this one's address, and lives.
     #[error(
@@ -255,7 +255,7 @@ impl Registry {
     /// [`RegistryError::Config`].
     pub fn parse_config(&self, value: &[u8]) -> Result<NetworkConfig, RegistryError> {
         NetworkConfig::parse(&String::from_utf8_lossy(value))
-            .map_err(|source| RegistryError::Config { key: self.config_key(), source })
+            .map_err(|source| RegistryError::Config { key: self.config_key(), source: Box::new(source) })
     }
 
     /// What the leases' keys begin with.
