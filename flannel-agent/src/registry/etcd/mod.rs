@@ -122,7 +122,7 @@ pub enum RegistryError {
 impl RegistryError {
     /// Whether trying again can't help.
     pub const fn is_final(&self) -> bool {
-        matches!(self, Self::File { .. } | Self::Certificate { .. })
+        matches!(self, Self::File { .. })
     }
 
     /// Whether the store did not answer, or has no config that can be used: what was known before still counts then.
