@@ -18,6 +18,12 @@ pub const POD_TWO: [u8; 4] = [10, 5, 2, 2];
 pub const NODE_THREE: [u8; 4] = [192, 168, 64, 3];
 pub const VTEP_THREE_MAC: Mac = [0x0a, 0, 0, 0, 0, 3];
 pub const POD_THREE: [u8; 4] = [10, 5, 3, 2];
+/// A peer whose address is in a prefix that the operator names.
+pub const NODE_FIVE: [u8; 4] = [10, 20, 0, 5];
+pub const VTEP_FIVE_MAC: Mac = [0x0a, 0, 0, 0, 0, 5];
+/// A peer whose address is in node three's lease.
+pub const NODE_SIX: [u8; 4] = [10, 5, 3, 77];
+pub const VTEP_SIX_MAC: Mac = [0x0a, 0, 0, 0, 0, 6];
 /// A host without a lease.
 pub const STRANGER: [u8; 4] = [192, 168, 64, 99];
 /// What the stack puts into frames for the overlay.

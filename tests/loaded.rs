@@ -18,7 +18,8 @@ use xtask::lab::{Lab, Netns};
 
 use crate::{
     frames::{
-        Mac, NODE_ONE, NODE_ONE_MAC, NODE_THREE, NODE_TWO, NODE_TWO_MAC, VTEP_ONE_MAC, VTEP_THREE_MAC, VTEP_TWO_MAC,
+        Mac, NODE_FIVE, NODE_ONE, NODE_ONE_MAC, NODE_SIX, NODE_THREE, NODE_TWO, NODE_TWO_MAC, VTEP_FIVE_MAC,
+        VTEP_ONE_MAC, VTEP_SIX_MAC, VTEP_THREE_MAC, VTEP_TWO_MAC,
     },
     world,
 };
@@ -104,10 +105,15 @@ fn load(pins: &Path) -> Dataplane {
     let pins = PinDirectory::new(pins, Vni::DEFAULT);
     let mut dataplane = Dataplane::load(pins, &config, capacity, BpfLogLevel::Off).unwrap();
     dataplane.peers.sync(&peers()).unwrap();
+    dataplane.accept(&ACCEPTED.map(|prefix| prefix.parse().unwrap())).unwrap();
     dataplane
 }
 
-/// Node two in the grid, with a lease that is longer than the grid's and one outside the Network; node three.
+/// What the operator has named: a site behind hosts, and what leases and addresses of hosts' own go before.
+const ACCEPTED: [&str; 5] = ["10.20.0.0/16", "240.0.0.0/5", "10.5.0.0/22", "192.168.64.1/32", "192.168.64.96/30"];
+
+/// Node two in the grid, with a lease that is longer than the grid's and one outside the Network; node three; and two
+/// whose addresses are in a prefix of [`ACCEPTED`] and in node three's lease.
 fn peers() -> DesiredPeers {
     let two = vtep(NODE_TWO, NODE_TWO_MAC, VTEP_TWO_MAC, Vtep::RESOLVED);
     let three = vtep(NODE_THREE, Mac::default(), VTEP_THREE_MAC, 0);
@@ -119,6 +125,8 @@ fn peers() -> DesiredPeers {
         // A claim to part of our own subnet, which the agent would pass over.
         lease("10.5.1.128/25", two),
         lease("172.30.0.0/16", two),
+        lease("10.5.8.0/24", vtep(NODE_FIVE, NODE_TWO_MAC, VTEP_FIVE_MAC, Vtep::RESOLVED)),
+        lease("10.5.6.0/24", vtep(NODE_SIX, NODE_TWO_MAC, VTEP_SIX_MAC, Vtep::RESOLVED)),
     ])
 }
 

@@ -107,6 +107,8 @@ events! {
     UnderlayFragment = "underlay_fragment", Pass;
     /// from_underlay: a tunnel packet from a known peer, with addresses that it may use; left to the kernel's vxlan device.
     Admitted = "admitted", Pass;
+    /// from_underlay: a tunnel packet that the leases refuse, and that comes from where another's route through flannel.VNI leads; left to the kernel's vxlan device.
+    AdmittedByRoute = "admitted_by_route", Pass;
     /// from_underlay: a packet of a flow that the stack let in a moment ago; decapsulated and put into the pod.
     Delivered = "delivered", Forward;
     /// from_underlay: a packet of a flow that the stack let in translated a moment ago; decapsulated, translated so, and put into the pod.
@@ -127,11 +129,11 @@ events! {
     InnerForeignMac = "inner_foreign_mac", Drop;
     /// xdp_decap, from_underlay: an inner address is loopback, link-local, multicast, broadcast or zero.
     InnerNotUnicast = "inner_not_unicast", Drop;
-    /// xdp_decap, from_underlay: the inner destination is not in this host's subnet.
+    /// xdp_decap, from_underlay: the inner destination is not in this host's subnet, nor in a prefix of --accept-source.
     ForeignInnerDestination = "foreign_inner_destination", Drop;
     /// xdp_decap, from_underlay: no lease names the outer source as a VTEP.
     UnknownVtep = "unknown_vtep", Drop;
-    /// xdp_decap, from_underlay: the inner source is not in the subnet leased to the VTEP that sent it.
+    /// xdp_decap, from_underlay: the inner source is neither in the subnet leased to the VTEP that sent it, nor that VTEP's address, nor in a prefix of --accept-source.
     SpoofedInnerSource = "spoofed_inner_source", Drop;
 }
 

@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 7 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 8 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -21,8 +21,11 @@ pub const PREFIXES: &str = "PREFIXES";
 /// Array: VTEP id -> [`Vtep`]. Id 0 is no peer: of it only `ifindex` is set, to `flannel.<VNI>`. A peer's value in use is
 /// not rewritten: a changed peer gets a new id.
 pub const VTEPS: &str = "VTEPS";
-/// Hash: VTEP address (wire order) -> VTEP id. Tells an unknown sender from a known one that forges inner addresses.
+/// Hash: VTEP address (wire order) -> VTEP id, any of those with this address. Tells an unknown sender from a known one.
 pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
+/// LPM trie: prefix -> 1, for inner addresses that no lease covers and that the operator accepts. Consulted when the leases
+/// have no answer.
+pub const ACCEPTED: &str = "ACCEPTED";
 /// Array: VTEP id -> when a packet of it was last admitted, as [`heard_time`]; 0 for never. Tells a host whose lease
 /// the store has lost from one that is gone.
 pub const HEARD: &str = "HEARD";
@@ -42,13 +45,15 @@ pub const DROPS: &str = "DROPS";
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 10] =
-    [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, HEARD, FLOWS, ORIGINALS, PODS, COUNTERS, DROPS];
+pub const PINNED: [&str; 11] =
+    [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, ACCEPTED, HEARD, FLOWS, ORIGINALS, PODS, COUNTERS, DROPS];
 
 /// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
 pub const MAX_SLOTS: u32 = 1 << 22;
 /// The most entries of [`PREFIXES`]; an entry takes memory only when it exists.
 pub const MAX_PREFIXES: u32 = 1 << 17;
+/// The most entries of [`ACCEPTED`].
+pub const MAX_ACCEPTED: u32 = 1 << 10;
 
 /// The most flows that are remembered; the one not used for longest makes room.
 pub const MAX_FLOWS: u32 = 1 << 16;

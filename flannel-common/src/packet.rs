@@ -110,6 +110,19 @@ impl OuterHeader {
         Self(header)
     }
 
+    /// MAC of the peer's vxlan device: the inner destination.
+    #[inline(always)]
+    pub const fn peer_vtep_mac(&self) -> Mac {
+        let Self(header) = self;
+        let mut mac = [0; 6];
+        let mut index = 0;
+        while index < mac.len() {
+            mac[index] = header[INNER_ETHERNET + index];
+            index += 1;
+        }
+        mac
+    }
+
     /// Fills in what differs from packet to packet.
     ///
     /// Lengths beyond 65535 (a segmentable packet that the outer header takes over the limit) are written as the
@@ -155,12 +168,12 @@ const fn outer_ecn(inner_tos: u8) -> u8 {
     }
 }
 
-/// Whether a host could have this IPv4 address (host order): not "this network", loopback, link-local, multicast,
-/// reserved or limited broadcast.
+/// Whether a host could have this IPv4 address (host order): not zero, loopback, link-local, multicast or limited broadcast.
+/// What else is reserved, 0.0.0.0/8 and 240.0.0.0/4, the kernel routes as any other (`ip_route_input_slow`).
 #[inline(always)]
 pub const fn is_unicast(address: u32) -> bool {
     let first = address >> 24;
-    first != 0 && first != 127 && first < 224 && (address >> 16) != 0xa9fe
+    address != 0 && first != 127 && (first < 224 || first >= 240) && address != u32::MAX && (address >> 16) != 0xa9fe
 }
 
 #[cfg(test)]
@@ -226,10 +239,21 @@ mod tests {
     #[test]
     fn unicast_is_what_a_host_can_have() {
         let unicast = |a, b, c, d| is_unicast(u32::from_be_bytes([a, b, c, d]));
-        for (a, b, c, d) in [(10, 5, 1, 2), (126, 0, 0, 1), (128, 0, 0, 1), (169, 253, 0, 1), (223, 1, 1, 1)] {
+        for (a, b, c, d) in [
+            (0, 0, 0, 1),
+            (10, 5, 1, 2),
+            (126, 0, 0, 1),
+            (128, 0, 0, 1),
+            (169, 253, 0, 1),
+            (223, 1, 1, 1),
+            (240, 0, 0, 0),
+            (255, 255, 255, 254),
+        ] {
             assert!(unicast(a, b, c, d), "{a}.{b}.{c}.{d}");
         }
-        for (a, b, c, d) in [(0, 0, 0, 0), (127, 0, 0, 1), (169, 254, 1, 1), (224, 0, 0, 1), (255, 255, 255, 255)] {
+        for (a, b, c, d) in
+            [(0, 0, 0, 0), (127, 0, 0, 1), (169, 254, 1, 1), (224, 0, 0, 1), (239, 255, 255, 255), (255, 255, 255, 255)]
+        {
             assert!(!unicast(a, b, c, d), "{a}.{b}.{c}.{d}");
         }
     }

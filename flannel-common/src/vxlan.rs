@@ -2,12 +2,22 @@
 
 use core::fmt;
 
+use crate::packet::Mac;
+
 /// UDP destination port that the Linux kernel, and so flannel, uses when none is configured. (IANA's is 4789.)
 pub const DEFAULT_PORT: u16 = 8472;
 
 /// Outer IPv4 (20), UDP (8), VXLAN (8) and inner Ethernet (14) header: what encapsulation adds to an Ethernet frame,
 /// and what the overlay's MTU is smaller by.
 pub const OVERHEAD: u16 = 50;
+
+/// The made-up MAC of the next hops that the agent's routes into the overlay have. By it the programs know that a packet
+/// is theirs to encapsulate: what somebody else's route leads to another next hop is the kernel's. Locally administered.
+pub const NEXT_HOP_MAC: Mac = [0x02, 0, 0, 0, 0, 0x01];
+
+/// The next hop of an agent's shared routes, 169.254.1.1, in host order. It is nobody's: being link-local, it is no address
+/// of any lease.
+pub const NEXT_HOP: u32 = 0xa9fe_0101;
 
 /// A VXLAN network identifier: 24 bits, and small enough that `flannel.<VNI>` is a valid interface name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

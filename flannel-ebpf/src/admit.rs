@@ -1,6 +1,11 @@
 //! What a packet on the underlay is, and whether its sender may send it: the same for TC and XDP.
 
-use flannel_common::{admission, event::Event, maps::Config, vxlan};
+use flannel_common::{
+    admission::{self, is_refused_by_leases},
+    event::Event,
+    maps::Config,
+    vxlan,
+};
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::{IpProto, Ipv4Hdr},
@@ -11,6 +16,7 @@ use network_types::{
 use crate::{
     leases::{Leases, note_heard},
     packet::Headers,
+    routes::is_routed,
 };
 
 /// The fragment offset, and whether there are more, within `Ipv4Hdr::frags` (RFC 791).
@@ -28,7 +34,10 @@ pub(crate) struct Admitted {
     pub(crate) inner_offset: usize,
     /// All bytes from the outer IPv4 header on.
     pub(crate) outer_len: u16,
-    /// The kernel has to see it: a fragment, to be reassembled; one that met congestion on its way, for that to be carried
+    /// By the kernel's routes, where the leases refuse it.
+    pub(crate) is_by_route: bool,
+    /// The kernel has to see it: it knows more than the leases; a fragment, to be reassembled; one that met congestion on its
+    /// way, for that to be carried
     /// inside (RFC 6040); one with a VXLAN header of a later day.
     pub(crate) needs_kernel: bool,
 }
@@ -83,12 +92,32 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
         return Err(Event::TunnelTruncated);
     }
     let outer_source = u32::from_be_bytes(ip.src_addr);
-    let sender = admission::admit(config, &Leases { config }, outer_source, &inner_ethernet, &inner)?;
-    note_heard(sender, now);
+    let verdict = || admission::admit(config, &Leases { config }, outer_source, &inner_ethernet, &inner);
+    let is_by_route = match verdict() {
+        Ok(sender) => {
+            note_heard(sender, now);
+            false
+        }
+        Err(event) if is_refused_by_leases(event) => {
+            let source = u32::from_be_bytes(inner.src_addr);
+            let destination = u32::from_be_bytes(inner.dst_addr);
+            let [a, b, c, d, e, f] = inner_ethernet.dst_addr;
+            let is_to_vtep = u8::from(inner_ethernet.dst_addr == config.vtep_mac);
+            let is_to_pod = u8::from(config.is_local(destination));
+            let frame = u64::from_ne_bytes([a, b, c, d, e, f, is_to_vtep, is_to_pod]);
+            if config.is_local(source) || !is_routed(packet.context(), outer_source, source, destination, frame) {
+                // Asked once more: the verifier would follow each reason that is kept through the whole call.
+                note_heard(verdict()?, now);
+            }
+            true
+        }
+        Err(event) => return Err(event),
+    };
     Ok(Admitted {
         inner,
         inner_offset,
         outer_len,
-        needs_kernel: is_fragment || ip.tos & ECN_MASK == ECN_CE || !is_plain,
+        is_by_route,
+        needs_kernel: is_by_route || is_fragment || ip.tos & ECN_MASK == ECN_CE || !is_plain,
     })
 }

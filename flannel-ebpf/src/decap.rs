@@ -44,6 +44,11 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
         Ok(looked) => looked,
         Err(event) => return event,
     };
+    if admitted.is_by_route {
+        place.forget_turn(&config);
+        packet.write_note(Note::Admitted(place.key.tag(config.vni)));
+        return Event::AdmittedByRoute;
+    }
     let inner = admitted.inner;
     // The kernel would go on segmenting it as a tunnel packet (`udp4_ufo_fragment`): what adjusts the room leaves the type.
     let is_stale = packet.is_gso() && inner.proto == IpProto::Udp as u8;

@@ -134,10 +134,16 @@ impl Place {
         if config.bypass_time == 0 {
             return false;
         }
-        if self.kind == Kind::Turn {
+        self.forget_turn(config);
+        self.kind == Kind::Data
+    }
+
+    /// Takes the flow's notes away where the packet begins or ends a connection.
+    #[inline(always)]
+    pub(crate) fn forget_turn(&self, config: &Config) {
+        if config.bypass_time != 0 && self.kind == Kind::Turn {
             forget(&self.key);
         }
-        self.kind == Kind::Data
     }
 }
 

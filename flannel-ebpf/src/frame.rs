@@ -1,6 +1,6 @@
 //! The frame that XDP sees, before the kernel makes a packet of it: the only place that touches its memory.
 
-use core::{mem::MaybeUninit, ptr};
+use core::{ffi::c_void, mem::MaybeUninit, ptr};
 
 use aya_ebpf::{
     helpers::generated::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta, bpf_xdp_get_buff_len, bpf_xdp_load_bytes},
@@ -69,6 +69,11 @@ impl Headers for Frame<'_> {
     #[inline(always)]
     fn device(&self) -> u32 {
         self.ctx.ingress_ifindex() as u32
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.ctx.ctx.cast()
     }
 
     #[inline(always)]

@@ -17,6 +17,7 @@
 //! * [`encap`] — `to_overlay` and `from_overlay`, egress and ingress of `flannel.<VNI>`; `from_pod`
 //! * [`decap`] — `from_underlay` and `xdp_decap`, ingress of the external interface
 //! * [`admit`] — which tunnel packets they take
+//! * [`routes`] — and what the kernel's routes say of those that the leases refuse
 //! * [`flows`] — what may pass the stack by; `to_pod`
 //! * [`originals`] — which flow a packet had before the stack
 //! * [`next_hop`] — what passes it by, as the stack would have sent it on
@@ -37,6 +38,7 @@ mod maps;
 mod next_hop;
 mod originals;
 mod packet;
+mod routes;
 mod sample;
 
 use aya_ebpf::{

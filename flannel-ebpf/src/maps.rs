@@ -2,6 +2,7 @@
 
 use aya_ebpf::{
     Global,
+    bindings::bpf_fib_lookup,
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
@@ -9,7 +10,7 @@ use flannel_common::{
     drops::Drops,
     event::Event,
     flow::{Flow, FlowKey, Original, SourcePorts},
-    maps::{Config, Counter, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep},
+    maps::{Config, Counter, MAX_ACCEPTED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep},
     packet::Mac,
 };
 
@@ -24,6 +25,9 @@ pub(crate) static VTEPS: Array<Vtep> = Array::with_max_entries(1, 0);
 
 #[map]
 pub(crate) static VTEP_ADDRESSES: HashMap<[u8; 4], u32> = HashMap::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static ACCEPTED: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_ACCEPTED, 0);
 
 #[map]
 pub(crate) static HEARD: Array<u32> = Array::with_max_entries(1, 0);
@@ -43,9 +47,16 @@ pub(crate) static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries
 #[map]
 pub(crate) static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(Event::COUNT, 0);
 
+/// What the kernel is asked for a route with, on each CPU. Not pinned: it holds nothing between two packets.
+#[map]
+pub(crate) static LOOKUP: PerCpuArray<bpf_fib_lookup> = PerCpuArray::with_max_entries(1, 0);
+
 /// Patched at load; constant to the verifier.
 #[unsafe(no_mangle)]
-pub(crate) static CONFIG: Global<Config> = Global::new(Config {
+pub(crate) static CONFIG: Global<Config> = Global::new(UNSET);
+
+/// As the constants are before.
+pub(crate) const UNSET: Config = Config {
     bypass_time: 0,
     network: 0,
     slot_shift: 0,
@@ -60,4 +71,4 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     port: 0,
     vtep_mac: [0; 6],
     source_ports: SourcePorts { min: 0, max: 0 },
-});
+};

@@ -1,6 +1,7 @@
 //! The packet: the only place that touches its memory, and that calls helpers which change or redirect it.
 
 use core::{
+    ffi::c_void,
     mem::{MaybeUninit, offset_of},
     ptr,
 };
@@ -84,6 +85,8 @@ pub(crate) trait Headers {
     fn is_aggregate(&self) -> bool;
     /// The device that it is at.
     fn device(&self) -> u32;
+    /// What helpers know it by.
+    fn context(&self) -> *mut c_void;
     /// Copies its first bytes. [`Err`] where there are fewer.
     fn copy_to(&self, bytes: &mut [u8; FRAME_LEN], len: u32) -> Result<(), ()>;
     /// The header at `offset`, a constant; [`None`] beyond the end.
@@ -404,6 +407,11 @@ impl Headers for Packet<'_> {
     }
 
     #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.skb().cast()
+    }
+
+    #[inline(always)]
     fn copy_to(&self, bytes: &mut [u8; FRAME_LEN], len: u32) -> Result<(), ()> {
         // SAFETY: the context is valid, and no more is written than fits, which the verifier checks again.
         let result = unsafe { bpf_skb_load_bytes(self.skb().cast(), 0, bytes.as_mut_ptr().cast(), len) };
@@ -441,6 +449,11 @@ impl Headers for Unframed<'_> {
     #[inline(always)]
     fn device(&self) -> u32 {
         self.0.device()
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.0.context()
     }
 
     #[inline(always)]

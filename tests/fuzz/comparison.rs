@@ -14,7 +14,7 @@ use flannel_common::{
     event::{Event, Outcome},
     flow::{Egress, Flow, FlowKey, Ingress, Original},
     maps::{Counter, Vtep},
-    model::{self, Fate, FlowChange, Frame, Known, Lease, World},
+    model::{self, Fate, FlowChange, Frame, Known, Lease, Overlay, World},
     packet::{OuterHeader, Tunnel},
     vxlan::Vni,
 };
@@ -26,7 +26,7 @@ use nix::{
 
 use crate::{
     frames::{Mac, NODE_ONE_MAC},
-    inputs::{Age, Input, Look, WORLDS},
+    inputs::{Age, DEVICE_MAC, Input, Look, WORLDS},
 };
 
 /// For how long a flow is fresh in these worlds: longer than this process is ever kept waiting.
@@ -35,6 +35,8 @@ pub const BYPASS_TIME: Duration = Duration::from_secs(60);
 const A_MOMENT: Duration = Duration::from_secs(1);
 const POD_MAC: Mac = [0x0a, 0x58, 0, 0, 0, 2];
 const GATEWAY_MAC: Mac = [0x0a, 0x58, 0, 0, 0, 1];
+/// No device of these namespaces has this number.
+const NO_DEVICE: u32 = 1 << 20;
 /// How often what is seldom wrong is looked at.
 const LOOK_AROUND: u64 = 4096;
 
@@ -68,10 +70,11 @@ impl Comparison {
         ip(&format!("link add eth0 address {mac} type veth peer name eth1"));
         let links: serde_json::Value = serde_json::from_str(&ip("-j link show eth0")).unwrap();
         let ifindex = links[0]["ifindex"].as_u64().unwrap() as u32;
+        let overlay = make_overlay(&WORLDS[0]());
         let worlds = WORLDS
             .iter()
             .enumerate()
-            .map(|(number, world)| Loaded::new(world(), &pins.join(number.to_string()), ifindex));
+            .map(|(number, world)| Loaded::new(world(), &pins.join(number.to_string()), ifindex, overlay));
         Self { worlds: worlds.collect(), ifindex, runs: 0, out: Vec::new() }
     }
 
@@ -113,7 +116,7 @@ fn goes_in(program: model::Program) -> bool {
 }
 
 impl Loaded {
-    fn new(world: World, pins: &Path, ifindex: u32) -> Self {
+    fn new(world: World, pins: &Path, ifindex: u32, overlay: u32) -> Self {
         let config = &world.config;
         let capacity = Capacity { slots: config.slots, vteps: 64 };
         let vni = Vni::new_checked(config.vni).unwrap();
@@ -137,6 +140,17 @@ impl Loaded {
                 flags: if peer.next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 },
             };
             dataplane.peers.set(format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap(), &vtep).unwrap();
+        }
+        let named: Vec<_> = world
+            .accepted
+            .iter()
+            .map(|([a, b, c, d], len)| format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap())
+            .collect();
+        dataplane.accept(&named).unwrap();
+        match world.overlay {
+            Overlay::Unknown => {}
+            Overlay::Gone => dataplane.peers.set_overlay_device(NO_DEVICE).unwrap(),
+            Overlay::Is(_) => dataplane.peers.set_overlay_device(overlay).unwrap(),
         }
         let counters = vec![Counter::default(); Event::ALL.len()];
         Self { world, programs: TestRuns::new(dataplane).unwrap(), counters }
@@ -343,6 +357,32 @@ impl Loaded {
             None => Ok(()),
         }
     }
+}
+
+/// Makes a device for `flannel.<VNI>`, with the routes of a world; its number.
+fn make_overlay(world: &World) -> u32 {
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+    let mac = |mac: Mac| mac.map(|octet| format!("{octet:02x}")).join(":");
+    let address = |[a, b, c, d]: [u8; 4]| format!("{a}.{b}.{c}.{d}");
+    ip(&format!("link add overlay address {} type vxlan id 1 dstport 8472 local 192.168.64.1", mac(DEVICE_MAC)));
+    // With no local address the kernel has no table of them, and takes every next hop for a broadcast address
+    // (`__inet_dev_addr_type`).
+    ["lo", "eth0", "eth1", "overlay"].iter().for_each(|device| drop(ip(&format!("link set {device} up"))));
+    for route in &world.routes {
+        let network = format!("{}/{}", address(route.network), route.len);
+        match route.next_hop {
+            Some(next_hop) => {
+                let next_hop = address(next_hop);
+                if let Some(known) = route.next_hop_mac {
+                    ip(&format!("neigh replace {next_hop} lladdr {} dev overlay nud permanent", mac(known)));
+                }
+                ip(&format!("route add {network} via {next_hop} dev overlay onlink"));
+            }
+            None => drop(ip(&format!("route add {network} dev eth0"))),
+        }
+    }
+    let links: serde_json::Value = serde_json::from_str(&ip("-j link show overlay")).unwrap();
+    links[0]["ifindex"].as_u64().unwrap() as u32
 }
 
 fn check_frame(world: &World, expected: &Frame, before: &[u8], after: &[u8]) -> Result<(), String> {

@@ -7,19 +7,49 @@ use etherparse::EtherType;
 use flannel_common::{
     flow::{Constants, FlowKey, Original, SourcePorts},
     maps::Config,
-    model::{self, Lease, Note, Peer, Program, World},
+    model::{self, Lease, Note, Overlay, Peer, Program, Route, World},
 };
 use rand::{Rng, RngExt as _, seq::IndexedRandom as _};
 
 use crate::{comparison::hex, frames::*};
 
 /// The worlds that programs are loaded for.
-pub const WORLDS: [fn() -> World; 4] = [
-    || World { config: config(), leases: leases() },
-    || World { config: Config { bypass_time: 0, ..config() }, leases: leases() },
+pub const WORLDS: [fn() -> World; 6] = [
+    || World { config: config(), leases: leases(), ..routed() },
+    || World { config: Config { bypass_time: 0, ..config() }, leases: leases(), ..routed() },
     small_subnets,
-    || World { config: Config { slots: 0, ..config() }, leases: leases() },
+    || World { config: Config { slots: 0, ..config() }, leases: leases(), overlay: Overlay::Unknown, ..routed() },
+    || World { config: config(), leases: leases(), ..routed() },
+    || World { config: config(), leases: leases(), overlay: Overlay::Gone, ..routed() },
 ];
+
+/// MAC of `flannel.<VNI>` in these: not the one that the programs were loaded for.
+pub const DEVICE_MAC: Mac = [0x0a, 0, 0, 0, 0, 0x77];
+const FOREIGN_MAC: Mac = [0x0a, 0, 0, 0, 0, 0x33];
+
+/// A kernel with an agent's route, one that flannel made for each of some peers, and routes of an operator's.
+fn routed() -> World {
+    let by = |network, len, next_hop, next_hop_mac| Route { network, len, next_hop: Some(next_hop), next_hop_mac };
+    let routes = vec![
+        by([10, 5, 0, 0], 16, [169, 254, 1, 1], Some(NEXT_HOP_MAC)),
+        // A peer as the leases know it, one that came back with another MAC, one that they do not know.
+        by([10, 5, 2, 0], 24, [10, 5, 2, 0], Some(VTEP_TWO_MAC)),
+        by([10, 5, 3, 0], 24, [10, 5, 3, 0], Some(FOREIGN_MAC)),
+        by([10, 5, 9, 0], 24, [10, 5, 9, 0], Some(FOREIGN_MAC)),
+        // To part of this host's own subnet.
+        by([10, 5, 1, 192], 26, [10, 5, 9, 0], Some(FOREIGN_MAC)),
+        // Behind hosts: a known one, one with another MAC, an unknown one, one without a MAC, and an agent's next hops.
+        by([10, 20, 0, 0], 16, [10, 5, 2, 0], Some(VTEP_TWO_MAC)),
+        by([10, 21, 0, 0], 16, [10, 5, 3, 0], Some(FOREIGN_MAC)),
+        by([10, 22, 0, 0], 16, [10, 5, 9, 0], Some(FOREIGN_MAC)),
+        by([10, 23, 0, 0], 16, [10, 5, 78, 0], None),
+        by([10, 24, 0, 0], 16, [10, 5, 79, 0], Some(NEXT_HOP_MAC)),
+        by([10, 25, 0, 0], 16, [169, 254, 1, 1], Some(NEXT_HOP_MAC)),
+        Route { network: [10, 26, 0, 0], len: 16, next_hop: None, next_hop_mac: None },
+    ];
+    let accepted = vec![([10, 27, 0, 0], 16), ([10, 5, 2, 0], 23), ([192, 168, 64, 0], 30)];
+    World { config: config(), leases: Vec::new(), accepted, overlay: Overlay::Is(DEVICE_MAC), routes }
+}
 
 /// When the stack let a packet of a flow out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,7 +308,7 @@ fn small_subnets() -> World {
         lease([172, 16, 3, 4], 30, TWO),
         lease([0, 0, 0, 0], 0, THREE),
     ];
-    World { config, leases }
+    World { config, leases, accepted: vec![([0, 0, 0, 0], 0)], ..routed() }
 }
 
 const IPV4: usize = 14;
@@ -313,13 +343,17 @@ fn fresh(random: &mut impl Rng) -> Vec<u8> {
 
 fn frame(program: Program, world: &World, random: &mut impl Rng) -> Vec<u8> {
     let lease = world.leases.choose(random).unwrap();
-    let there = within(lease.network, lease.len, random);
+    let there = match random.random_range(0..8) {
+        0 => beside(world, random),
+        _ => within(lease.network, lease.len, random),
+    };
     let here = within(world.config.subnet.to_be_bytes(), world.config.subnet_mask.leading_ones(), random);
     let of = |packet: Vec<u8>, source, destination| [ethernet(source, destination, EtherType::IPV4), packet].concat();
     match program {
         Program::FromUnderlay | Program::XdpDecap => {
             let peer = lease.peer;
-            let inner = of(packet(there, here, random), peer.vtep_mac, world.config.vtep_mac);
+            let to = if random.random_ratio(1, 16) { DEVICE_MAC } else { world.config.vtep_mac };
+            let inner = of(packet(there, here, random), peer.vtep_mac, to);
             around(world, peer, &inner)
         }
         Program::ToOverlay => of(packet(here, there, random), world.config.vtep_mac, NEXT_HOP_MAC),
@@ -333,6 +367,14 @@ fn frame(program: Program, world: &World, random: &mut impl Rng) -> Vec<u8> {
 fn around(world: &World, peer: Peer, inner: &[u8]) -> Vec<u8> {
     let tunnel = Tunnel { source: peer.address, port: world.config.port, ..FROM_TWO };
     tunnel.around(&vxlan(8, world.config.vni), inner)
+}
+
+/// An address that the kernel has a route for, or that the operator accepts.
+fn beside(world: &World, random: &mut impl Rng) -> [u8; 4] {
+    let routes = world.routes.iter().map(|route| (route.network, route.len));
+    let all: Vec<_> = routes.chain(world.accepted.iter().copied()).collect();
+    let (network, len) = *all.choose(random).unwrap();
+    within(network, len, random)
 }
 
 /// An address of a subnet.
@@ -427,9 +469,10 @@ fn set_field(input: &mut [u8], random: &mut impl Rng) {
             (at, pick(&[0, 1, 0x98, 0xff], random))
         }
         18 => {
-            let mac: Mac = *[NODE_ONE_MAC, VTEP_ONE_MAC, VTEP_TWO_MAC, [0xff; 6], [1, 0, 0x5e, 0, 0, 1], [0; 6]]
-                .choose(random)
-                .unwrap();
+            let mac: Mac =
+                *[NODE_ONE_MAC, VTEP_ONE_MAC, VTEP_TWO_MAC, DEVICE_MAC, [0xff; 6], [1, 0, 0x5e, 0, 0, 1], [0; 6]]
+                    .choose(random)
+                    .unwrap();
             (*[0, 6, 50, 56].choose(random).unwrap(), mac.to_vec())
         }
         _ => {
@@ -448,7 +491,7 @@ fn address(world: &World, random: &mut impl Rng) -> [u8; 4] {
     let lease = world.leases.choose(random).unwrap();
     let own_len = config.subnet_mask.leading_ones();
     let own = config.subnet.to_be_bytes();
-    match random.random_range(0..12) {
+    match random.random_range(0..14) {
         0 => config.vtep_address.to_be_bytes(),
         1 => lease.peer.address,
         2 | 3 => within(lease.network, lease.len, random),
@@ -457,6 +500,7 @@ fn address(world: &World, random: &mut impl Rng) -> [u8; 4] {
         7 => (config.subnet | !config.subnet_mask).to_be_bytes(),
         8 => within(config.network.to_be_bytes(), 16, random),
         9 => STRANGER,
+        11 | 12 => beside(world, random),
         10 => *[
             [127, 0, 0, 1],
             [169, 254, 1, 1],
@@ -466,6 +510,8 @@ fn address(world: &World, random: &mut impl Rng) -> [u8; 4] {
             [255; 4],
             [0; 4],
             [0, 0, 0, 1],
+            [240, 0, 0, 1],
+            [255, 255, 255, 254],
         ]
         .choose(random)
         .unwrap(),

@@ -16,6 +16,8 @@ use std::{
 };
 
 use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use flannel_common::packet::is_unicast;
+use ipnet::Ipv4Net;
 use regex::Regex;
 
 use self::arguments::{Arguments, Given};
@@ -101,6 +103,10 @@ pub struct Cli {
     /// Port that /healthz and /readyz are answered at; 0 for none
     #[arg(long, value_name = "PORT", default_value = "0", value_parser = go_values::number::<i64>(i64::MIN..=65535))]
     healthz_port: i64,
+    /// Prefix that hosts of the overlay may send from, and this host receives for, beside the leases: what is behind hosts and
+    /// is no pod; may be repeated
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = prefix)]
+    pub accept_source: Vec<Ipv4Net>,
     /// For how many seconds peers are kept that vanish from etcd all at once, unless `lease release-guard` says otherwise
     #[arg(long, value_name = "SECONDS", default_value = "900", value_parser = go_values::number::<u32>(0..=u32::MAX.into()))]
     lease_guard_grace: u32,
@@ -357,6 +363,17 @@ fn pattern(text: &str) -> Result<Regex, String> {
         let reason = text.lines().last().unwrap_or_default();
         format!("expected a regular expression: {}", reason.strip_prefix("error: ").unwrap_or(reason))
     })
+}
+
+/// A prefix of addresses that a host could have.
+fn prefix(text: &str) -> Result<Ipv4Net, String> {
+    let prefix: Ipv4Net = text.trim().parse().map_err(|_| "expected an IPv4 prefix such as 10.20.0.0/16".to_owned())?;
+    match prefix.trunc() {
+        truncated if truncated != prefix => Err(format!("has bits behind its length; the prefix is {truncated}")),
+        // Its first address but for the network's own.
+        _ if !is_unicast(prefix.addr().to_bits() | 1) => Err("no host has these addresses".to_owned()),
+        _ => Ok(prefix),
+    }
 }
 
 /// Where to listen.

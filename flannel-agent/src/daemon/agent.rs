@@ -193,7 +193,9 @@ pub(super) fn load(
         source_ports: device::local_ports(),
     };
     let pins = PinDirectory::new(&cli.bpf_pin_dir, device.vni);
-    Ok(Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?)
+    let mut dataplane = Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?;
+    dataplane.accept(&cli.accept_source)?;
+    Ok(dataplane)
 }
 
 /// The running agent.
@@ -322,7 +324,8 @@ impl Agent<'_> {
                     let changes = self.table.review(is_heard(&self.dataplane.peers), Clock::now());
                     self.apply(changes).await;
                     self.finish_move().await;
-                    if let Err(error) = self.dataplane.peers.verify_keys() {
+                    let verified = self.dataplane.peers.verify_keys();
+                    if let Err(error) = verified.and_then(|_| self.dataplane.accept(&self.cli.accept_source)) {
                         warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
                     }
                     if routes_asked.elapsed() >= ROUTES_PERIOD {

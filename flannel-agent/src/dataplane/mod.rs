@@ -4,6 +4,7 @@
 //! maps under their names in a folder `v<ABI>` for their layout. A new agent adopts maps of equal layout with all their peers, and swaps the program
 //! of each link in one step, so that no packet meets a hook without a program.
 
+mod accepted;
 mod attach;
 mod attached;
 mod batch;
@@ -23,6 +24,7 @@ mod xdp;
 
 use std::{collections::BTreeMap, io, path::PathBuf};
 
+pub use accepted::pinned_accepted;
 pub use attached::{Attachment, AttachmentState, attached_xdp, attachments};
 /// Runs a program on a packet of one's own.
 pub use aya::programs::{TestRun, TestRunOptions};
@@ -37,7 +39,7 @@ pub use features::Features;
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey},
-    maps::{CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS, PODS},
+    maps::{ACCEPTED, CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS, PODS},
     packet::Mac,
 };
 pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
@@ -207,6 +209,7 @@ pub struct Dataplane {
     counters: PerCpuArray<MapData, Counter>,
     flows: BpfHashMap<MapData, FlowKey, Flow>,
     pod_macs: BpfHashMap<MapData, u32, Mac>,
+    accepted: accepted::Accepted,
     /// The pinned maps.
     maps: Vec<(&'static str, MapData)>,
     /// What this process has attached.
@@ -275,6 +278,7 @@ impl Dataplane {
         let counters = counters.try_into().map_err(DataplaneError::map("open", COUNTERS))?;
         let flows = take_map(&mut ebpf, FLOWS)?.try_into().map_err(DataplaneError::map("open", FLOWS))?;
         let pod_macs = take_map(&mut ebpf, PODS)?.try_into().map_err(DataplaneError::map("open", PODS))?;
+        let accepted = take_map(&mut ebpf, ACCEPTED)?.try_into().map_err(DataplaneError::map("open", ACCEPTED))?;
         let pinned = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
         let maps = layout.iter().map(|map| Ok((map.name, pinned(map.name)?)));
         let maps = maps.collect::<Result<_, DataplaneError>>()?;
@@ -286,6 +290,7 @@ impl Dataplane {
             counters,
             flows,
             pod_macs,
+            accepted,
             maps,
             held: held::Held::new(),
             repaired: 0,

@@ -6,7 +6,7 @@
 mod verify;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     net::Ipv4Addr,
     time::{Duration, Instant},
 };
@@ -175,10 +175,8 @@ impl PeerMaps {
         if before == Some(id) {
             return Ok(());
         }
-        if !self.address_users.contains_key(&vtep.address) {
-            let address = vtep.address.to_be_bytes();
-            self.addresses.insert(address, id, 0).map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
-        }
+        let address = vtep.address.to_be_bytes();
+        self.addresses.insert(address, id, 0).map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
         match grid_slot(&self.config, subnet) {
             Some(slot) => self.subnets.set(slot, id, 0).map_err(DataplaneError::map("write", SUBNETS))?,
             None => self.prefixes.insert(&key(subnet), id, 0).map_err(DataplaneError::map("write", PREFIXES))?,
@@ -258,7 +256,13 @@ impl PeerMaps {
             self.ids.release(id, Instant::now());
         }
         match self.address_users.get_mut(&vtep.address) {
-            Some(users) if *users > 1 => *users -= 1,
+            Some(left) if *left > 1 => {
+                *left -= 1;
+                // The address may be another's of the same host, with a new MAC or beside it.
+                if users == 0 {
+                    self.correct_address(vtep.address)?;
+                }
+            }
             _ => {
                 self.address_users.remove(&vtep.address);
                 absent_is_fine(self.addresses.remove(&vtep.address.to_be_bytes()))
@@ -268,18 +272,32 @@ impl PeerMaps {
         Ok(())
     }
 
+    /// Has an address in `VTEP_ADDRESSES` lead to a VTEP that has it, after one that had it is given up.
+    fn correct_address(&mut self, address: u32) -> Result<(), DataplaneError> {
+        let has_it = |entry: &Entry| entry.vtep.address == address;
+        let id = self.addresses.get(&address.to_be_bytes(), 0).ok();
+        if id.and_then(|id| self.entries.get(&id)).is_some_and(has_it) {
+            return Ok(());
+        }
+        let Some((id, _)) = self.entries.iter().find(|(_, entry)| has_it(entry)) else { return Ok(()) };
+        self.addresses.insert(address.to_be_bytes(), id, 0).map_err(DataplaneError::map("write", VTEP_ADDRESSES))
+    }
+
     /// Brings `VTEP_ADDRESSES` to the published VTEPs, where an earlier agent ended between the two. How many it wrote.
     fn correct_addresses(&mut self) -> Result<usize, DataplaneError> {
         let mut wrong = 0;
-        let present: BTreeSet<[u8; 4]> =
-            self.addresses.keys().collect::<Result<_, _>>().map_err(DataplaneError::map("read", VTEP_ADDRESSES))?;
-        for entry in self.entries.iter().filter(|(_, entry)| !present.contains(&entry.vtep.address.to_be_bytes())) {
-            let (id, Entry { vtep, .. }) = entry;
-            let added = self.addresses.insert(vtep.address.to_be_bytes(), id, 0);
-            added.map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
-            wrong += 1;
+        let present: HashMap<[u8; 4], u32> =
+            self.addresses.iter().collect::<Result<_, _>>().map_err(DataplaneError::map("read", VTEP_ADDRESSES))?;
+        let ids: HashMap<u32, u32> = self.entries.iter().map(|(id, entry)| (entry.vtep.address, *id)).collect();
+        for (address, id) in ids {
+            let found = present.get(&address.to_be_bytes()).and_then(|id| self.entries.get(id));
+            if found.is_none_or(|found| found.vtep.address != address) {
+                let written = self.addresses.insert(address.to_be_bytes(), id, 0);
+                written.map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;
+                wrong += 1;
+            }
         }
-        for address in present {
+        for address in present.into_keys() {
             if !self.address_users.contains_key(&u32::from_be_bytes(address)) {
                 absent_is_fine(self.addresses.remove(&address))
                     .map_err(DataplaneError::map("write", VTEP_ADDRESSES))?;

@@ -12,8 +12,8 @@ use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey, Original},
     maps::{
-        ABI_VERSION, COUNTERS, Counter, DROPS, FLOWS, HEARD, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, ORIGINALS, PODS,
-        PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep,
+        ABI_VERSION, ACCEPTED, COUNTERS, Counter, DROPS, FLOWS, HEARD, MAX_ACCEPTED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES,
+        ORIGINALS, PODS, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep,
     },
     packet::Mac,
     vxlan::Vni,
@@ -59,7 +59,7 @@ pub(super) enum Predecessor {
 }
 
 /// The layout of every pinned map.
-pub(super) fn layout(capacity: Capacity) -> [Layout; 10] {
+pub(super) fn layout(capacity: Capacity) -> [Layout; 11] {
     let Capacity { slots, vteps } = capacity;
     let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
         name,
@@ -76,6 +76,7 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 10] {
         map(PREFIXES, MapType::LpmTrie, 8, 4, MAX_PREFIXES),
         map(VTEPS, MapType::Array, 4, size_of::<Vtep>(), vteps),
         map(VTEP_ADDRESSES, MapType::Hash, 4, 4, vteps),
+        map(ACCEPTED, MapType::LpmTrie, 8, 4, MAX_ACCEPTED),
         map(HEARD, MapType::Array, 4, 4, vteps),
         map(FLOWS, MapType::LruHash, size_of::<FlowKey>() as u32, size_of::<Flow>(), MAX_FLOWS),
         map(ORIGINALS, MapType::Array, 4, size_of::<Original>(), Original::COUNT),

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use flannel_common::{
     packet::Mac,
-    vxlan::{OVERHEAD, Vni},
+    vxlan::{self, OVERHEAD, Vni},
 };
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
@@ -25,9 +25,9 @@ use crate::{config::VxlanConfig, lease::MacAddress, repair::Repair};
 
 /// The next hop of the one route into the overlay. It is nobody's: being link-local, it is no address of any lease, and
 /// the programs replace its MAC by that of the peer's vxlan device.
-pub const NEXT_HOP: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+pub const NEXT_HOP: Ipv4Addr = Ipv4Addr::from_bits(vxlan::NEXT_HOP);
 /// The made-up MAC of [`NEXT_HOP`], so that no ARP is ever sent on the overlay. Locally administered.
-pub const NEXT_HOP_MAC: MacAddress = MacAddress([0x02, 0, 0, 0, 0, 0x01]);
+pub const NEXT_HOP_MAC: MacAddress = MacAddress(vxlan::NEXT_HOP_MAC);
 
 /// The vxlan device that the configuration asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,7 +5,10 @@ use std::time::Duration;
 use flannel_common::vxlan::Vni;
 use serde_json::{Value, json};
 
-use super::drops::{self, Reason};
+use super::{
+    drops::{self, Reason},
+    refused,
+};
 use crate::{
     cli::Cli,
     dataplane::{
@@ -23,6 +26,8 @@ pub(super) struct Dataplane {
     flows: Flows,
     /// Those that have dropped something.
     drops: Vec<Reason>,
+    /// What of known hosts was refused lately, in words.
+    refused: Vec<String>,
 }
 
 impl Dataplane {
@@ -35,7 +40,8 @@ impl Dataplane {
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
-        Ok(Self { attachments, xdp, flows, drops })
+        let refused = refused::troubles(&pins, status.network)?;
+        Ok(Self { attachments, xdp, flows, drops, refused })
     }
 
     /// What is not as it should be.
@@ -50,6 +56,7 @@ impl Dataplane {
         if !status.xdp.mode.is_empty() && status.xdp.mode != xdp {
             troubles.push(format!("XDP is {xdp}, and should be {}", status.xdp.mode));
         }
+        troubles.extend_from_slice(&self.refused);
         troubles
     }
 

@@ -14,25 +14,25 @@ const VXLAN_LEN: usize = 8;
 #[serde(rename_all = "camelCase")]
 pub(super) struct Decoded {
     /// The outermost.
-    outer: Addresses,
+    pub(super) outer: Addresses,
     /// The VXLAN network identifier, where it is a tunnel packet.
     #[serde(skip_serializing_if = "Option::is_none")]
     vni: Option<u32>,
     /// What is in the tunnel.
     #[serde(skip_serializing_if = "Option::is_none")]
-    inner: Option<Addresses>,
+    pub(super) inner: Option<Addresses>,
 }
 
 /// Who sends what to whom.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Addresses {
+pub(super) struct Addresses {
     /// `TCP`, `UDP`, `ARP`, ...; what can't be told is named.
     protocol: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<IpAddr>,
+    pub(super) source: Option<IpAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    destination: Option<IpAddr>,
+    pub(super) destination: Option<IpAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
     source_port: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -4,6 +4,7 @@ mod dataplane;
 mod decode;
 mod drops;
 mod metrics;
+mod refused;
 mod status;
 
 use flannel_common::vxlan::Vni;

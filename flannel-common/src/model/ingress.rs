@@ -3,26 +3,32 @@
 use std::vec::Vec;
 
 use super::{
-    Fate, FlowChange, Frame, Note, Packet, World,
+    Fate, FlowChange, Frame, Note, Overlay, Packet, World,
     wire::{
         ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, is_within, one_hop_on, translated, word,
     },
 };
-use crate::event::{Event, Outcome};
+use crate::{
+    event::{Event, Outcome},
+    packet::Mac,
+};
 
 const UDP_AT: usize = ETHERNET + IPV4;
 const VXLAN_AT: usize = UDP_AT + 8;
 const INNER_ETHERNET_AT: usize = VXLAN_AT + 8;
 const INNER_AT: usize = INNER_ETHERNET_AT + ETHERNET;
 
-/// Addresses that no host can have (RFC 6890), without those of one's own broadcasts.
+/// Addresses that no host can have (RFC 6890, as far as Linux has it so), without those of one's own broadcasts.
 const NOT_UNICAST: [([u8; 4], u32); 5] =
-    [([0, 0, 0, 0], 8), ([127, 0, 0, 0], 8), ([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([240, 0, 0, 0], 4)];
+    [([0, 0, 0, 0], 32), ([127, 0, 0, 0], 8), ([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
+/// The next hop of an agent's routes, and what stands for its MAC.
+const NEXT_HOP: ([u8; 4], Mac) = ([169, 254, 1, 1], [2, 0, 0, 0, 0, 1]);
 
 /// A tunnel packet that may come in.
 struct Admitted {
     inner: Ipv4,
-    sender: [u8; 4],
+    /// Who sent it, as the leases know.
+    sender: Option<[u8; 4]>,
     /// Nothing in its outer headers is for the kernel to look at.
     is_plain: bool,
     outer_len: usize,
@@ -42,12 +48,12 @@ impl World {
         let (kind, key) = flow(frame, admitted.inner, INNER_AT, End::Destination);
         let slow = Fate {
             note: self.note(Note::Admitted(key)),
-            heard: Some(admitted.sender),
+            heard: admitted.sender,
             flow: match kind == Kind::Turn && self.may_bypass() {
                 true => FlowChange::Removed,
                 false => FlowChange::Unchanged,
             },
-            ..Fate::unchanged(Event::Admitted, packet)
+            ..Fate::unchanged(if admitted.sender.is_some() { Event::Admitted } else { Event::AdmittedByRoute }, packet)
         };
         let may_bypass = self.may_bypass() && kind == Kind::Data && packet.known.ingress;
         if !may_bypass || !admitted.is_plain || packet.is_gso || admitted.inner.ttl() < 2 {
@@ -74,7 +80,7 @@ impl World {
             Err(event) if event.outcome() == Outcome::Drop => return Fate { event: Some(event), ..left },
             Err(_) => return left,
         };
-        let left = Fate { heard: Some(admitted.sender), ..left };
+        let left = Fate { heard: admitted.sender, ..left };
         if !admitted.is_plain || admitted.outer_len > self.config.mtu as usize + TUNNEL {
             return left;
         }
@@ -133,22 +139,67 @@ impl World {
         if destination_mac[0] & 1 == 1 || !is_unicast(from) || !is_unicast(to) || self.is_own_broadcast(to) {
             return Err(Event::InnerNotUnicast);
         }
-        let sender = ip.source();
+        let sender = match self.is_leased(ip.source(), from, to, destination_mac) {
+            Ok(()) => Some(ip.source()),
+            Err(_) if self.is_routed(ip.source(), from, to, destination_mac) => None,
+            Err(event) => return Err(event),
+        };
+        let is_plain = sender.is_some() && !has_reserved_bits && !ip.has_more_fragments() && ip.ecn() != 3;
+        Ok(Admitted { inner, sender, is_plain, outer_len })
+    }
+
+    /// What the leases, and the prefixes beside them, say.
+    fn is_leased(&self, sender: [u8; 4], from: [u8; 4], to: [u8; 4], mac: &[u8]) -> Result<(), Event> {
         if !self.is_peer(sender) {
             return Err(Event::UnknownVtep);
         }
-        let is_its_own = self.leaseholder(from).is_some_and(|peer| peer.address == sender);
+        let is_its_own = match self.leaseholder(from) {
+            Some(peer) => peer.address == sender,
+            None => from == sender && from != self.own_address() || self.is_behind(from),
+        };
         if !is_its_own || self.is_of_own_subnet(from) {
             return Err(Event::SpoofedInnerSource);
         }
-        if destination_mac != config.vtep_mac {
+        if mac != self.config.vtep_mac {
             return Err(Event::InnerForeignMac);
         }
-        if !self.is_of_own_subnet(to) {
+        if !self.is_here(to) {
             return Err(Event::ForeignInnerDestination);
         }
-        let is_plain = !has_reserved_bits && !ip.has_more_fragments() && ip.ecn() != 3;
-        Ok(Admitted { inner, sender, is_plain, outer_len })
+        Ok(())
+    }
+
+    /// This host's, or behind it.
+    fn is_here(&self, address: [u8; 4]) -> bool {
+        self.is_of_own_subnet(address) || self.is_behind(address)
+    }
+
+    /// Behind some host, as the operator has it: no pod, and no host.
+    fn is_behind(&self, address: [u8; 4]) -> bool {
+        let is_host = address == self.own_address() || self.is_peer(address);
+        self.is_named(address) && !is_host && self.leaseholder(address).is_none()
+    }
+
+    /// Whether somebody other than an agent has the kernel send there what goes back to where the packet is from.
+    fn is_routed(&self, sender: [u8; 4], from: [u8; 4], to: [u8; 4], mac: &[u8]) -> bool {
+        let device_mac = match self.overlay {
+            Overlay::Unknown => return false,
+            Overlay::Gone => return !self.is_of_own_subnet(from),
+            Overlay::Is(mac) => mac,
+        };
+        let Some(route) = self.route(from) else { return false };
+        let (Some(next_hop), Some(next_hop_mac)) = (route.next_hop, route.next_hop_mac) else { return false };
+        if self.is_of_own_subnet(from) || next_hop == NEXT_HOP.0 || next_hop_mac == NEXT_HOP.1 {
+            return false;
+        }
+        let as_leased = self.leaseholder(next_hop).filter(|peer| peer.vtep_mac == next_hop_mac);
+        match (as_leased, self.leaseholder(from)) {
+            (Some(peer), _) if peer.address != sender => false,
+            // A site behind that host.
+            (Some(_), None) => mac == self.config.vtep_mac && self.is_of_own_subnet(to),
+            // Another daemon keeps the peers, and says what is whose.
+            _ => mac == device_mac,
+        }
     }
 
     /// The last address of this host's subnet.

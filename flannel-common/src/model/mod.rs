@@ -46,6 +46,36 @@ pub struct World {
     pub config: Config,
     /// Who leases what.
     pub leases: Vec<Lease>,
+    /// What the operator has named: network address in wire order, prefix length.
+    pub accepted: Vec<([u8; 4], u32)>,
+    /// `flannel.<VNI>`.
+    pub overlay: Overlay,
+    /// The kernel's.
+    pub routes: Vec<Route>,
+}
+
+/// What there is of `flannel.<VNI>`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overlay {
+    /// No agent has noted it.
+    Unknown,
+    /// The device that an agent noted is not there.
+    Gone,
+    /// It has this MAC.
+    Is(Mac),
+}
+
+/// A route of the kernel's.
+#[derive(Clone, Copy, Debug)]
+pub struct Route {
+    /// Network address, wire order.
+    pub network: [u8; 4],
+    /// Prefix length.
+    pub len: u32,
+    /// By `flannel.<VNI>`, to this next hop; [`None`] for any other device.
+    pub next_hop: Option<[u8; 4]>,
+    /// MAC of the next hop, where it has one.
+    pub next_hop_mac: Option<Mac>,
 }
 
 /// A subnet and its VTEP.
@@ -252,6 +282,16 @@ impl World {
 
     fn is_peer(&self, address: [u8; 4]) -> bool {
         self.leases.iter().any(|lease| lease.peer.address == address)
+    }
+
+    fn is_named(&self, address: [u8; 4]) -> bool {
+        self.accepted.iter().any(|(network, len)| wire::is_within(address, *network, *len))
+    }
+
+    /// The kernel's route to an address: the longest.
+    fn route(&self, address: [u8; 4]) -> Option<&Route> {
+        let leads = |route: &&Route| wire::is_within(address, route.network, route.len);
+        self.routes.iter().filter(leads).max_by_key(|route| route.len)
     }
 
     fn is_of_own_subnet(&self, address: [u8; 4]) -> bool {

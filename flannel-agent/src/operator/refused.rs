@@ -1,0 +1,138 @@
+//! Packets of known hosts that were refused for their inner addresses, and what the operator can do about it.
+//!
+//! Only what a host with a lease sends is told of, as trouble of the network's own. What strangers send is counted and
+//! listed as all that is dropped, and no trouble: that it is refused is as it should be.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
+
+use flannel_common::{event::Event, maps::Counter};
+use ipnet::Ipv4Net;
+
+use super::{OperatorError, decode::decode, drops::age};
+use crate::dataplane::{PinDirectory, pinned_accepted, pinned_counters, pinned_drops};
+
+/// What is older may be over.
+const RECENT: Duration = Duration::from_secs(300);
+/// Lines of one reason, whatever is sent.
+const MOST_LINES: usize = 4;
+
+/// Who sent with an inner address that he may not use, and when he did so last.
+type Refused = BTreeMap<(Ipv4Addr, Ipv4Addr), Duration>;
+
+/// In words, latest first.
+pub(super) fn troubles(pins: &PinDirectory, network: Ipv4Net) -> Result<Vec<String>, OperatorError> {
+    let accepted = pinned_accepted(pins)?;
+    let counters = pinned_counters(pins)?;
+    let mut troubles = Vec::new();
+    for (event, samples) in pinned_drops(pins)? {
+        if !matches!(event, Event::SpoofedInnerSource | Event::ForeignInnerDestination) {
+            continue;
+        }
+        let mut refused = Refused::new();
+        for sample in samples.iter().filter(|sample| sample.ago < RECENT) {
+            let decoded = decode(event, &sample.frame, sample.link_header_len);
+            let inner = decoded.inner.as_ref();
+            let address = match event {
+                Event::SpoofedInnerSource => inner.and_then(|inner| inner.source),
+                _ => inner.and_then(|inner| inner.destination),
+            };
+            let (Some(IpAddr::V4(sender)), Some(IpAddr::V4(address))) = (decoded.outer.source, address) else {
+                continue;
+            };
+            // The agent may have been told of it since.
+            if network.contains(&address) || !accepted.iter().any(|prefix| prefix.contains(&address)) {
+                let ago = refused.entry((sender, address)).or_insert(sample.ago);
+                *ago = sample.ago.min(*ago);
+            }
+        }
+        let packets =
+            counters.iter().find(|(counted, _)| *counted == event).map_or(0, |(_, Counter { packets, .. })| *packets);
+        troubles.extend(lines(event, packets, &refused, network));
+    }
+    Ok(troubles)
+}
+
+fn lines(event: Event, packets: u64, refused: &Refused, network: Ipv4Net) -> Vec<String> {
+    let mut latest: Vec<_> = refused.iter().collect();
+    latest.sort_by_key(|(_, ago)| **ago);
+    let mut lines: Vec<String> = latest
+        .iter()
+        .take(MOST_LINES)
+        .map(|((sender, address), ago)| {
+            let (role, advice) = advice(event, *address, network);
+            let last = age(**ago);
+            format!(
+                "packets from {sender} with the inner {role} {address} are refused, last {last} ago ({}, {packets} in all): {advice}",
+                event.label(),
+            )
+        })
+        .collect();
+    if latest.len() > MOST_LINES {
+        let more = latest.len() - MOST_LINES;
+        lines.push(format!(
+            "{more} more such pairs of host and address; `flannel-agent drops` lists the latest packets"
+        ));
+    }
+    lines
+}
+
+/// What the address is to the packet, and what to do.
+fn advice(event: Event, address: Ipv4Addr, network: Ipv4Net) -> (&'static str, String) {
+    let is_source = event == Event::SpoofedInnerSource;
+    let role = if is_source { "source" } else { "destination" };
+    let advice = match (is_source, network.contains(&address)) {
+        (true, true) => {
+            "no lease of that host's covers this address of the Network; if it is not forged, look at `ip addr` \
+                         and `ip route` of the host that has it"
+                .to_owned()
+        }
+        (false, true) => {
+            "this host does not lease it; that host may go by an old lease of this one, and learns of the new \
+                          one from the store"
+                .to_owned()
+        }
+        (true, false) => format!(
+            "if that host routes for it, start the agent with --accept-source {address}/32, or a prefix around it"
+        ),
+        (false, false) => format!(
+            "if this host routes to it, start the agent with --accept-source {address}/32, or a prefix around it"
+        ),
+    };
+    (role, advice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_addresses_is_a_few_lines_and_a_count() {
+        let network = "10.5.0.0/16".parse().unwrap();
+        let sender = Ipv4Addr::new(192, 168, 64, 2);
+        let refused: Refused =
+            (0..40u8).map(|n| ((sender, Ipv4Addr::new(172, 16, 0, n)), Duration::from_secs(n.into()))).collect();
+        let lines = lines(Event::SpoofedInnerSource, 12, &refused, network);
+        assert_eq!(lines.len(), MOST_LINES + 1);
+        assert_eq!(
+            lines[0],
+            "packets from 192.168.64.2 with the inner source 172.16.0.0 are refused, last 0.0 s ago (spoofed_inner_source, 12 in \
+             all): if that host routes for it, start the agent with --accept-source 172.16.0.0/32, or a prefix around it"
+        );
+        assert!(lines[MOST_LINES].starts_with("36 more"), "{lines:#?}");
+    }
+
+    #[test]
+    fn no_flag_is_named_that_would_not_help() {
+        let network = "10.5.0.0/16".parse().unwrap();
+        for event in [Event::SpoofedInnerSource, Event::ForeignInnerDestination] {
+            let within = advice(event, Ipv4Addr::new(10, 5, 3, 2), network).1;
+            assert!(!within.contains("--accept-source"), "{within}");
+            let outside = advice(event, Ipv4Addr::new(10, 6, 3, 2), network).1;
+            assert!(outside.contains("--accept-source 10.6.3.2/32"), "{outside}");
+        }
+    }
+}
