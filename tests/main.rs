@@ -26,6 +26,7 @@
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
 //! * [`routers`] — pods that route on to something behind them
+//! * [`senders`] — hosts' own addresses, what is behind hosts, and pod networks of class E
 //! * [`services`] — service addresses and node ports, with kube-proxy's rules
 //! * [`translated`] — who is who in flows that netfilter translates, when ports clash, servers change, sizes and paths do
 //! * [`scenarios`] — by address, by name and by a host's port, from pods, hosts and outside
@@ -33,6 +34,7 @@
 //! * [`firewalls`] — the same among rules of others that refuse, in either iptables, and with programs that fail
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`interoperation`] — with hosts of flannel's
+//! * [`takeover`] — by flannel's daemon, of a host that nobody cleaned up
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
 //! * [`tenancy`] — keeping the own lease: renewal, sleeping past its end, losing it
 //! * [`duplicates`] — two hosts with one address
@@ -98,12 +100,14 @@ mod rollback;
 mod routers;
 mod rule_sets;
 mod scenarios;
+mod senders;
 mod services;
 mod short_frames;
 mod sockets;
 mod status;
 mod store_faults;
 mod stream;
+mod takeover;
 mod tenancy;
 mod translated;
 mod two_hosts;
