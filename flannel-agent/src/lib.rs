@@ -16,6 +16,7 @@
 //! * [`netfilter`] — packet rules: masquerading and forwarding; the only room that runs `nft` and `iptables`
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
 //! * [`xdp`] — whether XDP takes packets out of the tunnel, and why
+//! * [`routes`] — which routes lead into the overlay, and why; pure
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
 //! * [`last_known`] — what was last known of the store, for when it is away
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
@@ -59,6 +60,7 @@ pub mod privileges;
 pub mod registry;
 pub mod repair;
 pub mod retry;
+pub mod routes;
 pub mod status;
 pub mod subnet_env;
 pub mod suggestion;

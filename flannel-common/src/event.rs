@@ -54,6 +54,8 @@ events! {
     EncapsulatedNeighbour = "encapsulated_neighbour", Forward;
     /// to_overlay: not an IPv4 packet; the overlay carries nothing else.
     EncapNotIpv4 = "encap_not_ipv4", Pass;
+    /// to_overlay: routed by somebody else's route, to a next hop that is none of the agent's; left to the kernel's vxlan device.
+    EncapOtherNextHop = "encap_other_next_hop", Pass;
     /// to_overlay: shorter than its headers.
     EncapTruncated = "encap_truncated", Pass;
     /// to_overlay: no host leases the destination's subnet.

@@ -12,6 +12,7 @@ use flannel_common::{
     event::{Event, Outcome},
     maps::{Config, Vtep},
     packet::{Inner, OuterHeader},
+    vxlan::NEXT_HOP_MAC,
 };
 use network_types::{eth::EthHdr, ip::Ipv4Hdr};
 
@@ -35,6 +36,8 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
                 released.note();
             }
         }
+        // The kernel sends it to that next hop, and it does not come back.
+        Outcome::Pass if event == Event::EncapOtherNextHop => packet.forget_note(),
         Outcome::Pass => packet.write_note(Note::HandedOn(config.vni)),
         Outcome::Drop => {}
     }
@@ -72,6 +75,10 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
 fn try_encapsulate(packet: &Packet<'_>, config: &Config) -> Event {
     if !packet.is_ipv4() {
         return Event::EncapNotIpv4;
+    }
+    match packet.header::<EthHdr>(0) {
+        Some(ethernet) if ethernet.dst_addr != NEXT_HOP_MAC => return Event::EncapOtherNextHop,
+        _ => {}
     }
     let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
         return Event::EncapTruncated;

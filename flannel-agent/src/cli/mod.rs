@@ -27,6 +27,7 @@ use crate::{
     device::external::Selection,
     docker_opts, go_values, netfilter,
     registry::etcd::{EtcdOptions, address::Endpoints},
+    routes::RoutesFlag,
     xdp::XdpFlag,
 };
 
@@ -119,6 +120,9 @@ pub struct Cli {
     /// Who takes packets out of the tunnel before the kernel aggregates them
     #[arg(long, value_enum, default_value_t)]
     pub xdp: XdpFlag,
+    /// Which routes lead into the overlay
+    #[arg(long, value_enum, default_value_t)]
+    pub routes: RoutesFlag,
     /// Packet rules
     #[command(flatten)]
     pub packet_rules: netfilter::Flags,

@@ -26,6 +26,8 @@ pub struct NetworkConfig {
     pub subnet_min: Ipv4Addr,
     /// The last subnet to lease.
     pub subnet_max: Ipv4Addr,
+    /// Whether one of these two was given.
+    pub has_subnet_range: bool,
     /// Whether packet rules are nftables' or iptables', where it is said.
     pub enable_nftables: Option<bool>,
     /// The backend's own settings.
@@ -113,11 +115,12 @@ impl NetworkConfig {
         let max = object.address("SubnetMax", "10.5.255.0")?;
         let network = network.ok_or_else(|| ConfigError::NoNetwork { hint: misspelt(&object, "Network") })?;
         let subnet_len = subnet_len(network, len)?;
+        let has_subnet_range = min.is_some() || max.is_some();
         let (subnet_min, subnet_max) = subnet_range(network, subnet_len, min, max)?;
         let backend = object.json("Backend");
         let backend = backend.ok_or_else(|| ConfigError::NoBackend { hint: misspelt(&object, "Backend") })?;
         let backend = VxlanConfig::from_json(backend)?;
-        Ok(Self { network, subnet_len, subnet_min, subnet_max, enable_nftables, backend })
+        Ok(Self { network, subnet_len, subnet_min, subnet_max, has_subnet_range, enable_nftables, backend })
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
 use crate::{
     event::{Event, Outcome},
     flow::FlowKey,
+    vxlan::NEXT_HOP_MAC,
 };
 
 impl World {
@@ -22,6 +23,8 @@ impl World {
         };
         let fate = Fate { flow, ..fate };
         match fate.event.map(Event::outcome) {
+            // The kernel sends it, and nothing of ours meets it again.
+            Some(_) if fate.event == Some(Event::EncapOtherNextHop) => Fate { note: 0, ..fate },
             Some(Outcome::Pass) => Fate { note: self.note(Note::HandedOn), ..fate },
             Some(Outcome::Forward) if flow == FlowChange::Unchanged => Fate { flow: self.released(packet), ..fate },
             _ => fate,
@@ -75,6 +78,9 @@ impl World {
         let unchanged = |event| Fate::unchanged(event, packet);
         if !is_ipv4(packet.frame) {
             return unchanged(Event::EncapNotIpv4);
+        }
+        if !packet.frame.starts_with(&NEXT_HOP_MAC) {
+            return unchanged(Event::EncapOtherNextHop);
         }
         let inner = &packet.frame[ETHERNET..];
         let Some(ip) = Ipv4::at(inner, 0) else { return unchanged(Event::EncapTruncated) };
