@@ -9,9 +9,9 @@ pub enum Repair {
     DeviceSettings,
     /// `flannel.<VNI>` lacked this host's address on the overlay, or had another within the Network.
     DeviceAddress,
-    /// The route of the Network was gone or another.
+    /// A route into the overlay was gone or another.
     Route,
-    /// The neighbour of that route's next hop was gone or another.
+    /// The neighbour of such a route's next hop was gone or another.
     Neighbour,
     /// The forwarding entry of that neighbour was gone or another.
     ForwardingEntry,

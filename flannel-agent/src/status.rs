@@ -18,6 +18,7 @@ use crate::{
     dataplane::Features,
     lease::{HoldReason, MacAddress},
     registry::OwnLease,
+    routes::Choice,
 };
 
 /// Of the document's form.
@@ -64,6 +65,9 @@ pub struct Status {
     /// Who takes packets out of the tunnel, and why.
     #[serde(default)]
     pub xdp: XdpStatus,
+    /// Routes into the overlay.
+    #[serde(default)]
+    pub routes: RoutesStatus,
     /// Packet rules.
     #[serde(default)]
     pub rules: RulesStatus,
@@ -119,6 +123,25 @@ pub struct XdpStatus {
     pub mode: String,
     /// Why, in words.
     pub reason: String,
+}
+
+/// Routes into the overlay.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoutesStatus {
+    /// `network` or `leases`.
+    pub mode: String,
+    /// Which, and why, in words.
+    pub reason: String,
+    /// Why they are wrong here, as they were asked for.
+    pub problem: Option<String>,
+}
+
+impl RoutesStatus {
+    /// What is said of a choice.
+    pub fn of(choice: &Choice) -> Self {
+        let Choice { routing, reason, problem } = choice;
+        Self { mode: routing.label().to_owned(), reason: reason.clone(), problem: problem.clone() }
+    }
 }
 
 /// Packet rules.
@@ -340,6 +363,7 @@ impl Status {
             );
         }
         troubles.extend(self.drift.waiting.values().cloned());
+        troubles.extend(self.routes.problem.clone());
         if let Some(problem) = &self.rules.problem {
             troubles.push(format!("packet rules: {problem}"));
         }

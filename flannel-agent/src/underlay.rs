@@ -11,6 +11,7 @@ use flannel_common::{
     packet::{Mac, OuterHeader, Tunnel},
     vxlan::Vni,
 };
+use ipnet::Ipv4Net;
 use tracing::warn;
 
 use crate::{
@@ -79,6 +80,16 @@ impl Underlay {
     /// Whether a link is this host's vxlan device.
     pub const fn is_overlay(&self, ifindex: u32) -> bool {
         ifindex == self.endpoint.overlay
+    }
+
+    /// The number of this host's vxlan device; 0 before it is made.
+    pub const fn overlay(&self) -> u32 {
+        self.endpoint.overlay
+    }
+
+    /// A route has changed: what it leads to may be reached in another way.
+    pub fn forget(&mut self, prefix: Ipv4Net) {
+        self.next_hops.retain(|address, _| !prefix.contains(address));
     }
 
     /// Whether something that happens on a link can matter for the ways to the peers.

@@ -19,6 +19,7 @@ use super::{
     DaemonError, Shutdown,
     drift::{LOOK_PERIOD, ROUTES_PERIOD},
     record::Record,
+    routes::RouteState,
     start::Prepared,
     store::{Course, is_heard},
     tenancy::{TenancyEvent, Tenant},
@@ -111,6 +112,7 @@ async fn make<'a>(
         other_since: None,
         is_subnet_env_incomplete: false,
         rules: Keeper::new(cli.packet_rules.resync()),
+        routes: RouteState::new(cli, &network),
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
@@ -134,6 +136,7 @@ async fn make<'a>(
     if let Some(snapshot) = snapshot {
         agent.take_peers(&snapshot);
     }
+    agent.read_routes().await?;
     agent.compare(Changed::Topology).await?;
 
     device::enable_forwarding()?;
@@ -149,9 +152,7 @@ async fn make<'a>(
     agent.write_record();
     agent.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
-    if let Err(error) = agent.netlink.sweep(&link, agent.network.network).await {
-        warn!("{error}");
-    }
+    agent.sweep(&link).await;
     info!("{} carries {} to {} peers", link.name, agent.own.key.subnet, agent.dataplane.peers.len());
 
     agent.watch(ResyncCause::Start);
@@ -215,6 +216,7 @@ pub(super) struct Agent<'a> {
     /// `subnet.env` lacked something when it was last looked at.
     pub(super) is_subnet_env_incomplete: bool,
     rules: Keeper,
+    pub(super) routes: RouteState,
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
     pub(super) record: Record,
@@ -290,10 +292,16 @@ impl Agent<'_> {
                     // Whoever asked may be gone.
                     let _gone = answer.send(self.serve(request).await);
                 }
-                Some(DeviceEvent { kind, ifindex }) = device_events.recv() => {
+                Some(DeviceEvent { kind, ifindex, prefix, is_scan_due }) = device_events.recv() => {
+                    if is_scan_due {
+                        self.scan_routes();
+                    }
+                    if let Some(prefix) = prefix {
+                        self.underlay.forget(prefix);
+                    }
                     let event = match ifindex {
                         // Its neighbours are ours.
-                        Some(index) if self.underlay.is_overlay(index) => Some(Changed::Topology),
+                        Some(index) if self.underlay.is_overlay(index) => Some(kind.max(Changed::Route)),
                         Some(index) if !self.underlay.depends_on(index) => {
                             // It may be a pod's, or the bridge of pods.
                             pods_pending |= kind == Changed::Topology;
@@ -301,8 +309,12 @@ impl Agent<'_> {
                         }
                         _ => Some(kind),
                     };
-                    if pending != Some(Changed::Topology) {
-                        pending = event.or(pending);
+                    pending = pending.max(event);
+                }
+                Some(scan) = self.routes.scans.recv() => {
+                    if self.take_scan(scan) {
+                        pods_pending = true;
+                        pending = pending.max(Some(Changed::Route));
                     }
                 }
                 () = sleep_until(not_before), if pending.is_some() => {
@@ -330,6 +342,7 @@ impl Agent<'_> {
                     }
                     if routes_asked.elapsed() >= ROUTES_PERIOD {
                         routes_asked = Instant::now();
+                        self.scan_routes();
                         self.compare_or_say(Changed::Topology).await;
                     } else {
                         self.follow_external().await;
@@ -429,7 +442,7 @@ impl Agent<'_> {
     }
 
     async fn attach_pods(&mut self) -> Result<(), DaemonError> {
-        let pods = self.netlink.pods(self.own.key.subnet).await?;
+        let pods = self.netlink.pods(self.own.key.subnet, &self.routes.host.pods).await?;
         if !self.dataplane.knows_pods(&pods) {
             // Those that were there before have no need to send something again. Where that can't be told, they do.
             let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);
@@ -463,6 +476,8 @@ impl Agent<'_> {
 
     /// Brings the maps to what lease table and kernel say now.
     pub(super) async fn compare(&mut self, event: Changed) -> Result<(), DaemonError> {
+        // First: what changes while it asks is heard of.
+        self.follow_routes();
         for next_hop in self.underlay.refresh(&self.netlink, &self.table, event).await? {
             self.record.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
         }
@@ -472,18 +487,27 @@ impl Agent<'_> {
 
     /// Brings the maps up by these changes only.
     pub(super) async fn apply(&mut self, changes: impl IntoIterator<Item = PeerChange>) {
-        for change in changes {
+        let changes: Vec<_> = changes.into_iter().collect();
+        if changes.is_empty() {
+            return;
+        }
+        self.follow_routes();
+        for change in &changes {
             self.record.peers_changed();
             let written = match change {
                 PeerChange::Set(subnet, peer) => {
                     self.underlay.look_up(&self.netlink, peer.public_ip).await;
-                    self.dataplane.peers.set(subnet, &self.underlay.vtep(&peer))
+                    self.dataplane.peers.set(*subnet, &self.underlay.vtep(peer))
                 }
-                PeerChange::Remove(subnet) => self.dataplane.peers.withdraw(subnet),
+                PeerChange::Remove(subnet) => self.dataplane.peers.withdraw(*subnet),
             };
             if let Err(error) = written {
                 warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
             }
+        }
+        // After the maps: what is routed there has somewhere to go.
+        for change in &changes {
+            self.route_peer(change).await;
         }
     }
 }

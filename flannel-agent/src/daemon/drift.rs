@@ -41,7 +41,7 @@ const SUBNET_ENV: &str = "subnet.env";
 impl Agent<'_> {
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there. What there was to do.
     pub(super) async fn ensure_datapath(&mut self) -> Result<(Link, Vec<Repair>), DaemonError> {
-        let Self { cli, netlink, dataplane, underlay, external, device, own, network, .. } = self;
+        let Self { netlink, dataplane, underlay, external, device, own, network, .. } = self;
         let (link, device_repair) = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
         underlay.set_overlay(link.index);
         dataplane.peers.set_overlay_device(link.index)?;
@@ -49,8 +49,9 @@ impl Agent<'_> {
         dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
         dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
         let address = netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
-        let route = netlink.ensure_route(&link, device, network.network).await?;
-        netlink.set_blackhole(device.vni, cli.packet_rules.ip_blackhole_route.then_some(own.key.subnet)).await?;
+        let route = self.ensure_routes(&link).await?;
+        let blackhole = self.cli.packet_rules.ip_blackhole_route.then_some(self.own.key.subnet);
+        self.netlink.set_blackhole(self.device.vni, blackhole).await?;
         self.attach_pods_or_say().await;
         self.ensure_xdp()?;
         let repairs = match device_repair {
@@ -78,6 +79,8 @@ impl Agent<'_> {
     pub(super) async fn compare_or_say(&mut self, event: Changed) {
         if event == Changed::Topology {
             self.follow_external().await;
+        }
+        if event != Changed::Neighbour {
             self.ensure_or_say().await;
         }
         if let Err(error) = self.compare(event).await {

@@ -5,11 +5,13 @@
 //! * `store` — what the agent makes of what the store says
 //! * `drift` — bringing back in step what somebody else changed
 //! * `record` — what it writes into its run directory
+//! * `routes` — which routes lead into the overlay, and keeping them so
 //! * `tenancy` — keeping this host's own lease, and taking another where it is lost
 
 mod agent;
 mod drift;
 mod record;
+mod routes;
 mod start;
 mod store;
 mod tenancy;

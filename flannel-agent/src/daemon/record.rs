@@ -20,8 +20,8 @@ use crate::{
     registry::{OwnLease, PassedOver, ResyncCause, Snapshot, etcd::RegistryError},
     repair::Repair,
     status::{
-        API_VERSION, BypassStatus, DriftStatus, HeldPeer, LeaseState, LeaseStatus, RulesStatus, Status, StoreStatus,
-        XdpStatus, now,
+        API_VERSION, BypassStatus, DriftStatus, HeldPeer, LeaseState, LeaseStatus, RoutesStatus, RulesStatus, Status,
+        StoreStatus, XdpStatus, now,
     },
     xdp::Choice,
 };
@@ -64,6 +64,7 @@ pub(super) fn status(
         features: Features::default(),
         bypass: BypassStatus::default(),
         xdp: XdpStatus::default(),
+        routes: RoutesStatus::default(),
         rules: RulesStatus::default(),
         lease: LeaseStatus::new(lease, state),
         store: StoreStatus { since: now(), ..StoreStatus::default() },
@@ -163,6 +164,11 @@ impl Record {
         self.status.external_interface.clone_from(&external.link.name);
         (self.status.public_ip, self.status.mtu) = (external.public_ip, device.mtu);
         (self.status_is_due, self.leases_are_due) = (true, true);
+    }
+
+    pub(super) fn routes(&mut self, routes: RoutesStatus) {
+        self.status_is_due |= self.status.routes != routes;
+        self.status.routes = routes;
     }
 
     pub(super) fn rules(&mut self, rules: RulesStatus) {

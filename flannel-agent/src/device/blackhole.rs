@@ -12,7 +12,7 @@ use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
     RouteMessageBuilder,
-    packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
 };
 use tracing::info;
 
@@ -71,12 +71,10 @@ impl Netlink {
     }
 
     async fn blackholes(&self) -> Result<Vec<RouteMessage>, DeviceError> {
-        let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        let routes: Vec<RouteMessage> = dump.try_collect().await.map_err(DeviceError::call("list", "routes"))?;
-        let is_blackhole = |route: &RouteMessage| {
-            route.header.kind == RouteType::BlackHole && route.header.table == RouteHeader::RT_TABLE_MAIN
-        };
-        Ok(routes.into_iter().filter(is_blackhole).collect())
+        // The kernel leaves out all others.
+        let all = RouteMessageBuilder::<Ipv4Addr>::new().protocol(RouteProtocol::Unspec).kind(RouteType::BlackHole);
+        let dump = self.strict.route().get(all.build()).execute();
+        dump.try_collect().await.map_err(DeviceError::call("list", "routes"))
     }
 }
 

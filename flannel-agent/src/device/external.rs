@@ -7,7 +7,7 @@ use futures_util::TryStreamExt as _;
 use regex::Regex;
 use rtnetlink::{
     RouteMessageBuilder,
-    packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
+    packet_route::route::{RouteAddress, RouteAttribute, RouteMessage},
 };
 
 use super::{DeviceError, Link, Netlink};
@@ -144,23 +144,9 @@ impl Netlink {
 
     /// The link of the first default route.
     async fn default_route(&self) -> Result<u32, SelectError> {
-        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Vec<_> = self
-            .handle
-            .route()
-            .get(request)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(DeviceError::call("list", "routes"))?;
-        routes
-            .iter()
-            .filter(|route| route.header.destination_prefix_length == 0)
-            .filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN)
-            .find_map(output_interface)
-            .ok_or_else(|| {
-                SelectError::NoMatch("there is no default route; name the interface with --iface".to_owned())
-            })
+        self.default_route_link().await?.ok_or_else(|| {
+            SelectError::NoMatch("there is no default route; name the interface with --iface".to_owned())
+        })
     }
 }
 

@@ -2,17 +2,18 @@
 
 use std::net::Ipv4Addr;
 
+use flannel_common::vxlan::NEXT_HOP_MAC;
 use futures_util::TryStreamExt as _;
-use rtnetlink::{
-    RouteMessageBuilder,
-    packet_route::{
-        AddressFamily,
-        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
-    },
+use rtnetlink::packet_route::{
+    AddressFamily,
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    route::RouteMessage,
 };
 
-use super::{DeviceError, Netlink, vxlan::NEXT_HOP_MAC};
+use super::{
+    DeviceError, Netlink,
+    overlay_route::{is_flannels, place},
+};
 
 impl Netlink {
     /// The subnets that flannel's daemon routes into a device: each by way of its own first address, whose permanent
@@ -29,9 +30,8 @@ impl Netlink {
         if next_hops.is_empty() {
             return Ok(Vec::new());
         }
-        let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        let routes: Vec<RouteMessage> = dump.try_collect().await.map_err(DeviceError::call("list", "routes"))?;
-        Ok(routes.iter().filter_map(|route| flannels_route(route, ifindex, &next_hops)).collect())
+        let routes = self.routes_into(ifindex).await?;
+        Ok(routes.iter().filter_map(|route| flannels_route(route, &next_hops)).collect())
     }
 
     /// Whether a device has the agent's made-up next hop, by which it is recognised where nothing else is left of the agent.
@@ -47,7 +47,7 @@ impl Netlink {
 }
 
 fn has_our_mac(entry: &NeighbourMessage) -> bool {
-    entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.0.to_vec()))
+    entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.to_vec()))
 }
 
 fn others_next_hop(entry: &NeighbourMessage, ifindex: u32) -> Option<Ipv4Addr> {
@@ -61,22 +61,16 @@ fn others_next_hop(entry: &NeighbourMessage, ifindex: u32) -> Option<Ipv4Addr> {
     })
 }
 
-fn flannels_route(route: &RouteMessage, ifindex: u32, next_hops: &[Ipv4Addr]) -> Option<String> {
-    let destination = route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
-        _ => None,
-    })?;
-    let has = |wanted: RouteAttribute| route.attributes.contains(&wanted);
-    let is_flannels = route.header.table == RouteHeader::RT_TABLE_MAIN
-        && has(RouteAttribute::Oif(ifindex))
-        && has(RouteAttribute::Gateway(RouteAddress::Inet(destination)))
-        && next_hops.contains(&destination);
-    is_flannels.then(|| format!("{destination}/{}", route.header.destination_prefix_length))
+fn flannels_route(route: &RouteMessage, next_hops: &[Ipv4Addr]) -> Option<String> {
+    let (prefix, _) = place(route);
+    (is_flannels(route) && next_hops.contains(&prefix.network())).then(|| prefix.to_string())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use rtnetlink::{RouteMessageBuilder, packet_route::route::RouteProtocol};
+
+    use super::{super::overlay_route::PROTOCOL, *};
 
     fn neighbour(ifindex: u32, state: NeighbourState, mac: [u8; 6]) -> NeighbourMessage {
         let mut entry = NeighbourMessage::default();
@@ -105,12 +99,15 @@ mod tests {
         for (entry, what) in [
             (neighbour(8, NeighbourState::Permanent, others), "another device's"),
             (neighbour(7, NeighbourState::Reachable, others), "the kernel's"),
-            (neighbour(7, NeighbourState::Permanent, NEXT_HOP_MAC.0), "the agent's"),
+            (neighbour(7, NeighbourState::Permanent, NEXT_HOP_MAC), "the agent's"),
         ] {
             assert_eq!(others_next_hop(&entry, 7), None, "{what}");
         }
-        assert_eq!(flannels_route(&route([10, 5, 2, 0]), 7, &[next_hop]).as_deref(), Some("10.5.2.0/24"));
-        assert_eq!(flannels_route(&route([10, 5, 2, 0]), 7, &[]), None, "a next hop of the agent's");
-        assert_eq!(flannels_route(&route([10, 5, 3, 0]), 7, &[[10, 5, 3, 0].into()]), None, "a site behind another");
+        assert_eq!(flannels_route(&route([10, 5, 2, 0]), &[next_hop]).as_deref(), Some("10.5.2.0/24"));
+        assert_eq!(flannels_route(&route([10, 5, 2, 0]), &[]), None, "a next hop of the agent's");
+        assert_eq!(flannels_route(&route([10, 5, 3, 0]), &[[10, 5, 3, 0].into()]), None, "a site behind another");
+        let mut ours = route([10, 5, 2, 0]);
+        ours.header.protocol = RouteProtocol::Other(PROTOCOL);
+        assert_eq!(flannels_route(&ours, &[next_hop]), None, "the agent's own route to a lease");
     }
 }

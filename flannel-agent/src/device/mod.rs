@@ -1,33 +1,41 @@
 //! The kernel's network objects: the only room that speaks netlink.
 //!
-//! For any number of peers these are `flannel.<VNI>` with its address, one route for the whole Network into it and one
-//! neighbour for that route's next hop.
+//! For any number of peers these are `flannel.<VNI>` with its address, the fewest routes into it that there can be and one
+//! neighbour for their next hop.
 
 mod blackhole;
 pub mod external;
 pub mod filters;
 mod flannels;
+pub mod host_routes;
 pub mod next_hop;
 pub mod offload;
-mod overlay_route;
+pub mod overlay_route;
 mod pods;
+mod raw_route;
+mod sweep;
 pub mod vxlan;
 
-use std::net::Ipv4Addr;
+use std::{
+    net::Ipv4Addr,
+    sync::{Arc, RwLock},
+};
 
 use flannel_common::packet::Mac;
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use ipnet::Ipv4Net;
 use rtnetlink::{
-    Handle, MulticastGroup, new_multicast_connection,
+    Handle, MulticastGroup, new_connection_with_strict_check, new_multicast_connection,
     packet_core::NetlinkPayload,
     packet_route::{
-        RouteNetlinkMessage,
+        AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
         link::{LinkAttribute, LinkLayerType, LinkMessage},
     },
 };
 use tokio::{sync::mpsc, task::JoinHandle};
 
+use self::host_routes::{Interest, RouteEvents};
 pub use self::pods::PodLink;
 
 /// A netlink request that the kernel refused.
@@ -74,11 +82,13 @@ impl DeviceError {
 }
 
 /// What has changed in the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Changed {
     /// A neighbour: a next hop's MAC may be known, changed or unsure now.
     Neighbour,
-    /// A route, an address or a link: next hops may be others. Or a link's queue.
+    /// A route: the next hops of what it leads to may be others. Or what leads into the overlay.
+    Route,
+    /// An address or a link: all next hops may be others. Or a link's queue.
     Topology,
 }
 
@@ -89,17 +99,37 @@ pub struct DeviceEvent {
     pub kind: Changed,
     /// The link that it happened on, where it is one's.
     pub ifindex: Option<u32>,
+    /// The prefix of the route that it happened to.
+    pub prefix: Option<Ipv4Net>,
+    /// Whether what was read of the host's routes may be other now.
+    pub is_scan_due: bool,
 }
 
 impl DeviceEvent {
+    const fn new(kind: Changed, ifindex: Option<u32>) -> Self {
+        Self { kind, ifindex, prefix: None, is_scan_due: false }
+    }
+
     /// [`None`] for what nothing depends on.
     fn of(message: &RouteNetlinkMessage) -> Option<Self> {
         use RouteNetlinkMessage as Message;
         let (kind, ifindex) = match message {
+            // What the agent itself has just added is as it should be.
+            Message::NewNeighbour(entry)
+                if entry.header.family == AddressFamily::Inet && overlay_route::is_next_hop(entry) =>
+            {
+                return None;
+            }
             Message::NewNeighbour(entry) | Message::DelNeighbour(entry) => {
                 (Changed::Neighbour, Some(entry.header.ifindex))
             }
             Message::NewLink(link) | Message::DelLink(link) => (Changed::Topology, Some(link.header.index)),
+            // On any link: a route's next hop can't be an address of this host.
+            Message::NewAddress(address) | Message::DelAddress(address)
+                if overlay_route::is_next_hop_address(address) =>
+            {
+                (Changed::Topology, None)
+            }
             Message::NewAddress(address) | Message::DelAddress(address) => {
                 (Changed::Topology, Some(address.header.index))
             }
@@ -116,7 +146,7 @@ impl DeviceEvent {
             | Message::DelTrafficClass(_) => return None,
             _ => (Changed::Topology, None),
         };
-        Some(Self { kind, ifindex })
+        Some(Self::new(kind, ifindex))
     }
 }
 
@@ -154,6 +184,9 @@ impl Link {
 #[derive(Clone)]
 pub struct Netlink {
     handle: Handle,
+    /// Has the kernel look at what a dump is asked for by (`NETLINK_GET_STRICT_CHK`), and leave out the rest.
+    strict: Handle,
+    interest: Arc<RwLock<Option<Interest>>>,
 }
 
 impl Netlink {
@@ -162,22 +195,20 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Socket`].
     pub fn open() -> Result<(Self, mpsc::Receiver<DeviceEvent>, JoinHandle<()>), DeviceError> {
-        let groups = [
-            MulticastGroup::Link,
-            MulticastGroup::Neigh,
-            MulticastGroup::Ipv4Route,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Tc,
-        ];
+        let groups = [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Tc];
         let (connection, handle, mut messages) = new_multicast_connection(&groups).map_err(DeviceError::Socket)?;
+        let (strict_connection, strict, _) = new_connection_with_strict_check().map_err(DeviceError::Socket)?;
+        let interest = Arc::new(RwLock::new(None));
+        let routes = RouteEvents::listen(Arc::clone(&interest)).map_err(DeviceError::Socket)?;
         let (sender, receiver) = mpsc::channel(1024);
+        tokio::spawn(routes.tell(sender.clone()));
         let connection = tokio::spawn(async move {
             let forward = async {
                 while let Some((message, _)) = messages.next().await {
                     let event = match message.payload {
                         NetlinkPayload::InnerMessage(message) => DeviceEvent::of(&message),
                         // The kernel had more to say than the socket holds.
-                        NetlinkPayload::Overrun(_) => Some(DeviceEvent { kind: Changed::Topology, ifindex: None }),
+                        NetlinkPayload::Overrun(_) => Some(DeviceEvent::new(Changed::Topology, None)),
                         _ => None,
                     };
                     let Some(event) = event else { continue };
@@ -185,9 +216,9 @@ impl Netlink {
                     let _lost = sender.try_send(event);
                 }
             };
-            tokio::join!(connection, forward);
+            tokio::join!(connection, strict_connection, forward);
         });
-        Ok((Self { handle }, receiver, connection))
+        Ok((Self { handle, strict, interest }, receiver, connection))
     }
 
     /// The link of that name, if there is one.

@@ -5,15 +5,11 @@ use std::collections::{HashMap, HashSet};
 use flannel_common::packet::Mac;
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
-use rtnetlink::{
-    RouteMessageBuilder,
-    packet_route::{
-        AddressFamily,
-        link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
-        neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{RouteAddress, RouteAttribute, RouteMessage},
-        tc::{TcAttribute, TcMessage},
-    },
+use rtnetlink::packet_route::{
+    AddressFamily,
+    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
+    tc::{TcAttribute, TcMessage},
 };
 
 use super::{DeviceError, Netlink};
@@ -35,11 +31,11 @@ pub struct PodLink {
 
 impl Netlink {
     /// The veths whose other side is in another namespace, and which are ports of a bridge that has an address in the
-    /// subnet, or which part of the subnet is routed to.
+    /// subnet, or which are among the devices that part of the subnet is routed to.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn pods(&self, subnet: Ipv4Net) -> Result<Vec<PodLink>, DeviceError> {
+    pub async fn pods(&self, subnet: Ipv4Net, routed: &HashSet<u32>) -> Result<Vec<PodLink>, DeviceError> {
         let links: Vec<LinkMessage> =
             self.handle.link().get().execute().try_collect().await.map_err(DeviceError::call("list", "links"))?;
         let veths: Vec<_> = links.iter().filter_map(Veth::of).collect();
@@ -49,9 +45,6 @@ impl Netlink {
         let addresses = self.addresses().await?;
         let gateways: HashSet<u32> =
             addresses.into_iter().filter(|(_, address)| subnet.contains(address)).map(|(ifindex, _)| ifindex).collect();
-        let routes = self.handle.route().get(RouteMessageBuilder::<std::net::Ipv4Addr>::new().build()).execute();
-        let routes: Vec<RouteMessage> = routes.try_collect().await.map_err(DeviceError::call("list", "routes"))?;
-        let routed: HashSet<u32> = routes.iter().filter_map(|route| target_within(route, subnet)).collect();
         let is_pods =
             |veth: &Veth| veth.bridge.is_some_and(|bridge| gateways.contains(&bridge)) || routed.contains(&veth.index);
         let queued = self.queued().await?;
@@ -119,18 +112,4 @@ fn mac_behind(entry: &NeighbourMessage) -> Option<(u32, Mac)> {
 fn holds_back(discipline: &TcMessage) -> bool {
     let is_queue = |kind: &String| !UNQUEUED.contains(&kind.as_str());
     discipline.attributes.iter().any(|attribute| matches!(attribute, TcAttribute::Kind(kind) if is_queue(kind)))
-}
-
-/// The device of a route to part of the subnet.
-fn target_within(route: &RouteMessage, subnet: Ipv4Net) -> Option<u32> {
-    let mut device = None;
-    let mut is_within = false;
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::Oif(ifindex) => device = Some(*ifindex),
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => is_within = subnet.contains(address),
-            _ => {}
-        }
-    }
-    device.filter(|_| is_within && route.header.destination_prefix_length >= subnet.prefix_len())
 }

@@ -1,4 +1,4 @@
-//! `flannel.<VNI>` and what points into it (flannel: pkg/backend/vxlan/device.go).
+//! `flannel.<VNI>` and its address (flannel: pkg/backend/vxlan/device.go).
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -9,25 +9,16 @@ use flannel_common::{
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
-    LinkMessageBuilder, LinkUnspec, LinkVxlan, RouteMessageBuilder,
+    LinkMessageBuilder, LinkUnspec, LinkVxlan,
     packet_route::{
-        AddressFamily,
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressMessage},
         link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-        neighbour::{NeighbourAttribute, NeighbourMessage},
-        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
     },
 };
 use tracing::{info, warn};
 
 use super::{DeviceError, Link, Netlink, external::External};
-use crate::{config::VxlanConfig, lease::MacAddress, repair::Repair};
-
-/// The next hop of the one route into the overlay. It is nobody's: being link-local, it is no address of any lease, and
-/// the programs replace its MAC by that of the peer's vxlan device.
-pub const NEXT_HOP: Ipv4Addr = Ipv4Addr::from_bits(vxlan::NEXT_HOP);
-/// The made-up MAC of [`NEXT_HOP`], so that no ARP is ever sent on the overlay. Locally administered.
-pub const NEXT_HOP_MAC: MacAddress = MacAddress(vxlan::NEXT_HOP_MAC);
+use crate::{config::VxlanConfig, repair::Repair};
 
 /// The vxlan device that the configuration asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -204,7 +195,7 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn ensure_address(&self, link: &Link, network: Ipv4Net, address: Ipv4Addr) -> Result<bool, DeviceError> {
-        let existing: Vec<_> = self
+        let existing: Vec<AddressMessage> = self
             .handle
             .address()
             .get()
@@ -213,107 +204,27 @@ impl Netlink {
             .try_collect()
             .await
             .map_err(DeviceError::call("list the addresses of", &link.name))?;
-        let (mut is_there, mut is_other) = (false, false);
-        for message in existing {
-            let local = message.attributes.iter().find_map(|attribute| match attribute {
+        let local = |message: &AddressMessage| {
+            message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),
                 _ => None,
-            });
-            match local {
-                Some(local) if local == address && message.header.prefix_len == 32 => is_there = true,
-                Some(local) if network.contains(&local) => {
-                    warn!("{} had the address {local}/{}; removed", link.name, message.header.prefix_len);
-                    let removal = self.handle.address().del(message).execute().await;
-                    removal.map_err(DeviceError::call("remove an address of", &link.name))?;
-                    is_other = true;
-                }
-                _ => {}
-            }
-        }
+            })
+        };
+        let is_own = |message: &AddressMessage| local(message) == Some(address) && message.header.prefix_len == 32;
+        let is_there = existing.iter().any(is_own);
         if !is_there {
             let addition = self.handle.address().add(link.index, address.into(), 32).execute().await;
             addition.map_err(DeviceError::call("give an address to", &link.name))?;
         }
+        let mut is_other = false;
+        for message in existing.into_iter().filter(|message| !is_own(message)) {
+            if let Some(local) = local(&message).filter(|local| network.contains(local)) {
+                warn!("{} had the address {local}/{}; removed", link.name, message.header.prefix_len);
+                let removal = self.handle.address().del(message).execute().await;
+                removal.map_err(DeviceError::call("remove an address of", &link.name))?;
+                is_other = true;
+            }
+        }
         Ok(is_other || !is_there)
     }
-
-    /// Removes the route through the one next hop, and that next hop, from a device that stays.
-    ///
-    /// # Errors
-    /// [`DeviceError::Call`] where the kernel does not list them.
-    pub async fn remove_route(&self, name: &str, ifindex: u32) -> Result<(), DeviceError> {
-        let has_next_hop =
-            |route: &RouteMessage| route.attributes.contains(&RouteAttribute::Gateway(RouteAddress::Inet(NEXT_HOP)));
-        self.remove_routes(name, ifindex, has_next_hop).await?;
-        self.remove_neighbours(name, ifindex, is_next_hop).await
-    }
-
-    /// Removes what else leads into the device: a former configuration's route, and what a flannel that ran here before
-    /// made for each of its peers. What can't be removed is said and left.
-    ///
-    /// # Errors
-    /// [`DeviceError::Call`] where the kernel does not list them.
-    pub async fn sweep(&self, link: &Link, network: Ipv4Net) -> Result<(), DeviceError> {
-        let is_other = |route: &RouteMessage| {
-            let has = |wanted: RouteAttribute| route.attributes.contains(&wanted);
-            let is_ours = route.header.destination_prefix_length == network.prefix_len()
-                && has(RouteAttribute::Destination(RouteAddress::Inet(network.network())))
-                && has(RouteAttribute::Gateway(RouteAddress::Inet(NEXT_HOP)));
-            !is_ours
-        };
-        self.remove_routes(&link.name, link.index, is_other).await?;
-        self.remove_neighbours(&link.name, link.index, |entry| !is_next_hop(entry)).await
-    }
-
-    /// Removes routes with a gateway into a device.
-    async fn remove_routes(
-        &self,
-        name: &str,
-        ifindex: u32,
-        is_unwanted: impl Fn(&RouteMessage) -> bool,
-    ) -> Result<(), DeviceError> {
-        let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        let routes: Vec<RouteMessage> = dump.try_collect().await.map_err(DeviceError::call("list", "routes"))?;
-        for route in routes {
-            let has_gateway = route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)));
-            let leads_there = has_gateway && route.attributes.contains(&RouteAttribute::Oif(ifindex));
-            if leads_there
-                && route.header.table == RouteHeader::RT_TABLE_MAIN
-                && is_unwanted(&route)
-                && let Err(error) = self.handle.route().del(route).execute().await
-            {
-                warn!("a route into {name} stays: {error}");
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes neighbours and forwarding entries that name a destination.
-    async fn remove_neighbours(
-        &self,
-        name: &str,
-        ifindex: u32,
-        is_unwanted: impl Fn(&NeighbourMessage) -> bool,
-    ) -> Result<(), DeviceError> {
-        for family in [AddressFamily::Inet, AddressFamily::Bridge] {
-            let dump = self.handle.neighbours().get().set_address_family(family).execute();
-            let entries: Vec<NeighbourMessage> =
-                dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
-            for entry in entries.into_iter().filter(|entry| entry.header.ifindex == ifindex) {
-                let has_destination =
-                    entry.attributes.iter().any(|attribute| matches!(attribute, NeighbourAttribute::Destination(_)));
-                if has_destination
-                    && is_unwanted(&entry)
-                    && let Err(error) = self.handle.neighbours().del(entry).execute().await
-                {
-                    warn!("a neighbour of {name} stays: {error}");
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn is_next_hop(entry: &NeighbourMessage) -> bool {
-    entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.0.to_vec()))
 }

@@ -35,7 +35,7 @@ impl Dataplane {
         let pins = PinDirectory::new(&cli.bpf_pin_dir, vni);
         let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
         let (netlink, _events, _connection) = Netlink::open()?;
-        let pods = netlink.pods(status.lease.subnet).await?;
+        let pods = netlink.pods(status.lease.subnet, &netlink.devices_within(status.lease.subnet).await?).await?;
         let attachments = attachments(&pins, &status.external_interface, &pods, &netlink).await?;
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;

@@ -81,6 +81,7 @@ fn table(overlay: &Overlay) -> String {
     };
     lines.push(["bypass".to_owned(), bypass]);
     lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
+    lines.push(["routes".to_owned(), status.routes.reason.clone()]);
     let rules = match (status.rules.masquerade.as_str(), status.rules.forward) {
         ("", _) => "not set yet".to_owned(),
         (masquerade, true) => {

@@ -1,0 +1,309 @@
+//! The routes into the overlay: which there are to be, by what the host needs, and keeping them so.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    net::{IpAddr, Ipv4Addr},
+    time::{Duration, Instant},
+};
+
+use ipnet::Ipv4Net;
+use tokio::{net::lookup_host, sync::mpsc, time::timeout};
+use tracing::{info, warn};
+
+use super::{DaemonError, agent::Agent};
+use crate::{
+    cli::Cli,
+    config::NetworkConfig,
+    device::{
+        DeviceError, Link, Netlink,
+        host_routes::{HostRoutes, Interest},
+        overlay_route::{ForeignNextHops, KernelPeer, OverlayRoutes},
+    },
+    lease::PeerChange,
+    repair::Repair,
+    routes::{self, Choice, Obstacle, RoutesFlag, Routing},
+    status::RoutesStatus,
+};
+
+const RESOLVERS: &str = "/etc/resolv.conf";
+/// For how long the name of an etcd is asked for.
+const NAME_LIMIT: Duration = Duration::from_secs(1);
+/// How much longer it rests than the host's routes took to read.
+const IDLE_FOR_EACH: u32 = 9;
+const TAKEN: &str = "routes of leases";
+/// Of these no more are put into words.
+const MOST_NAMED: usize = 5;
+
+/// What was read of the host.
+pub(super) struct Scan {
+    routes: Result<HostRoutes, DeviceError>,
+    etcd: Vec<Ipv4Addr>,
+    took: Duration,
+}
+
+/// What is known of routes, and what was made of it.
+pub(super) struct RouteState {
+    flag: RoutesFlag,
+    endpoints: Vec<String>,
+    prefixes: Vec<Ipv4Net>,
+    /// Of the endpoints.
+    etcd: Vec<Ipv4Addr>,
+    pub(super) host: HostRoutes,
+    choice: Option<Choice>,
+    /// What there is, and the link that it leads into.
+    made: Option<(Link, OverlayRoutes)>,
+    foreign: ForeignNextHops,
+    /// Next hops of others' routes into the overlay, also where they are none of a lease's.
+    foreign_gateways: BTreeSet<Ipv4Addr>,
+    is_scanning: bool,
+    is_scan_due: bool,
+    last_took: Duration,
+    sender: mpsc::Sender<Scan>,
+    pub(super) scans: mpsc::Receiver<Scan>,
+}
+
+impl RouteState {
+    pub(super) fn new(cli: &Cli, network: &NetworkConfig) -> Self {
+        let (sender, scans) = mpsc::channel(1);
+        Self {
+            flag: cli.routes,
+            endpoints: cli.etcd().endpoints,
+            prefixes: routes::shared_prefixes(network),
+            etcd: Vec::new(),
+            host: HostRoutes::default(),
+            choice: None,
+            made: None,
+            foreign: ForeignNextHops::new(),
+            foreign_gateways: BTreeSet::new(),
+            is_scanning: false,
+            is_scan_due: false,
+            last_took: Duration::ZERO,
+            sender,
+            scans,
+        }
+    }
+
+    fn routing(&self) -> Option<Routing> {
+        self.choice.as_ref().map(|choice| choice.routing)
+    }
+}
+
+impl Agent<'_> {
+    /// Reads the host's routes, before anything depends on them.
+    pub(super) async fn read_routes(&mut self) -> Result<(), DaemonError> {
+        if let Some(existing) = self.netlink.link_by_name(&self.device.name).await? {
+            self.underlay.set_overlay(existing.header.index);
+        }
+        let interest = self.interest();
+        self.netlink.set_interest(interest.clone());
+        let scan = scan(self.netlink.clone(), interest, self.routes.endpoints.clone()).await;
+        (self.routes.host, self.routes.etcd, self.routes.last_took) = (scan.routes?, scan.etcd, scan.took);
+        Ok(())
+    }
+
+    /// Reads them again, beside the agent's own work.
+    pub(super) fn scan_routes(&mut self) {
+        if std::mem::replace(&mut self.routes.is_scanning, true) {
+            self.routes.is_scan_due = true;
+            return;
+        }
+        let (netlink, interest, endpoints) = (self.netlink.clone(), self.interest(), self.routes.endpoints.clone());
+        let (sender, rest) = (self.routes.sender.clone(), std::mem::take(&mut self.routes.last_took) * IDLE_FOR_EACH);
+        tokio::spawn(async move {
+            tokio::time::sleep(rest).await;
+            let _gone = sender.send(scan(netlink, interest, endpoints).await).await;
+        });
+    }
+
+    /// Takes in what was read. Whether something is another than before.
+    pub(super) fn take_scan(&mut self, Scan { routes, etcd, took }: Scan) -> bool {
+        self.routes.is_scanning = false;
+        if std::mem::take(&mut self.routes.is_scan_due) {
+            self.routes.last_took = took;
+            self.scan_routes();
+        }
+        match routes {
+            Ok(host) => {
+                let is_other = host != self.routes.host || etcd != self.routes.etcd;
+                (self.routes.host, self.routes.etcd) = (host, etcd);
+                is_other
+            }
+            Err(error) => {
+                warn!("{error}");
+                false
+            }
+        }
+    }
+
+    /// Says what changes of routes matter.
+    pub(super) fn follow_routes(&self) {
+        self.netlink.set_interest(self.interest());
+    }
+
+    fn interest(&self) -> Interest {
+        let mut addresses: Vec<_> = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
+        addresses.extend(self.other_needs().map(|(address, _)| address));
+        addresses.sort_unstable();
+        addresses.dedup();
+        Interest {
+            overlay: self.underlay.overlay(),
+            prefixes: self.routes.prefixes.clone(),
+            subnet: self.own.key.subnet,
+            addresses,
+        }
+    }
+
+    /// What this host needs besides its peers.
+    fn other_needs(&self) -> impl Iterator<Item = (Ipv4Addr, &'static str)> {
+        let resolvers = routes::resolvers(&std::fs::read_to_string(RESOLVERS).unwrap_or_default());
+        let of = |addresses: Vec<Ipv4Addr>, what| addresses.into_iter().map(move |address| (address, what));
+        of(self.routes.etcd.clone(), "etcd")
+            .chain(of(self.routes.host.gateways.clone(), "the default gateway"))
+            .chain(of(resolvers, "a resolver"))
+    }
+
+    /// Decides which routes there are to be.
+    async fn choose_routes(&mut self) -> Result<Routing, DaemonError> {
+        let obstacle = match self.routes.flag {
+            RoutesFlag::Leases => None,
+            RoutesFlag::Auto | RoutesFlag::Network => self.obstacle().await?,
+        };
+        let choice = routes::choose(self.routes.flag, &self.routes.prefixes, obstacle.as_ref());
+        if self.routes.choice.as_ref() != Some(&choice) {
+            info!("routes into the overlay: {}", choice.reason);
+        }
+        self.record.routes(RoutesStatus::of(&choice));
+        let routing = choice.routing;
+        self.routes.choice = Some(choice);
+        Ok(routing)
+    }
+
+    async fn obstacle(&self) -> Result<Option<Obstacle>, DeviceError> {
+        if let Some((prefix, to)) = self.routes.host.foreign.clone() {
+            return Ok(Some(Obstacle::ForeignRoute { prefix, to }));
+        }
+        let peers: BTreeSet<_> = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
+        let needs = self.other_needs().chain(peers.into_iter().map(|address| (address, "a peer")));
+        for (address, what) in needs {
+            if let Some(obstacle) = self.obstacle_to(address, what).await? {
+                return Ok(Some(obstacle));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn obstacle_to(&self, address: Ipv4Addr, what: &str) -> Result<Option<Obstacle>, DeviceError> {
+        let Some(prefix) = self.routes.prefixes.iter().find(|prefix| prefix.contains(&address)).copied() else {
+            return Ok(None);
+        };
+        let by = match self.netlink.route_match(address).await? {
+            Some(found) if found.is_ours => "nothing more specific".to_owned(),
+            Some(found) if found.prefix.prefix_len() > prefix.prefix_len() => return Ok(None),
+            Some(found) if found.prefix.prefix_len() == 0 => "the default route".to_owned(),
+            Some(found) => format!("the route to {}", found.prefix),
+            None => "no other route".to_owned(),
+        };
+        Ok(Some(Obstacle::Needed { address, what: what.to_owned(), prefix, by }))
+    }
+
+    /// Has the routes be as they should. What somebody else had changed.
+    pub(super) async fn ensure_routes(&mut self, link: &Link) -> Result<Vec<Repair>, DaemonError> {
+        let routing = self.choose_routes().await?;
+        let leases = self.table.iter().map(|(subnet, _)| subnet);
+        let wanted = OverlayRoutes {
+            source: self.own.key.subnet.network(),
+            shared: if routing == Routing::Shared { self.routes.prefixes.clone() } else { Vec::new() },
+            leases: routes::of_their_own(routing, &self.routes.prefixes, leases),
+        };
+        let peers: HashMap<Ipv4Addr, KernelPeer> =
+            self.table.iter().map(|(subnet, peer)| (subnet.network(), (peer.vtep_mac.0, peer.public_ip))).collect();
+        let state = &mut self.routes;
+        let peer = |address| peers.get(&address).copied();
+        let ensured = self.netlink.ensure_routes(link, &self.device, &wanted, peer, &mut state.foreign).await?;
+        state.foreign_gateways = ensured.foreign_gateways;
+        let made = Some((link.clone(), wanted));
+        let is_repair = state.made == made;
+        state.made = made;
+        self.record.waiting(TAKEN, taken(&ensured.taken));
+        Ok(if is_repair { ensured.repairs } else { Vec::new() })
+    }
+
+    /// Brings the routes up by one change of the peers.
+    pub(super) async fn route_peer(&mut self, change: &PeerChange) {
+        let (subnet, address) = match change {
+            PeerChange::Set(subnet, peer) => (*subnet, Some(peer.public_ip)),
+            PeerChange::Remove(subnet) => (*subnet, None),
+        };
+        let Some(routing) = self.routes.routing() else { return };
+        let is_obstacle = match address {
+            Some(address) if routing == Routing::Shared => {
+                self.obstacle_to(address, "a peer").await.is_ok_and(|obstacle| obstacle.is_some())
+            }
+            _ => false,
+        };
+        if is_obstacle || self.routes.foreign_gateways.contains(&subnet.network()) {
+            return self.ensure_or_say().await;
+        }
+        let has_its_own = routes::has_its_own(routing, &self.routes.prefixes, subnet);
+        let Some((link, made)) = self.routes.made.as_mut().filter(|_| has_its_own) else { return };
+        let result = match address {
+            Some(_) if made.leases.insert(subnet) => self.netlink.add_lease_route(link, subnet, made.source).await,
+            None if made.leases.remove(&subnet) => {
+                self.netlink.remove_lease_route(link, subnet, made.source).await.map(|()| true)
+            }
+            _ => Ok(true),
+        };
+        match result {
+            Ok(true) => {}
+            Ok(false) => self.record.waiting(TAKEN, taken(&[subnet])),
+            Err(error) => warn!("{error}; comparing again later"),
+        }
+    }
+}
+
+impl Agent<'_> {
+    /// Takes away what a flannel that ran here before made for its peers.
+    pub(super) async fn sweep(&self, link: &Link) {
+        let NetworkConfig { network, subnet_len, .. } = self.network;
+        let leases: HashSet<Ipv4Addr> = self.table.iter().map(|(subnet, _)| subnet.network()).collect();
+        // Also of leases that are over by now.
+        let is_on_grid = |address: Ipv4Addr| {
+            Ipv4Net::new(address, subnet_len).is_ok_and(|lease| lease.network() == address && network.contains(&lease))
+        };
+        let is_lease = |address| leases.contains(&address) || is_on_grid(address);
+        let macs = self.table.iter().map(|(_, peer)| peer.vtep_mac.0).collect();
+        if let Err(error) = self.netlink.sweep(link, is_lease, &macs, &self.routes.foreign).await {
+            warn!("{error}");
+        }
+    }
+}
+
+fn taken(leases: &[Ipv4Net]) -> Option<String> {
+    let named: Vec<_> = leases.iter().take(MOST_NAMED).map(Ipv4Net::to_string).collect();
+    (!named.is_empty())
+        .then(|| format!("{} leases have a route of somebody else's, which stays: {}", leases.len(), named.join(", ")))
+}
+
+async fn scan(netlink: Netlink, interest: Interest, endpoints: Vec<String>) -> Scan {
+    let begun = Instant::now();
+    let routes = netlink.host_routes(interest).await;
+    let took = begun.elapsed();
+    Scan { routes, etcd: resolve(&endpoints).await, took }
+}
+
+/// The IPv4 addresses of etcd's endpoints. A name that can't be resolved now has none.
+async fn resolve(endpoints: &[String]) -> Vec<Ipv4Addr> {
+    let mut all = BTreeSet::new();
+    for endpoint in endpoints {
+        let host = routes::host_of(endpoint);
+        if let Ok(address) = host.parse() {
+            all.insert(address);
+        } else if let Ok(Ok(found)) = timeout(NAME_LIMIT, lookup_host((host, 0))).await {
+            all.extend(found.filter_map(|address| match address.ip() {
+                IpAddr::V4(address) => Some(address),
+                IpAddr::V6(_) => None,
+            }));
+        }
+    }
+    all.into_iter().collect()
+}

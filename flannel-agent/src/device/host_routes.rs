@@ -1,0 +1,313 @@
+//! The host's own routes, as far as they matter here: read in one pass, of which nothing else is kept, however many there are;
+//! and heard of when they change.
+//!
+//! The kernel has no filter by prefix, so a pass reads all (300,000 in 60 ms). It is made at the start, when a change is heard
+//! of that may matter, and once a minute; what can't matter is left out right where it is heard.
+
+use std::{
+    collections::HashSet,
+    io,
+    net::Ipv4Addr,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use ipnet::Ipv4Net;
+use rtnetlink::{
+    MulticastGroup, RouteMessageBuilder,
+    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkMessage},
+    packet_route::{
+        RouteNetlinkMessage,
+        route::{RouteProtocol, RouteScope, RouteType},
+    },
+    sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
+};
+use tokio::{sync::mpsc, task::spawn_blocking};
+
+use super::{
+    Changed, DeviceError, DeviceEvent, Netlink,
+    overlay_route::{NEXT_HOPS, PROTOCOL},
+    raw_route::{DELETED_ROUTE, NEW_ROUTE, RawRoute, messages},
+};
+
+/// As much as the kernel puts into one datagram of a dump (`netlink_dump`, net/netlink/af_netlink.c).
+const DATAGRAM_LEN: usize = 1 << 15;
+/// For bursts of changes; more are said to have been too many.
+const EVENT_BUFFER_LEN: usize = 1 << 20;
+
+/// What the agent has to do with routes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interest {
+    /// Number of `flannel.<VNI>`; 0 before it is made.
+    pub overlay: u32,
+    /// The prefixes of the routes that all leases share.
+    pub prefixes: Vec<Ipv4Net>,
+    /// This host's subnet.
+    pub subnet: Ipv4Net,
+    /// Addresses that this host sends to, in order.
+    pub addresses: Vec<Ipv4Addr>,
+}
+
+impl Interest {
+    /// What a change of a route can mean.
+    fn event(&self, is_new: bool, route: &RawRoute<'_>) -> Option<DeviceEvent> {
+        let prefix = route.prefix()?;
+        let is_into_overlay = self.overlay != 0 && route.outputs().any(|index| index == self.overlay);
+        // What the agent itself has just added is as it should be.
+        if is_into_overlay && is_new && route.protocol() == PROTOCOL {
+            return None;
+        }
+        let is_scan_due = self.prefixes.contains(&prefix) || self.subnet.contains(&prefix) || prefix.prefix_len() == 0;
+        if !is_into_overlay && !is_scan_due && !self.has_address_in(prefix) {
+            return None;
+        }
+        // With the default route the external interface may be another.
+        let kind = if prefix.prefix_len() == 0 { Changed::Topology } else { Changed::Route };
+        Some(DeviceEvent { kind, ifindex: None, prefix: Some(prefix), is_scan_due })
+    }
+
+    fn has_address_in(&self, prefix: Ipv4Net) -> bool {
+        let next = self.addresses.partition_point(|address| *address < prefix.network());
+        self.addresses.get(next).is_some_and(|address| *address <= prefix.broadcast())
+    }
+}
+
+/// What there is of these.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostRoutes {
+    /// Somebody else's route with a prefix of the shared ones, and where it leads, in words.
+    pub foreign: Option<(Ipv4Net, String)>,
+    /// Gateways of default routes.
+    pub gateways: Vec<Ipv4Addr>,
+    /// Devices that part of this host's subnet is routed to.
+    pub pods: HashSet<u32>,
+}
+
+impl Netlink {
+    /// Says what changes of routes are to be told of, from now on. Before, none is.
+    pub fn set_interest(&self, interest: Interest) {
+        *self.interest.write().unwrap_or_else(PoisonError::into_inner) = Some(interest);
+    }
+
+    /// Reads all routes.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn host_routes(&self, interest: Interest) -> Result<HostRoutes, DeviceError> {
+        let links = self.links().await?;
+        let name = |index: u32| links.iter().find(|link| link.index == index).map_or("?", |link| &link.name);
+        let (mut found, foreign) = self
+            .read_routes(move |found: &mut (HostRoutes, Option<_>), route| {
+                let Some(prefix) = route.prefix() else { return };
+                if interest.subnet.contains(&prefix) {
+                    found.0.pods.extend(route.outputs());
+                }
+                if !route.is_of_main_table() {
+                    return;
+                }
+                if prefix.prefix_len() == 0 {
+                    found.0.gateways.extend(route.gateway());
+                }
+                let is_overlay = route.outputs().any(|index| index == interest.overlay);
+                let is_ours =
+                    is_overlay && (route.protocol() == PROTOCOL || is_former(&route) || is_of_one_lease(&route));
+                // The pods' own comes first in any case.
+                let is_shared = interest.prefixes.contains(&prefix) && prefix != interest.subnet;
+                if is_shared && !is_ours {
+                    found.1.get_or_insert((prefix, route.gateway(), route.output()));
+                }
+            })
+            .await?;
+        found.foreign = foreign.map(|(prefix, gateway, output)| {
+            let to = match (gateway, output) {
+                (Some(gateway), Some(index)) => format!("via {gateway} dev {}", name(index)),
+                (None, Some(index)) => format!("dev {}", name(index)),
+                _ => "which leads nowhere".to_owned(),
+            };
+            (prefix, to)
+        });
+        Ok(found)
+    }
+
+    /// The link of the first default route.
+    pub(super) async fn default_route_link(&self) -> Result<Option<u32>, DeviceError> {
+        let keep = |found: &mut Option<u32>, route: RawRoute<'_>| {
+            if found.is_none() && route.prefix_len() == 0 && route.is_of_main_table() {
+                *found = route.output();
+            }
+        };
+        self.read_routes(keep).await
+    }
+
+    /// Devices that part of the subnet is routed to.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn devices_within(&self, subnet: Ipv4Net) -> Result<HashSet<u32>, DeviceError> {
+        let keep = move |found: &mut HashSet<u32>, route: RawRoute<'_>| {
+            if route.prefix().is_some_and(|prefix| subnet.contains(&prefix)) {
+                found.extend(route.outputs());
+            }
+        };
+        self.read_routes(keep).await
+    }
+
+    /// Has all routes pass by, and keeps what is made of them.
+    async fn read_routes<T: Default + Send + 'static>(
+        &self,
+        keep: impl Fn(&mut T, RawRoute<'_>) + Send + 'static,
+    ) -> Result<T, DeviceError> {
+        let read = spawn_blocking(move || {
+            let mut kept = T::default();
+            read_all(|route| keep(&mut kept, route)).map(|()| kept)
+        });
+        let failed = |cause: String| DeviceError::Call { call: "list", subject: "routes".to_owned(), cause };
+        match read.await {
+            Ok(Ok(kept)) => Ok(kept),
+            Ok(Err(error)) => Err(failed(error.to_string())),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+}
+
+/// Whether it has the next hop of this agent's former versions.
+fn is_former(route: &RawRoute<'_>) -> bool {
+    route.gateway() == Some(NEXT_HOPS[0])
+}
+
+/// Whether it leads where flannel's route to a lease does.
+fn is_of_one_lease(route: &RawRoute<'_>) -> bool {
+    route.gateway() == Some(route.destination())
+}
+
+/// A dump of all IPv4 routes, a datagram at a time.
+fn read_all(mut take: impl FnMut(RawRoute<'_>)) -> io::Result<()> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.set_netlink_get_strict_chk(true)?;
+    let all = RouteMessageBuilder::<Ipv4Addr>::new()
+        .table_id(0)
+        .protocol(RouteProtocol::Unspec)
+        .scope(RouteScope::Universe)
+        .kind(RouteType::Unspec);
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetRoute(all.build()));
+    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+    let mut datagram = Vec::with_capacity(DATAGRAM_LEN);
+    loop {
+        datagram.clear();
+        socket.recv(&mut datagram, 0)?;
+        for (kind, _, payload) in messages(&datagram) {
+            match kind {
+                NEW_ROUTE => drop(RawRoute::of(payload).map(&mut take)),
+                // Both begin with an error number, 0 for none.
+                NLMSG_DONE | NLMSG_ERROR => {
+                    return match payload.first_chunk().map(|error| i32::from_ne_bytes(*error)) {
+                        Some(error) if error != 0 => Err(io::Error::from_raw_os_error(-error)),
+                        _ => Ok(()),
+                    };
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Hears of changes of routes, and tells of those that may matter.
+pub(super) struct RouteEvents {
+    socket: TokioSocket,
+    interest: Arc<RwLock<Option<Interest>>>,
+}
+
+impl RouteEvents {
+    pub(super) fn listen(interest: Arc<RwLock<Option<Interest>>>) -> io::Result<Self> {
+        let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
+        socket.socket_mut().bind_auto()?;
+        socket.socket_ref().set_rx_buf_sz(EVENT_BUFFER_LEN as nix::libc::c_int)?;
+        socket.socket_mut().add_membership(MulticastGroup::Ipv4Route as u32)?;
+        Ok(Self { socket, interest })
+    }
+
+    pub(super) async fn tell(self, events: mpsc::Sender<DeviceEvent>) {
+        let mut datagram = Vec::with_capacity(DATAGRAM_LEN);
+        loop {
+            datagram.clear();
+            match self.socket.recv(&mut datagram).await {
+                Ok(_) => {}
+                // The kernel had more to say than the socket holds.
+                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
+                    let all = DeviceEvent { is_scan_due: true, ..DeviceEvent::new(Changed::Topology, None) };
+                    let _lost = events.try_send(all);
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!("changes of routes are no longer heard of, only looked for: {error}");
+                    return;
+                }
+            }
+            let interest = self.interest.read().unwrap_or_else(PoisonError::into_inner);
+            let Some(interest) = interest.as_ref() else { continue };
+            for (kind, _, payload) in messages(&datagram) {
+                if !matches!(kind, NEW_ROUTE | DELETED_ROUTE) {
+                    continue;
+                }
+                let event = RawRoute::of(payload).and_then(|route| interest.event(kind == NEW_ROUTE, &route));
+                if let Some(event) = event {
+                    // Where the queue is full, the periodic comparison makes up for it.
+                    let _lost = events.try_send(event);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::{packet_core::Emitable as _, packet_route::route::RouteMessage};
+
+    use super::*;
+
+    fn net(text: &str) -> Ipv4Net {
+        text.parse().expect("a prefix")
+    }
+
+    fn route(prefix: &str, output: u32, protocol: RouteProtocol) -> RouteMessage {
+        let prefix = net(prefix);
+        RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(prefix.network(), prefix.prefix_len())
+            .output_interface(output)
+            .protocol(protocol)
+            .build()
+    }
+
+    #[test]
+    fn only_what_can_matter_is_told() {
+        let interest = Interest {
+            overlay: 9,
+            prefixes: vec![net("10.5.0.0/16")],
+            subnet: net("10.5.43.0/24"),
+            addresses: vec![[192, 168, 64, 2].into(), [192, 168, 65, 7].into()],
+        };
+        let event = |is_new: bool, route: RouteMessage| {
+            let mut bytes = vec![0; route.buffer_len()];
+            route.emit(&mut bytes);
+            let event = interest.event(is_new, &RawRoute::of(&bytes).expect("a route"));
+            event.map(|event| (event.kind, event.is_scan_due))
+        };
+        let (ours, other) = (RouteProtocol::Other(PROTOCOL), RouteProtocol::Boot);
+        for elsewhere in ["11.0.0.0/8", "10.0.0.0/8", "10.5.7.0/24", "192.168.66.0/24", "192.168.64.3/32"] {
+            assert_eq!(event(true, route(elsewhere, 2, other)), None, "{elsewhere}");
+        }
+        for peer in ["192.168.64.2/32", "192.168.65.0/24", "192.168.0.0/16"] {
+            assert_eq!(event(false, route(peer, 2, other)), Some((Changed::Route, false)), "{peer}");
+        }
+        assert_eq!(event(true, route("0.0.0.0/0", 2, other)), Some((Changed::Topology, true)));
+        assert_eq!(event(true, route("10.5.0.0/16", 2, other)), Some((Changed::Route, true)));
+        assert_eq!(event(true, route("10.5.43.7/32", 5, other)), Some((Changed::Route, true)));
+        assert_eq!(event(true, route("172.30.0.0/16", 9, other)), Some((Changed::Route, false)));
+        assert_eq!(event(true, route("10.5.0.0/16", 9, ours)), None);
+        assert_eq!(event(false, route("10.5.0.0/16", 9, ours)), Some((Changed::Route, true)));
+    }
+}
