@@ -274,8 +274,8 @@ fn the_device() {
 fn what_leads_into_the_device() {
     let talk = Talk::start(&[]);
     for (damage, repair) in [
-        ("ip route delete 10.5.0.0/16", "route"),
-        ("ip route replace 10.5.0.0/16 dev eth0", "route"),
+        ("ip route delete 10.5.128.0/18", "route"),
+        ("ip route replace 10.5.128.0/18 via 169.254.1.1 dev flannel.1 onlink proto 72 metric 8472", "route"),
         ("ip neigh delete 169.254.1.1 dev flannel.1", "neighbour"),
         ("ip neigh replace 169.254.1.1 lladdr 02:00:00:00:00:77 dev flannel.1 nud permanent", "neighbour"),
         ("ip neigh replace 169.254.1.1 lladdr 02:00:00:00:00:01 dev flannel.1 nud stale", "neighbour"),

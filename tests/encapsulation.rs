@@ -125,6 +125,11 @@ fn what_is_not_handled_is_handed_on_unmodified() {
             on_overlay(&ipv4(POD_ONE, POD_TWO, IpNumber::UDP, &vec![7; MTU as usize - 19])),
             Event::EncapTooBig,
         ),
+        (
+            "to another next hop, as somebody else's route leads it",
+            [ethernet(VTEP_ONE_MAC, VTEP_TWO_MAC, EtherType::IPV4), udp(POD_ONE, POD_TWO)].concat(),
+            Event::EncapOtherNextHop,
+        ),
         ("ARP", [ethernet(VTEP_ONE_MAC, [0xff; 6], EtherType::ARP), vec![0; 46]].concat(), Event::EncapNotIpv4),
         ("IPv6", [ethernet(VTEP_ONE_MAC, NEXT_HOP_MAC, EtherType::IPV6), vec![0x60; 60]].concat(), Event::EncapNotIpv4),
     ];

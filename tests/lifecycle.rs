@@ -127,14 +127,14 @@ fn what_somebody_else_breaks_is_made_again() {
         [link, routes, addresses, neighbours, forwarding].join("\n")
     };
     let right = state();
-    assert!(right.contains("10.5.0.0/16 via 169.254.1.1"), "{right}");
+    assert!(right.contains("10.5.128.0/18 via 169.254.1.1"), "{right}");
     let address = world.lease_of(0).0.replace("-24", "/32");
     for damage in [
         "ip link delete flannel.1",
         "ip link set flannel.1 down",
         "ip link set flannel.1 mtu 1300",
         "ip link set flannel.1 address 0a:00:00:00:00:77",
-        "ip route delete 10.5.0.0/16",
+        "ip route delete 10.5.128.0/18",
         "ip neigh delete 169.254.1.1 dev flannel.1",
         "bridge fdb delete 02:00:00:00:00:01 dev flannel.1",
         &format!("ip address delete {address} dev flannel.1"),

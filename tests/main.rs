@@ -32,6 +32,7 @@
 //! * [`scenarios`] — by address, by name and by a host's port, from pods, hosts and outside
 //! * [`netfilter`] — masquerading and forwarding, with nftables and with iptables
 //! * [`firewalls`] — the same among rules of others that refuse, in either iptables, and with programs that fail
+//! * [`routes`] — which routes lead into the overlay, beside those of others; others' through it
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`takeover`] — by flannel's daemon, of a host that nobody cleaned up
@@ -98,6 +99,7 @@ mod restart;
 mod retransmissions;
 mod rollback;
 mod routers;
+mod routes;
 mod rule_sets;
 mod scenarios;
 mod senders;
