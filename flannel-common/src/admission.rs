@@ -16,7 +16,7 @@ use crate::{
     event::Event,
     maps::Config,
     packet::{Mac, is_unicast},
-    vxlan::{NEXT_HOP, NEXT_HOP_MAC},
+    vxlan::{NEXT_HOP_MAC, NEXT_HOPS},
 };
 
 /// The lease table as the admission needs it: BPF maps in the programs, collections in a model on the host.
@@ -149,7 +149,7 @@ pub enum Way {
 ///
 /// Programs and maps stay when the agent goes. Where flannel's daemon serves the host from then on, nobody keeps the maps,
 /// but flannel makes a neighbour and a route for each peer; and all routes of an agent lead to [`NEXT_HOP_MAC`]. So a way
-/// back by another MAC is somebody else's (but not by [`NEXT_HOP`], whoever changed its neighbour):
+/// back by another MAC is somebody else's (but not by one of [`NEXT_HOPS`], whoever changed its neighbour):
 /// * to a next hop as the leases know it, with the leaseholder's MAC: then only the leaseholder may send what comes from
 ///   there, and only to pods. That is what is behind another host, by a route of the operator's.
 /// * to any other: the leases know less than the kernel does, and it decides alone.
@@ -162,7 +162,7 @@ pub fn is_routed(owner_of: impl Fn(u32) -> Option<Owner>, refused: &Refused, way
     let Way::Overlay { next_hop, next_hop_mac, device_mac } = *way else {
         return matches!(way, Way::NoDevice);
     };
-    if next_hop_mac == NEXT_HOP_MAC || next_hop == NEXT_HOP {
+    if next_hop_mac == NEXT_HOP_MAC || NEXT_HOPS.contains(&next_hop) {
         return false;
     }
     let leaseholder = owner_of(next_hop).filter(|owner| owner.vtep_mac == next_hop_mac);

@@ -15,9 +15,9 @@ pub const OVERHEAD: u16 = 50;
 /// is theirs to encapsulate: what somebody else's route leads to another next hop is the kernel's. Locally administered.
 pub const NEXT_HOP_MAC: Mac = [0x02, 0, 0, 0, 0, 0x01];
 
-/// The next hop of an agent's shared routes, 169.254.1.1, in host order. It is nobody's: being link-local, it is no address
-/// of any lease.
-pub const NEXT_HOP: u32 = 0xa9fe_0101;
+/// The next hops that an agent's shared routes can have, in host order, in the order of preference. They are nobody's:
+/// link-local, RFC 7600's dummy address, and those of documentation (RFC 5737).
+pub const NEXT_HOPS: [u32; 5] = [0xa9fe_0101, 0xc000_0008, 0xc000_0201, 0xc633_6401, 0xcb00_7101];
 
 /// A VXLAN network identifier: 24 bits, and small enough that `flannel.<VNI>` is a valid interface name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -9,7 +9,10 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-use flannel_common::{packet::Mac, vxlan::NEXT_HOP_MAC};
+use flannel_common::{
+    packet::Mac,
+    vxlan::{self, NEXT_HOP_MAC},
+};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::Ipv4Net;
 use rtnetlink::{
@@ -36,14 +39,17 @@ const SHARED_METRIC: u32 = 8472;
 /// Next hops that those routes can have: the first that is no address of this host, where the kernel would refuse it
 /// (`fib_check_nh_nongw`), nor in the prefix of somebody else's address on `flannel.<VNI>`, which would be the source of what is
 /// masqueraded there (`nf_nat_masquerade_ipv4` asks `inet_select_addr` for the address nearest to the next hop). They are
-/// nobody's: link-local, RFC 7600's dummy address, and those of documentation (RFC 5737). The programs replace their MAC.
-pub const NEXT_HOPS: [Ipv4Addr; 5] = [
-    Ipv4Addr::new(169, 254, 1, 1),
-    Ipv4Addr::new(192, 0, 0, 8),
-    Ipv4Addr::new(192, 0, 2, 1),
-    Ipv4Addr::new(198, 51, 100, 1),
-    Ipv4Addr::new(203, 0, 113, 1),
-];
+/// nobody's; the programs replace their MAC.
+pub const NEXT_HOPS: [Ipv4Addr; 5] = {
+    let [a, b, c, d, e] = vxlan::NEXT_HOPS;
+    [
+        Ipv4Addr::from_bits(a),
+        Ipv4Addr::from_bits(b),
+        Ipv4Addr::from_bits(c),
+        Ipv4Addr::from_bits(d),
+        Ipv4Addr::from_bits(e),
+    ]
+};
 
 /// What is to lead into the device.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use flannel_common::{
     packet::Mac,
-    vxlan::{self, OVERHEAD, Vni},
+    vxlan::{OVERHEAD, Vni},
 };
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;

@@ -25,7 +25,7 @@
 //!
 //! One that refuses, crashes, hangs, or does nothing is left alone for ten minutes, or until it is another file, and
 //! iptables masquerades, if there is one. Where there is none, or nftables is what the config asks for, one that refuses is
-//! asked for less first ([`nft::Form`]). What its table still has stays: two that masquerade do what one does.
+//! asked for less first (`nft::Form`). What its table still has stays: two that masquerade do what one does.
 //!
 //! # How the kernel is reached
 //!

@@ -21,8 +21,9 @@ const INNER_AT: usize = INNER_ETHERNET_AT + ETHERNET;
 /// Addresses that no host can have (RFC 6890, as far as Linux has it so), without those of one's own broadcasts.
 const NOT_UNICAST: [([u8; 4], u32); 5] =
     [([0, 0, 0, 0], 32), ([127, 0, 0, 0], 8), ([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
-/// The next hop of an agent's routes, and what stands for its MAC.
-const NEXT_HOP: ([u8; 4], Mac) = ([169, 254, 1, 1], [2, 0, 0, 0, 0, 1]);
+/// The next hops that an agent's routes can have, and what stands for their MAC.
+const NEXT_HOPS: [[u8; 4]; 5] = [[169, 254, 1, 1], [192, 0, 0, 8], [192, 0, 2, 1], [198, 51, 100, 1], [203, 0, 113, 1]];
+const NEXT_HOP_MAC: Mac = [2, 0, 0, 0, 0, 1];
 
 /// A tunnel packet that may come in.
 struct Admitted {
@@ -189,7 +190,7 @@ impl World {
         };
         let Some(route) = self.route(from) else { return false };
         let (Some(next_hop), Some(next_hop_mac)) = (route.next_hop, route.next_hop_mac) else { return false };
-        if self.is_of_own_subnet(from) || next_hop == NEXT_HOP.0 || next_hop_mac == NEXT_HOP.1 {
+        if self.is_of_own_subnet(from) || NEXT_HOPS.contains(&next_hop) || next_hop_mac == NEXT_HOP_MAC {
             return false;
         }
         let as_leased = self.leaseholder(next_hop).filter(|peer| peer.vtep_mac == next_hop_mac);
