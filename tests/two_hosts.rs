@@ -163,8 +163,11 @@ fn no_kernel_object_belongs_to_a_peer() {
 
 #[test]
 fn peers_come_change_and_go() {
-    let world = World::with_agents(1);
-    let key = format!("{PREFIX}/subnets/10.5.200.0-24");
+    // Of the Network as a whole, which has one route, whoever leases what.
+    let world = World::with_any_subnet(1).ready(&[]);
+    let own = world.hosts[0].subnet().unwrap().gateway.octets()[2];
+    let subnet = if own == 200 { "10.5.201" } else { "10.5.200" };
+    let (key, pod) = (format!("{PREFIX}/subnets/{subnet}.0-24"), format!("{subnet}.1"));
     world.store.put(&key, &lease_value("192.168.64.50", "0a:00:00:00:00:50")).unwrap();
     // Nobody is there to answer ARP; the packet's way is all that counts.
     let goes_to = |world: &World, address: &str, mac: &str| {
@@ -172,7 +175,7 @@ fn peers_come_change_and_go() {
         netns.ip(&format!("neigh replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent")).unwrap();
         let packet =
             decoded_packet(netns, &format!("udp port 8472 and dst host {address}"), world.lab.directory(), || {
-                is_answered(netns, "10.5.200.1");
+                is_answered(netns, &pod);
                 Ok(())
             });
         packet.is_ok_and(|packet| packet.contains(&format!("Dst: {mac}")))
@@ -185,7 +188,7 @@ fn peers_come_change_and_go() {
     world.store.etcdctl(&["del", &key]).unwrap();
     wait_for("the peer to go", SOON, || {
         let before = world.counter(0, "encap_no_peer");
-        is_answered(&world.hosts[0].netns, "10.5.200.1");
+        is_answered(&world.hosts[0].netns, &pod);
         world.counter(0, "encap_no_peer") > before
     })
     .unwrap();

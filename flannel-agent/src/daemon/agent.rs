@@ -147,6 +147,7 @@ async fn make<'a>(
     }
     agent.netlink.remove_flannels_blackhole(agent.own.key.subnet).await?;
     agent.set_rules().await;
+    agent.watch(ResyncCause::Start);
     // First: the CNI plugin takes a subnet.env without a status beside it for another daemon's.
     agent.refresh();
     agent.write_record();
@@ -155,7 +156,6 @@ async fn make<'a>(
     agent.sweep(&link).await;
     info!("{} carries {} to {} peers", link.name, agent.own.key.subnet, agent.dataplane.peers.len());
 
-    agent.watch(ResyncCause::Start);
     let renew_interval = cli.renew_interval()?;
     let network = agent.network.clone();
     let heartbeat = health.heartbeat("lease");
@@ -402,6 +402,7 @@ impl Agent<'_> {
         let (sender, updates) = mpsc::channel(1024);
         // The watch before ends when nobody receives from it.
         self.updates = updates;
+        self.record.asks();
         tokio::spawn(self.registry.clone().watch(cause, sender, self.health.heartbeat("watch")));
     }
 

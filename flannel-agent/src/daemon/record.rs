@@ -194,6 +194,15 @@ impl Record {
         self.status_is_due = true;
     }
 
+    /// The store is about to be asked. Until then it was not away: what came before took its time.
+    pub(super) fn asks(&mut self) {
+        let store = &mut self.status.store;
+        if store.resyncs.is_empty() && store.problem.is_none() {
+            store.since = now();
+            self.status_is_due = true;
+        }
+    }
+
     pub(super) fn away(&mut self, reason: String) {
         let store = &mut self.status.store;
         if store.following || store.problem.is_none() {
