@@ -9,7 +9,7 @@ use xtask::{
 use crate::world::{World, is_answered};
 
 /// Host 0 is ours, host 1 flannel's, each knowing the other.
-fn mixed() -> World {
+pub fn mixed() -> World {
     let mut world = World::new(2);
     let kernel = world.hosts[1].become_kernel_vxlan(&world.store, 200).unwrap();
     world.hosts[1].add_pod_in(&kernel.subnet).unwrap();

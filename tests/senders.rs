@@ -11,6 +11,7 @@ use xtask::{
 };
 
 use crate::{
+    interoperation::mixed,
     sockets::{connection, listener_in},
     world::{SOON, World, agent, is_answered},
 };
@@ -50,14 +51,7 @@ fn a_pod_and_another_hosts_own_address() {
 
 #[test]
 fn a_pod_and_the_own_address_of_a_host_of_flannels() {
-    let mut world = World::new(2);
-    let kernel = world.hosts[1].become_kernel_vxlan(&world.store, 200).unwrap();
-    world.hosts[1].add_pod_in(&kernel.subnet).unwrap();
-    world.start(0, &[]);
-    world.hosts[0].wait_ready().unwrap();
-    world.hosts[0].add_pod().unwrap();
-    let third_octet = world.hosts[0].subnet().unwrap().gateway.octets()[2];
-    world.hosts[1].add_kernel_peer_from(&world.store, third_octet).unwrap();
+    let world = mixed();
     world.wait_connected(0, 1);
     assert_hosts_talk(&world);
 }
