@@ -299,7 +299,11 @@ fn where_leases_refuse_routes_of_others_are_asked() {
                     to_new_mac(NODE_TWO, POD_TWO, [10, 5, 50, 2]),
                     Event::AdmittedByRoute,
                 ),
-                ("a peer as it was, from another host", to_new_mac(STRANGER, POD_TWO, POD_ONE), Event::UnknownVtep),
+                (
+                    "a peer as it was, at another address",
+                    to_new_mac(STRANGER, POD_TWO, POD_ONE),
+                    Event::AdmittedByRoute,
+                ),
                 ("to an old MAC", from(STRANGER, pod_nine, POD_ONE), Event::UnknownVtep),
                 ("what flannel has no route for", to_new_mac(STRANGER, [10, 5, 10, 2], POD_ONE), Event::UnknownVtep),
                 ("our own subnet, whoever routes it", to_new_mac(NODE_TWO, [10, 5, 1, 200], POD_ONE), own),

@@ -344,6 +344,9 @@ fn a_route_of_others_through_the_device_carries_packets() {
     world.restart(0, &["--routes=leases"]);
     world.wait_mode(0, "leases");
     carries(&world, "with a route per lease");
+    // That to the lease itself stays the programs': what they admit by it is told from what another daemon's routes let in.
+    let (routes, _) = world.routes(0);
+    assert!(routes.contains("10.5.200.0/24 via 169.254.1.1 proto 72"), "{routes}");
     world.restart(0, &[]);
     carries(&world, "and without again");
     let tables = || {

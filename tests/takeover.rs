@@ -114,6 +114,24 @@ fn a_peer_that_comes_back_to_flannel_as_another_is_reached() {
     assert!(world.counter(0, "admitted_by_route") > 0);
 }
 
+/// A peer of ours keeps its MAC and its subnet where its host gets another address.
+#[test]
+fn a_peer_that_gets_another_address_is_reached() {
+    let mut world = world();
+    let [_, stays] = octets(&world);
+    stop(&mut world);
+    world.hosts[0].add_kernel_peer_from(&world.store, stays).unwrap();
+    world.wait_connected(0, 1);
+    let netns = &world.hosts[1].netns;
+    netns.ip("address flush dev eth0").unwrap();
+    netns.ip("address add 192.168.64.22/24 dev eth0").unwrap();
+    netns.ip("route add default via 192.168.64.254").unwrap();
+    let key = format!("{PREFIX}/subnets/10.5.{stays}.0-24");
+    wait_for("the new address", SOON, || world.store.get(&key).unwrap().contains("192.168.64.22")).unwrap();
+    world.hosts[0].add_kernel_peer_from(&world.store, stays).unwrap();
+    world.wait_connected(0, 1);
+}
+
 #[test]
 fn a_device_that_flannel_makes_anew_gets_its_packets() {
     let mut world = world();

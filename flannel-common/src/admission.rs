@@ -155,7 +155,8 @@ pub enum Way {
 /// * to any other: the leases know less than the kernel does, and it decides alone.
 ///
 /// Also where the leases still fit: a route of somebody else's to a leased subnet is of one who serves this host by now,
-/// with another lease of its own perhaps. What is for that one is the kernel's matter, too.
+/// with another lease of its own perhaps. What is for that one is the kernel's matter, too; and so is from where a packet of the
+/// leaseholder's comes: a host keeps its MAC when it gets another address.
 #[inline(always)]
 pub fn is_routed(owner_of: impl Fn(u32) -> Option<Owner>, refused: &Refused, way: &Way) -> bool {
     let Refused { outer_source, source, mac, is_to_vtep, is_to_pod } = *refused;
@@ -166,10 +167,12 @@ pub fn is_routed(owner_of: impl Fn(u32) -> Option<Owner>, refused: &Refused, way
         return false;
     }
     let leaseholder = owner_of(next_hop).filter(|owner| owner.vtep_mac == next_hop_mac);
-    if leaseholder.is_some_and(|owner| owner.address != outer_source) {
+    let source_owner = owner_of(source);
+    let is_hosts = |owner: Owner| source_owner.is_some_and(|of_source| of_source.address == owner.address);
+    if leaseholder.is_some_and(|owner| owner.address != outer_source && !is_hosts(owner)) {
         return false;
     }
-    if leaseholder.is_none() || owner_of(source).is_some() {
+    if leaseholder.is_none() || source_owner.is_some() {
         return mac == device_mac;
     }
     is_to_vtep && is_to_pod

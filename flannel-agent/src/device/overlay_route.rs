@@ -164,8 +164,11 @@ impl Netlink {
             ensured.repairs.push(Repair::ForwardingEntry);
         }
         let neighbours = self.permanent_neighbours(link).await?;
-        let own = routes.leases.iter().map(Ipv4Net::network).chain((!routes.shared.is_empty()).then_some(gateway));
-        let own: HashSet<Ipv4Addr> = own.filter(|address| !next_hops.contains_key(address)).collect();
+        // A next hop with a host's own MAC is that of others' routes alone: what goes to a lease, and what may come from there, is
+        // the programs' matter (`flannel_common::admission::is_routed`).
+        let via = |lease: &Ipv4Net| if next_hops.contains_key(&lease.network()) { gateway } else { lease.network() };
+        let own: HashSet<Ipv4Addr> =
+            routes.leases.iter().map(via).chain((!routes.shared.is_empty()).then_some(gateway)).collect();
         for address in own.iter().filter(|address| neighbours.get(address) != Some(&NEXT_HOP_MAC)) {
             self.set_neighbour(link, *address, NEXT_HOP_MAC).await?;
             // Unless it is now that nobody else's route needs it.
@@ -181,7 +184,8 @@ impl Netlink {
         }
 
         let shared = routes.shared.iter().map(|prefix| Wanted::shared(*prefix, gateway, routes.source));
-        let leases = routes.leases.iter().map(|lease| Wanted::of_lease(*lease, routes.source));
+        let leases =
+            routes.leases.iter().map(|lease| Wanted { gateway: via(lease), ..Wanted::of_lease(*lease, routes.source) });
         let wanted: HashSet<Wanted> = shared.chain(leases).collect();
         // Beside which another is added, where only one could be.
         let former: HashSet<_> = there.iter().filter(|route| is_ours(route) || is_flannels(route)).map(place).collect();

@@ -195,7 +195,11 @@ impl World {
         }
         let as_leased = self.leaseholder(next_hop).filter(|peer| peer.vtep_mac == next_hop_mac);
         match (as_leased, self.leaseholder(from)) {
-            (Some(peer), _) if peer.address != sender => false,
+            (Some(peer), of_source)
+                if peer.address != sender && of_source.is_none_or(|of_source| of_source.address != peer.address) =>
+            {
+                false
+            }
             // A site behind that host.
             (Some(_), None) => mac == self.config.vtep_mac && self.is_of_own_subnet(to),
             // Another daemon keeps the peers, and says what is whose.
