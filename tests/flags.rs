@@ -104,7 +104,7 @@ fn what_is_refused_is_named_as_it_was_written() {
             &["--public-ipv6=fd00::1"],
             "--public-ipv6: IPv6 between hosts is not supported by this agent; leave it out, or empty",
         ),
-        (&["-healthz-port="], "invalid value \"\" for -healthz-port: expected a number of at most 65535"),
+        (&["-healthz-port=x"], "invalid value \"x\" for -healthz-port: expected a number of at most 65535"),
         (
             &["-ip-masq", "false"],
             "unexpected argument \"false\": the value of -ip-masq goes behind \"=\", as in -ip-masq=false",

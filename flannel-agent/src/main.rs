@@ -8,6 +8,7 @@ use flannel_agent::{
     daemon::{self, DaemonError},
     docker_opts, escape, operator,
 };
+use nix::sys::signal::{SigHandler, Signal, signal};
 use tracing::{error, warn};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -21,6 +22,9 @@ async fn main() -> ExitCode {
         // To stderr, as flannel does.
         eprintln!("{}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
+    }
+    if cli.command.is_some() {
+        end_with_the_reader();
     }
     start_log(&cli);
     for notice in &cli.notices {
@@ -50,6 +54,14 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         Some(Command::DockerOpts(options)) => docker_opts::run(options)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has a command end in silence where nobody reads any more what it prints (`... | head`), as others do.
+fn end_with_the_reader() {
+    // SAFETY: the default action runs no code of this process. Nothing else of it has set up signals yet.
+    let set = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
+    // Then the worst is a message more.
+    let _ignored = set;
 }
 
 fn start_log(cli: &Cli) {

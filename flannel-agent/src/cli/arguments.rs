@@ -5,7 +5,6 @@
 //! given again counts as it is given last. An empty text is none.
 
 use std::{
-    any::TypeId,
     ffi::{OsStr, OsString},
     iter::Peekable,
     os::unix::ffi::{OsStrExt as _, OsStringExt as _},
@@ -59,7 +58,7 @@ impl Arguments {
                 return Err(unknown(flag.written, definition.get_arguments()));
             };
             let given = flag.with_value(known, &mut args)?;
-            check(definition, known, &given)?;
+            check(definition, &given)?;
             arguments.flags.push(given);
         }
         Ok(arguments)
@@ -118,7 +117,7 @@ pub(super) fn variables(
         let written = format!("FLANNELD_{}", name.to_uppercase().replace(['-', '.'], "_"));
         let Some(value) = variable(&written).filter(|value| !value.is_empty()) else { continue };
         let flag = Given { name: name.to_owned(), written, value };
-        match check(definition, known, &flag) {
+        match check(definition, &flag) {
             Ok(()) => found.push(flag),
             Err(error) => notices.push(format!("{error}; going on without it")),
         }
@@ -198,12 +197,9 @@ impl Flag {
 }
 
 /// Whether a flag has this value, by itself.
-fn check(definition: &Command, known: &Arg, given: &Given) -> Result<(), UsageError> {
-    let parser = known.get_value_parser().type_id();
-    let is_text = ![TypeId::of::<bool>(), TypeId::of::<u32>(), TypeId::of::<i32>(), TypeId::of::<i64>()]
-        .iter()
-        .any(|number| parser == *number);
-    if is_text && given.value.is_empty() {
+fn check(definition: &Command, given: &Given) -> Result<(), UsageError> {
+    // As a template leaves it: not given. Go refuses it of numbers and switches.
+    if given.value.is_empty() {
         return Ok(());
     }
     let Err(error) = definition.clone().try_get_matches_from([OsString::from("x"), given.for_clap()]) else {

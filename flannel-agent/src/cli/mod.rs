@@ -208,8 +208,10 @@ pub enum Output {
 
 /// flannel's message for the same.
 #[derive(Debug, thiserror::Error)]
-#[error("Invalid subnet-lease-renew-margin option, out of acceptable range")]
-pub struct InvalidMargin;
+#[error(
+    "Invalid subnet-lease-renew-margin option, out of acceptable range: it is {0}, and has to be 1 to 1439 (minutes)"
+)]
+pub struct InvalidMargin(i64);
 
 impl Cli {
     /// The command line of this process. Says what is wrong with it, or what was asked for, and exits, where it can't
@@ -316,7 +318,7 @@ impl Cli {
         // flannel's range; its term is a day.
         let margin = match self.subnet_lease_renew_margin {
             margin @ 1..=1439 => Duration::from_secs(margin.unsigned_abs() * 60),
-            _ => return Err(InvalidMargin),
+            margin => return Err(InvalidMargin(margin)),
         };
         let third = self.lease_ttl() / 3;
         Ok(match self.lease_ttl().checked_sub(margin) {

@@ -224,8 +224,19 @@ impl Agent<'_> {
         let made = Some((link.clone(), wanted));
         let is_repair = state.made == made;
         state.made = made;
-        self.record.waiting(TAKEN, taken(&ensured.taken));
+        let mut elsewhere = ensured.taken;
+        if routing == Routing::Shared {
+            elsewhere.extend(self.led_elsewhere());
+        }
+        self.record.waiting(TAKEN, taken(&elsewhere));
         Ok(if is_repair { ensured.repairs } else { Vec::new() })
+    }
+
+    /// The leases that a route of somebody else's leads elsewhere, since it is more specific than the shared ones.
+    fn led_elsewhere(&self) -> impl Iterator<Item = Ipv4Net> {
+        let within = &self.routes.host.within;
+        let is_led = |lease: &Ipv4Net| within.iter().any(|route| route.contains(lease) || lease.contains(route));
+        self.table.iter().map(|(lease, _)| *lease).filter(move |lease| is_led(lease))
     }
 
     /// Brings the routes up by one change of the peers.

@@ -34,6 +34,9 @@ const DATAGRAM_LEN: usize = 1 << 15;
 /// For bursts of changes; more are said to have been too many.
 const EVENT_BUFFER_LEN: usize = 1 << 20;
 
+/// Of routes that somebody else has within the shared ones, no more are looked at: that is a mistake, and a few show it.
+const MOST_WITHIN: usize = 64;
+
 /// What the agent has to do with routes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interest {
@@ -76,6 +79,8 @@ impl Interest {
 pub struct HostRoutes {
     /// Somebody else's route with a prefix of the shared ones, and where it leads, in words.
     pub foreign: Option<(Ipv4Net, String)>,
+    /// Routes of somebody else's within the shared ones, this host's own subnet aside. The first [`MOST_WITHIN`].
+    pub within: Vec<Ipv4Net>,
     /// Gateways of default routes.
     pub gateways: Vec<Ipv4Addr>,
     /// Devices that part of this host's subnet is routed to.
@@ -114,6 +119,11 @@ impl Netlink {
                 let is_shared = interest.prefixes.contains(&prefix) && prefix != interest.subnet;
                 if is_shared && !is_ours {
                     found.1.get_or_insert((prefix, route.gateway(), route.output()));
+                }
+                let is_within = !is_shared && interest.prefixes.iter().any(|shared| shared.contains(&prefix));
+                if is_within && !is_overlay && !interest.subnet.contains(&prefix) && found.0.within.len() < MOST_WITHIN
+                {
+                    found.0.within.push(prefix);
                 }
             })
             .await?;
