@@ -444,6 +444,23 @@ fn a_route_per_lease_with_hosts_of_flannels() {
 }
 
 #[test]
+fn a_way_that_comes_and_goes_decides_again_at_once() {
+    const ROUNDS: u32 = 3;
+    let world = World::with_any_subnet(1).ready(&[]);
+    world.store.put(&format!("{PREFIX}/subnets/10.5.7.0-24"), &lease_value("10.5.250.9", "0a:00:00:00:00:09")).unwrap();
+    world.wait_mode(0, "leases");
+    // The periodic comparison would see each change too: ten seconds after the last.
+    let begun = Instant::now();
+    for _round in 0..ROUNDS {
+        world.on_host(0, &["ip route add 10.5.250.9/32 via 192.168.64.254"]);
+        world.wait_mode(0, "network");
+        world.on_host(0, &["ip route delete 10.5.250.9/32"]);
+        world.wait_mode(0, "leases");
+    }
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+}
+
+#[test]
 fn routes_of_others_that_come_and_go_cost_nothing() {
     /// More would take longer to load than all the rest.
     const ROUTES: u32 = 20_000;
@@ -460,8 +477,8 @@ fn routes_of_others_that_come_and_go_cost_nothing() {
         let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().map(str::to_owned).collect();
         [11, 12].iter().map(|field| fields[*field].parse::<u64>().unwrap()).sum::<u64>()
     };
-    let before = ticks();
-    let begun = Instant::now();
+    let share = |before: u64, begun: Instant| (ticks() - before) as f64 / 100.0 / begun.elapsed().as_secs_f64();
+    let (before, begun) = (ticks(), Instant::now());
     let mut took = Duration::ZERO;
     for round in 0..100u32 {
         world.hosts[0].netns.ip(&format!("route add 101.0.{round}.0/24 via 192.168.64.254")).unwrap();
@@ -476,10 +493,18 @@ fn routes_of_others_that_come_and_go_cost_nothing() {
         }
         thread::sleep(Duration::from_millis(50));
     }
-    // A hundred a second.
-    let share = (ticks() - before) as f64 / 100.0 / begun.elapsed().as_secs_f64();
-    println!("{:.1} % of a core, a peer in {took:?}", share * 100.0);
-    assert!(share < 0.1, "{share} of a core");
+    let of_others = share(before, begun);
+    // One of them is the way to the peer.
+    let (before, begun) = (ticks(), Instant::now());
+    for round in 0..60 {
+        let what = if round % 2 == 0 { "add" } else { "delete" };
+        world.hosts[0].netns.ip(&format!("route {what} 192.168.64.9/32 via 192.168.64.254")).unwrap();
+        thread::sleep(Duration::from_millis(50));
+    }
+    let of_the_way = share(before, begun);
+    println!("{:.1} % and {:.1} % of a core, a peer in {took:?}", of_others * 100.0, of_the_way * 100.0);
+    assert!(of_others < 0.04, "{of_others} of a core");
+    assert!(of_the_way < 0.1, "{of_the_way} of a core, where a peer's way changes");
     assert!(took < Duration::from_secs(1), "{took:?}");
     world.hosts[0].agent = None;
 }

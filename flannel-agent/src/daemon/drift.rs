@@ -80,8 +80,10 @@ impl Agent<'_> {
         if event == Changed::Topology {
             self.follow_external().await;
         }
-        if event != Changed::Neighbour {
-            self.ensure_or_say().await;
+        match event {
+            Changed::Neighbour => {}
+            Changed::Way => self.choose_routes_again().await,
+            Changed::Route | Changed::Topology => self.ensure_or_say().await,
         }
         if let Err(error) = self.compare(event).await {
             warn!("{error}; comparing again in {COMPARE_PERIOD:?}");

@@ -178,6 +178,16 @@ impl Agent<'_> {
         Ok(routing)
     }
 
+    /// Decides again, and looks at the routes only where that comes out otherwise.
+    pub(super) async fn choose_routes_again(&mut self) {
+        let before = self.routes.routing();
+        match self.choose_routes().await {
+            Ok(routing) if before == Some(routing) => {}
+            Ok(_) => self.ensure_or_say().await,
+            Err(error) => warn!("{error}; comparing again later"),
+        }
+    }
+
     async fn obstacle(&self) -> Result<Option<Obstacle>, DeviceError> {
         if let Some((prefix, to)) = self.routes.host.foreign.clone() {
             return Ok(Some(Obstacle::ForeignRoute { prefix, to }));

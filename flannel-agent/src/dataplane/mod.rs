@@ -238,6 +238,8 @@ impl Parameters {
             BpfLogLevel::Trace => aya_log::Level::Trace as u8,
         };
         let mut loader = EbpfLoader::new();
+        // The programs read no structures of the kernel's: its types, which the loader has read, are let go before the rest.
+        loader.btf(None);
         loader.override_global(CONFIG, &self.config, true).override_global(aya_log::LEVEL, &level, true);
         for map in &pins::layout(self.capacity) {
             loader.map_max_entries(map.name, map.max_entries).map_pin_path(map.name, pins.map(map.name));

@@ -59,12 +59,17 @@ impl Interest {
         if is_into_overlay && is_new && route.protocol() == PROTOCOL {
             return None;
         }
-        let is_scan_due = self.prefixes.contains(&prefix) || self.subnet.contains(&prefix) || prefix.prefix_len() == 0;
-        if !is_into_overlay && !is_scan_due && !self.has_address_in(prefix) {
-            return None;
-        }
-        // With the default route the external interface may be another.
-        let kind = if prefix.prefix_len() == 0 { Changed::Topology } else { Changed::Route };
+        // Another table's, as VPNs have, can only be the way to an address.
+        let is_default = prefix.prefix_len() == 0 && route.is_of_main_table();
+        let is_beside = self.prefixes.contains(&prefix) && route.is_of_main_table();
+        let is_scan_due = is_default || is_beside || self.subnet.contains(&prefix);
+        let kind = match (is_into_overlay || is_scan_due, self.has_address_in(prefix)) {
+            // The external interface may be another.
+            _ if is_default => Changed::Topology,
+            (true, _) => Changed::Route,
+            (false, true) => Changed::Way,
+            (false, false) => return None,
+        };
         Some(DeviceEvent { kind, ifindex: None, prefix: Some(prefix), is_scan_due })
     }
 
@@ -311,8 +316,16 @@ mod tests {
             assert_eq!(event(true, route(elsewhere, 2, other)), None, "{elsewhere}");
         }
         for peer in ["192.168.64.2/32", "192.168.65.0/24", "192.168.0.0/16"] {
-            assert_eq!(event(false, route(peer, 2, other)), Some((Changed::Route, false)), "{peer}");
+            assert_eq!(event(false, route(peer, 2, other)), Some((Changed::Way, false)), "{peer}");
         }
+        let elsewhere = |prefix: &str| {
+            let mut route = route(prefix, 2, other);
+            route.header.table = 100;
+            route
+        };
+        assert_eq!(event(true, elsewhere("0.0.0.0/0")), Some((Changed::Way, false)));
+        assert_eq!(event(true, elsewhere("10.5.0.0/16")), None);
+        assert_eq!(event(true, elsewhere("10.5.43.7/32")), Some((Changed::Route, true)));
         assert_eq!(event(true, route("0.0.0.0/0", 2, other)), Some((Changed::Topology, true)));
         assert_eq!(event(true, route("10.5.0.0/16", 2, other)), Some((Changed::Route, true)));
         assert_eq!(event(true, route("10.5.43.7/32", 5, other)), Some((Changed::Route, true)));

@@ -86,7 +86,10 @@ impl DeviceError {
 pub enum Changed {
     /// A neighbour: a next hop's MAC may be known, changed or unsure now.
     Neighbour,
-    /// A route: the next hops of what it leads to may be others. Or what leads into the overlay.
+    /// A route to a peer, or to something else that this host needs: it may have another next hop.
+    Way,
+    /// A route into the overlay, or one that may be beside it. To look at these costs by all routes of the host: the kernel
+    /// passes over each that leads elsewhere.
     Route,
     /// An address or a link: all next hops may be others. Or a link's queue.
     Topology,
