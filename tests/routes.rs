@@ -147,6 +147,23 @@ fn an_administrators_route_is_respected_whenever_it_comes() {
     assert!(has(&world), "cleanup took it");
 }
 
+/// One that is more specific, which the kernel prefers.
+#[test]
+fn a_route_of_others_within_the_shared_one_is_told_of() {
+    let mut world = World::configured(2, r#""Network": "10.5.0.0/16""#).ready(&[]);
+    world.wait_connected(0, 1);
+    let subnet = world.overlay_address(1);
+    world.on_host(0, &[&format!("ip route add {subnet}/24 via 192.168.64.254 dev eth0")]);
+    // What is told by no event is found at the start, and once a minute.
+    world.hosts[0].agent = None;
+    world.start(0, &[]);
+    let expected = format!("1 of the leases is led elsewhere by a route of somebody else's, which stays: {subnet}/24");
+    let told =
+        wait_for("the route to be told of", SOON, || world.status(0)["troubles"].to_string().contains(&expected));
+    assert!(told.is_ok(), "{:#}", world.status(0));
+    assert_eq!(world.status(0)["status"]["routes"]["mode"], "network");
+}
+
 #[test]
 fn routes_are_switched_both_ways_without_a_loss() {
     let world = World::configured(2, r#""Network": "10.5.0.0/16""#).ready(&[]);

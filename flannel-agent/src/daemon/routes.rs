@@ -301,8 +301,11 @@ impl Agent<'_> {
 
 fn taken(leases: &[Ipv4Net]) -> Option<String> {
     let named: Vec<_> = leases.iter().take(MOST_NAMED).map(Ipv4Net::to_string).collect();
-    (!named.is_empty())
-        .then(|| format!("{} leases have a route of somebody else's, which stays: {}", leases.len(), named.join(", ")))
+    let are = if leases.len() == 1 { "is" } else { "are" };
+    (!named.is_empty()).then(|| {
+        let (count, named) = (leases.len(), named.join(", "));
+        format!("{count} of the leases {are} led elsewhere by a route of somebody else's, which stays: {named}")
+    })
 }
 
 async fn scan(netlink: Netlink, interest: Interest, endpoints: Vec<String>) -> Scan {
