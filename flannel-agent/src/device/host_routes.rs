@@ -84,7 +84,7 @@ impl Interest {
 pub struct HostRoutes {
     /// Somebody else's route with a prefix of the shared ones, and where it leads, in words.
     pub foreign: Option<(Ipv4Net, String)>,
-    /// Routes of somebody else's within the shared ones, this host's own subnet aside. The first [`MOST_WITHIN`].
+    /// Routes of somebody else's within the shared ones, this host's own subnet aside. The first of them, where there are many.
     pub within: Vec<Ipv4Net>,
     /// Gateways of default routes.
     pub gateways: Vec<Ipv4Addr>,
