@@ -229,7 +229,8 @@ fn addresses_of_others_on_the_device_and_on_lo_change_nothing() {
     expect(&world, "nothing of others any more");
 }
 
-/// Hosts in 10.1.0.0/24 and 10.2.0.0/24 behind their gateways, and whatever else in 10/8 is asked for behind these.
+/// Hosts in 10.201.0.0/24 and 10.202.0.0/24 behind their gateways, and whatever else in 10/8 is asked for behind these. None of
+/// it is in the first hundred subnets, which leases are taken from.
 fn routed(world: &mut World, etcd: &str, others: &[&str]) -> Vec<String> {
     let underlay = &world.lab.underlay;
     underlay.exec("sysctl -qw net.ipv4.ip_forward=1").unwrap();
@@ -239,7 +240,7 @@ fn routed(world: &mut World, etcd: &str, others: &[&str]) -> Vec<String> {
     let (_, port) = world.store.endpoint().rsplit_once(':').unwrap();
     let to_store = format!("-d {etcd} -p tcp --dport {port} -j DNAT --to-destination 192.168.64.254:{port}");
     underlay.exec(&format!("iptables -t nat -A PREROUTING {to_store}")).unwrap();
-    for (number, host) in (1..).zip(&world.hosts) {
+    for (number, host) in (201..).zip(&world.hosts) {
         underlay.ip(&format!("address add 10.{number}.0.254/24 dev br0")).unwrap();
         host.netns.ip("address flush dev eth0").unwrap();
         host.netns.ip(&format!("address add 10.{number}.0.1/24 dev eth0")).unwrap();
@@ -295,7 +296,7 @@ fn the_documented_config_with_all_that_a_host_needs_behind_the_default_gateway()
         }
         world.wait_connected(0, 1);
         assert_eq!(world.routes(0).1, reason);
-        for needed in [etcd, resolver, "10.2.0.1", "10.1.0.254"] {
+        for needed in [etcd, resolver, "10.202.0.1", "10.201.0.254"] {
             assert!(is_answered(&world.hosts[0].netns, needed), "{needed}: {reason}");
         }
     }
