@@ -58,10 +58,10 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
 
 /// Has a command end in silence where nobody reads any more what it prints (`... | head`), as others do.
 fn end_with_the_reader() {
-    // SAFETY: the default action runs no code of this process. Nothing else of it has set up signals yet.
-    let set = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
-    // Then the worst is a message more.
-    let _ignored = set;
+    // SAFETY: the default action runs no code of this process, and nothing else of it has set up signals yet.
+    if let Err(error) = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) } {
+        eprintln!("restore the default action of SIGPIPE: {error}");
+    }
 }
 
 fn start_log(cli: &Cli) {
