@@ -1,6 +1,7 @@
 //! Sockets within a lab's namespaces, and bytes that tell where they belong.
 
 use std::{
+    io::ErrorKind,
     net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
 };
@@ -12,7 +13,7 @@ use nix::sys::{
     },
     time::TimeVal,
 };
-use xtask::lab::Netns;
+use xtask::{lab::Netns, progress::wait_for};
 
 use crate::world::SOON;
 
@@ -21,9 +22,19 @@ pub fn within<T: Send>(netns: &Netns, make: impl FnOnce() -> T + Send) -> T {
     netns.within(make).unwrap()
 }
 
-/// A UDP socket of a namespace.
+/// A UDP socket of a namespace. A program that another test has just started may hold the one before on that port, until
+/// it has begun (close-on-exec).
 pub fn socket_in(netns: &Netns, address: SocketAddrV4) -> UdpSocket {
-    within(netns, move || UdpSocket::bind(address).unwrap())
+    let mut socket = None;
+    let bound = wait_for("the port", SOON, || {
+        socket = within(netns, move || match UdpSocket::bind(address) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => None,
+            result => Some(result.unwrap()),
+        });
+        socket.is_some()
+    });
+    bound.unwrap();
+    socket.unwrap()
 }
 
 /// A TCP socket of a namespace that listens.

@@ -8,7 +8,6 @@
 use std::net::Ipv4Addr;
 
 use flannel_common::vxlan::Vni;
-use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
     RouteMessageBuilder,
@@ -73,8 +72,7 @@ impl Netlink {
     async fn blackholes(&self) -> Result<Vec<RouteMessage>, DeviceError> {
         // The kernel leaves out all others.
         let all = RouteMessageBuilder::<Ipv4Addr>::new().protocol(RouteProtocol::Unspec).kind(RouteType::BlackHole);
-        let dump = self.strict.route().get(all.build()).execute();
-        dump.try_collect().await.map_err(DeviceError::call("list", "routes"))
+        self.dump("routes", || self.strict.route().get(all.build()).execute()).await
     }
 }
 

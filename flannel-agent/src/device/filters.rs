@@ -1,6 +1,5 @@
 //! Programs that are attached as filters of the clsact qdisc, as where the kernel has no TCX.
 
-use futures_util::TryStreamExt as _;
 use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
 use super::{DeviceError, Netlink};
@@ -34,11 +33,7 @@ impl Netlink {
             Side::Ingress => filters.ingress(),
             Side::Egress => filters.egress(),
         };
-        let filters: Vec<TcMessage> = filters
-            .execute()
-            .try_collect()
-            .await
-            .map_err(DeviceError::call("list", format!("the filters of device {ifindex}")))?;
+        let filters = self.dump(format!("the filters of device {ifindex}"), || filters.execute()).await?;
         Ok(filters.iter().filter_map(program_filter).collect())
     }
 }

@@ -3,7 +3,6 @@
 use std::net::Ipv4Addr;
 
 use flannel_common::vxlan::NEXT_HOP_MAC;
-use futures_util::TryStreamExt as _;
 use rtnetlink::packet_route::{
     AddressFamily,
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
@@ -23,9 +22,8 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn flannels_peers(&self, ifindex: u32) -> Result<Vec<String>, DeviceError> {
-        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
-        let entries: Vec<NeighbourMessage> =
-            dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+        let ask = || self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries = self.dump("neighbours", ask).await?;
         let next_hops: Vec<Ipv4Addr> = entries.iter().filter_map(|entry| others_next_hop(entry, ifindex)).collect();
         if next_hops.is_empty() {
             return Ok(Vec::new());
@@ -39,9 +37,8 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn has_our_next_hop(&self, ifindex: u32) -> Result<bool, DeviceError> {
-        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
-        let entries: Vec<NeighbourMessage> =
-            dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+        let ask = || self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries = self.dump("neighbours", ask).await?;
         Ok(entries.iter().any(|entry| entry.header.ifindex == ifindex && has_our_mac(entry)))
     }
 }

@@ -22,7 +22,7 @@ use std::{
 };
 
 use flannel_common::packet::Mac;
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::{StreamExt as _, TryStream, TryStreamExt as _};
 use ipnet::Ipv4Net;
 use rtnetlink::{
     Handle, MulticastGroup, new_connection_with_strict_check, new_multicast_connection,
@@ -33,7 +33,10 @@ use rtnetlink::{
         link::{LinkAttribute, LinkLayerType, LinkMessage},
     },
 };
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::{Mutex, mpsc},
+    task::JoinHandle,
+};
 
 use self::host_routes::{Interest, RouteEvents};
 pub use self::pods::PodLink;
@@ -189,6 +192,8 @@ pub struct Netlink {
     handle: Handle,
     /// Has the kernel look at what a dump is asked for by (`NETLINK_GET_STRICT_CHK`), and leave out the rest.
     strict: Handle,
+    /// Whose turn it is to ask for one.
+    dumps: Arc<Mutex<()>>,
     interest: Arc<RwLock<Option<Interest>>>,
 }
 
@@ -221,7 +226,18 @@ impl Netlink {
             };
             tokio::join!(connection, strict_connection, forward);
         });
-        Ok((Self { handle, strict, interest }, receiver, connection))
+        Ok((Self { handle, strict, dumps: Arc::default(), interest }, receiver, connection))
+    }
+
+    /// All that the kernel has of something. One at a time: a socket that has still to be told the rest of one is refused
+    /// another (EBUSY; `__netlink_dump_start`, net/netlink/af_netlink.c).
+    async fn dump<S: TryStream<Error = rtnetlink::Error>>(
+        &self,
+        subject: impl ToString,
+        ask: impl FnOnce() -> S,
+    ) -> Result<Vec<S::Ok>, DeviceError> {
+        let _turn = self.dumps.lock().await;
+        ask().try_collect().await.map_err(DeviceError::call("list", subject))
     }
 
     /// The link of that name, if there is one.
@@ -242,25 +258,14 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn links(&self) -> Result<Vec<Link>, DeviceError> {
-        let links = self.handle.link().get().execute();
-        links
-            .map_ok(|message| Link::from_message(&message))
-            .try_collect()
-            .await
-            .map_err(DeviceError::call("list", "links"))
+        let messages = self.dump("links", || self.handle.link().get().execute()).await?;
+        Ok(messages.iter().map(Link::from_message).collect())
     }
 
     /// The IPv4 addresses of all links, the best of each link first: global before link-local, permanent before
     /// dynamic (flannel: pkg/ip/iface.go).
     async fn addresses(&self) -> Result<Vec<(u32, Ipv4Addr)>, DeviceError> {
-        let messages: Vec<AddressMessage> = self
-            .handle
-            .address()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(DeviceError::call("list", "addresses"))?;
+        let messages = self.dump("addresses", || self.handle.address().get().execute()).await?;
         let mut addresses: Vec<_> = messages.iter().filter_map(usable_address).collect();
         addresses.sort_by_key(|(rank, ..)| *rank);
         Ok(addresses.into_iter().map(|(_, index, address)| (index, address)).collect())

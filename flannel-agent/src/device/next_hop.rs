@@ -64,9 +64,8 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn neighbours(&self) -> Result<HashMap<NextHop, Mac>, DeviceError> {
-        let dump = self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
-        let entries: Vec<NeighbourMessage> =
-            dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+        let ask = || self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries = self.dump("neighbours", ask).await?;
         Ok(entries.iter().filter_map(confirmed).collect())
     }
 }

@@ -260,8 +260,7 @@ impl Netlink {
             .protocol(RouteProtocol::Unspec)
             .kind(RouteType::Unspec)
             .output_interface(ifindex);
-        let dump = self.strict.route().get(all.build()).execute();
-        dump.try_collect().await.map_err(DeviceError::call("list", "routes"))
+        self.dump("routes", || self.strict.route().get(all.build()).execute()).await
     }
 
     /// Adds a route, beside a former one of ours where there is such a one. `false` where somebody else has it.
@@ -293,9 +292,7 @@ impl Netlink {
 
     /// The first next hop that can be one.
     async fn free_next_hop(&self, link: &Link, source: Ipv4Addr) -> Result<Ipv4Addr, DeviceError> {
-        let dump = self.handle.address().get().execute();
-        let addresses: Vec<AddressMessage> =
-            dump.try_collect().await.map_err(DeviceError::call("list", "addresses"))?;
+        let addresses = self.dump("addresses", || self.handle.address().get().execute()).await?;
         let is_taken = |next_hop: &Ipv4Addr| {
             addresses.iter().any(|message| {
                 let is_foreign = message.header.index == link.index && local(message) != Some(source);

@@ -3,7 +3,6 @@
 use std::collections::{HashMap, HashSet};
 
 use flannel_common::packet::Mac;
-use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::packet_route::{
     AddressFamily,
@@ -36,8 +35,7 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn pods(&self, subnet: Ipv4Net, routed: &HashSet<u32>) -> Result<Vec<PodLink>, DeviceError> {
-        let links: Vec<LinkMessage> =
-            self.handle.link().get().execute().try_collect().await.map_err(DeviceError::call("list", "links"))?;
+        let links = self.dump("links", || self.handle.link().get().execute()).await?;
         let veths: Vec<_> = links.iter().filter_map(Veth::of).collect();
         if veths.is_empty() {
             return Ok(Vec::new());
@@ -59,9 +57,8 @@ impl Netlink {
     pub async fn macs_behind(&self) -> Result<HashMap<u32, Mac>, DeviceError> {
         let mut macs = HashMap::new();
         for family in [AddressFamily::Inet, AddressFamily::Bridge] {
-            let dump = self.handle.neighbours().get().set_address_family(family).execute();
-            let entries: Vec<NeighbourMessage> =
-                dump.try_collect().await.map_err(DeviceError::call("list", "neighbours"))?;
+            let ask = || self.handle.neighbours().get().set_address_family(family).execute();
+            let entries = self.dump("neighbours", ask).await?;
             macs.extend(entries.iter().filter_map(mac_behind));
         }
         Ok(macs)
@@ -69,9 +66,7 @@ impl Netlink {
 
     /// The devices with a queueing discipline that may hold packets back.
     async fn queued(&self) -> Result<HashSet<u32>, DeviceError> {
-        let disciplines = self.handle.qdisc().get().execute();
-        let disciplines: Vec<TcMessage> =
-            disciplines.try_collect().await.map_err(DeviceError::call("list", "queueing disciplines"))?;
+        let disciplines = self.dump("queueing disciplines", || self.handle.qdisc().get().execute()).await?;
         Ok(disciplines.iter().filter(|discipline| holds_back(discipline)).map(|tc| tc.header.index as u32).collect())
     }
 }

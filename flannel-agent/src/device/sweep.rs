@@ -4,7 +4,6 @@
 use std::{collections::HashSet, net::Ipv4Addr};
 
 use flannel_common::{packet::Mac, vxlan::NEXT_HOP_MAC};
-use futures_util::TryStreamExt as _;
 use rtnetlink::packet_route::{
     AddressFamily,
     neighbour::{NeighbourAttribute, NeighbourMessage},
@@ -84,9 +83,8 @@ impl Netlink {
     }
 
     async fn entries(&self, link: &Link, family: AddressFamily) -> Result<Vec<NeighbourMessage>, DeviceError> {
-        let dump = self.handle.neighbours().get().set_address_family(family).execute();
-        let entries: Vec<NeighbourMessage> =
-            dump.try_collect().await.map_err(DeviceError::call("list the neighbours of", &link.name))?;
+        let ask = || self.handle.neighbours().get().set_address_family(family).execute();
+        let entries = self.dump(format!("the neighbours of {}", link.name), ask).await?;
         Ok(entries.into_iter().filter(|entry| entry.header.ifindex == link.index).collect())
     }
 

@@ -6,7 +6,6 @@ use flannel_common::{
     packet::Mac,
     vxlan::{OVERHEAD, Vni},
 };
-use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec, LinkVxlan,
@@ -195,15 +194,8 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn ensure_address(&self, link: &Link, network: Ipv4Net, address: Ipv4Addr) -> Result<bool, DeviceError> {
-        let existing: Vec<AddressMessage> = self
-            .handle
-            .address()
-            .get()
-            .set_link_index_filter(link.index)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(DeviceError::call("list the addresses of", &link.name))?;
+        let ask = || self.handle.address().get().set_link_index_filter(link.index).execute();
+        let existing = self.dump(format!("the addresses of {}", link.name), ask).await?;
         let local = |message: &AddressMessage| {
             message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),

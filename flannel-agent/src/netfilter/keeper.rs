@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{
     Masquerade, NetfilterError, Preference, Rules,
-    kernel::{Kernel, Mode, State},
+    kernel::{Kernel, Mode, Set, State},
 };
 use crate::status::RulesStatus;
 
@@ -130,17 +130,22 @@ impl Upkeep {
             if now == *left {
                 return Ok(());
             }
-            if now.forward() == left.forward() {
-                warn!("another program has changed the packet rules; they are set again");
-                self.status.repairs += 1;
-            } else {
+            if now.is_changed_from(left) {
+                count_repair(&mut self.status);
+            }
+            if now.forward() != left.forward() {
                 info!("another iptables is in use than before; forwarding is accepted in each that is");
             }
         }
-        let (set, result) = self.kernel.apply(mode, rules).await;
-        result?;
-        let state = self.kernel.state(set.mode, rules).await?;
-        self.kernel.verify(&set, rules, &state)?;
+        let (set, state) = match self.apply(mode, rules).await {
+            // Somebody may have flushed them in this moment.
+            Err(NetfilterError::WithoutEffect { .. }) => {
+                let applied = self.apply(mode, rules).await?;
+                count_repair(&mut self.status);
+                applied
+            }
+            result => result?,
+        };
         self.status.masquerade = match (rules.masquerade, set.mode) {
             (Masquerade::Off, _) => "off",
             (_, Mode::Nftables) => "nftables",
@@ -159,10 +164,24 @@ impl Upkeep {
         Ok(())
     }
 
+    /// Sets the rules, and looks whether they are there.
+    async fn apply(&mut self, mode: Mode, rules: &Rules) -> Result<(Set, State), NetfilterError> {
+        let (set, result) = self.kernel.apply(mode, rules).await;
+        result?;
+        let state = self.kernel.state(set.mode, rules).await?;
+        self.kernel.verify(&set, rules, &state)?;
+        Ok((set, state))
+    }
+
     /// What works otherwise than the config asks for, in words.
     fn contradiction(&self, rules: &Rules) -> Option<String> {
         let is_other = rules.preference == Preference::Nftables && self.status.masquerade == "iptables";
         let fallback = self.status.fallback.as_ref().filter(|_| is_other)?;
         Some(format!("EnableNFTables is true, and {fallback}"))
     }
+}
+
+fn count_repair(status: &mut RulesStatus) {
+    warn!("another program has changed the packet rules; they are set again");
+    status.repairs += 1;
 }

@@ -44,6 +44,12 @@ impl State {
         self.filter.keys().copied().collect()
     }
 
+    /// Whether rules are otherwise than they were in an iptables that is in use as before.
+    pub(super) fn is_changed_from(&self, left: &Self) -> bool {
+        let differs = |(kind, ours)| self.filter.get(kind).is_some_and(|now| now != ours);
+        self.table != left.table || self.nat != left.nat || left.filter.iter().any(differs)
+    }
+
     /// Whether it is: somebody may have begun to use one meanwhile.
     pub(super) fn is_settled(&self) -> bool {
         self.filter.values().all(Ours::is_set)
