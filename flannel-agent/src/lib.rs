@@ -26,6 +26,7 @@
 //! * [`ownership`] — whether that file is still the agent's own
 //! * [`docker_opts`] — Docker's options from it
 //! * [`cni`] — the CNI plugin, a program of its own that uses none of the rooms that run asynchronously
+//! * [`bypass`] — what keeps packets off the bypass
 //! * [`cleanup`] — taking all of it away again
 //! * [`go_values`] — values as Go reads them; [`suggestion`] — what a misspelt name may mean
 //! * [`repair`] — what somebody else changed and the agent made right again
@@ -36,6 +37,7 @@
 //! and lost.
 
 pub mod atomic_file;
+pub mod bypass;
 pub mod cleanup;
 pub mod cli;
 pub mod cni;
