@@ -137,6 +137,18 @@ impl Found {
         Order::about(&self.hook, |rule| self.ours.jumps.contains(rule))
     }
 
+    /// The rules of others.
+    pub(super) fn others(&self) -> Vec<String> {
+        self.hook.iter().filter(|rule| !self.ours.jumps.contains(rule)).cloned().collect()
+    }
+
+    /// Behind how many of others' rules our jump is to be put where these have changed while it was set; [`None`] where it
+    /// is right, or gone again.
+    pub(super) fn place_again(&self, known: &Order, table: &str) -> Option<usize> {
+        let right = known.place_among(&self.others(), table);
+        self.order().filter(|order| order.place() != right).map(|_| right)
+    }
+
     /// Behind how many of others' rules a jump to a chain is to be put; [`None`] where there is one, which stays. One to
     /// another chain gives its place to it.
     pub(super) fn place(&self, chain: &str, known: Option<&Order>, table: &str) -> Option<usize> {
@@ -272,6 +284,17 @@ COMMIT
         assert!(replaced(&rules, &none, None).contains("-A POSTROUTING -m comment"));
         let known = found(&[MASQUERADE_JUMP, behind], &["FLANNEL-POSTRTG"]).order().expect("it was there");
         assert!(replaced(&rules, &none, Some(&known)).contains("-I POSTROUTING 1 -m comment"));
+    }
+
+    #[test]
+    fn a_jump_beside_rules_that_came_meanwhile_is_put_right() {
+        let (refusal, specific) = ("-A POSTROUTING -j DROP", "-A POSTROUTING -s 192.0.2.1/32 -j DROP");
+        let alone = found(&[MASQUERADE_JUMP], &["FLANNEL-POSTRTG"]).order().expect("it is there");
+        let place = |hook: &[&str]| found(hook, &["FLANNEL-POSTRTG"]).place_again(&alone, "");
+        assert_eq!(place(&[refusal, MASQUERADE_JUMP]), Some(0));
+        assert_eq!(place(&[specific, refusal, MASQUERADE_JUMP]), Some(1));
+        assert_eq!(place(&[specific, MASQUERADE_JUMP, refusal]), None);
+        assert_eq!(place(&[refusal]), None);
     }
 
     #[test]

@@ -380,12 +380,26 @@ impl Kernel {
         }
         let found = self.look(iptables, place, &names, Some(rules), is_wanted).await?.unwrap_or_default();
         let chain = place.chain(&own);
-        let known = self.orders.get(&(iptables.kind, place));
+        let key = (iptables.kind, place);
+        let known = self.orders.get(&key).cloned();
         // What is behind a jump of others' counts only where ours has to find its place again.
         let is_gone = is_wanted && known.is_some() && found.order().is_none() && !found.is_empty();
         let table = if is_gone { iptables.list_table(place).await? } else { String::new() };
-        let behind = found.place(chain, known, &table);
-        iptables.restore(&iptables::replace(place, chain, wanted, &found, behind)).await
+        let behind = found.place(chain, known.as_ref(), &table);
+        iptables.restore(&iptables::replace(place, chain, wanted, &found, behind)).await?;
+        let Some(known) = known.filter(|_| is_wanted && behind.is_some() && found.order().is_none()) else {
+            return Ok(());
+        };
+        // Others may have loaded theirs since it was looked where ours goes.
+        let now = self.look(iptables, place, &names, Some(rules), is_wanted).await?.unwrap_or_default();
+        if now.others() == found.others() {
+            return Ok(());
+        }
+        let table = iptables.list_table(place).await?;
+        if let Some(behind) = now.place_again(&known, &table) {
+            iptables.restore(&iptables::replace(place, chain, wanted, &now, Some(behind))).await?;
+        }
+        Ok(())
     }
 
     /// What iptables has in one place; [`None`] where nobody uses that table. Remembers where our jump is.
