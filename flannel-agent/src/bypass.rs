@@ -4,12 +4,14 @@
 //! counts, limits or copies has to see each packet itself. Whoever looks for such things (`device`, `rule_sets`) says what it
 //! found as [`Restriction`]s; together they make the [`Plan`] that the dataplane carries out.
 
-use std::{collections::BTreeSet, ops::RangeInclusive};
+use std::{collections::BTreeSet, fmt, ops::RangeInclusive};
 
 use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
 
 /// `--bypass`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum BypassFlag {
     /// What somebody wants to see takes the stack.
     #[default]
@@ -20,8 +22,29 @@ pub enum BypassFlag {
     Off,
 }
 
+impl BypassFlag {
+    /// As it is given.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
+        }
+    }
+
+    /// Whether the bypass makes way for it.
+    pub const fn obeys(self, Restriction { kind, scope, .. }: &Restriction) -> bool {
+        match (self, kind, scope) {
+            (_, _, Scope::Nothing) => false,
+            (Self::On, Kind::Queue | Kind::Setting | Kind::Helper, Scope::Pod(_) | Scope::Ports(_)) => true,
+            (Self::On, ..) => false,
+            (Self::Auto | Self::Off, ..) => true,
+        }
+    }
+}
+
 /// Something that has to see each packet.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Restriction {
     /// What it is.
     pub kind: Kind,
@@ -32,7 +55,8 @@ pub struct Restriction {
 }
 
 /// What wants to see each packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A queueing discipline.
     Queue,
@@ -51,6 +75,10 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Each of them.
+    pub const ALL: [Self; 7] =
+        [Self::Queue, Self::Filter, Self::Program, Self::Capture, Self::Rule, Self::Helper, Self::Setting];
+
     /// In status and metrics.
     pub const fn label(self) -> &'static str {
         match self {
@@ -66,7 +94,8 @@ impl Kind {
 }
 
 /// Which packets take the stack.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Scope {
     /// None: it is only named.
     Nothing,
@@ -86,8 +115,32 @@ pub enum Scope {
     Ports(Ports),
 }
 
+/// What it costs, in words.
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nothing => f.write_str("packets that pass the stack by pass it by as well"),
+            Self::Everything => f.write_str("all packets take the stack"),
+            Self::OverlayQueue => f.write_str("all packets take the stack, and go out by the overlay's device"),
+            Self::OverlayCapture => {
+                f.write_str("all packets take the stack, and are shown at the overlay's device on their way out")
+            }
+            Self::ExternalInterface => f.write_str("what comes in from other hosts takes the stack"),
+            Self::Pod(_) => f.write_str("the pod's packets take the stack"),
+            Self::Addresses(prefix) => write!(f, "packets from and to {prefix} take the stack"),
+            Self::Ports(Ports { protocol, first, last }) => {
+                let protocol = match protocol {
+                    Protocol::Tcp => "TCP",
+                    Protocol::Udp => "UDP",
+                };
+                write!(f, "packets from and to {protocol} ports {first} to {last} take the stack")
+            }
+        }
+    }
+}
+
 /// Ports of a protocol, host order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ports {
     /// Of which protocol.
     pub protocol: Protocol,
@@ -105,7 +158,8 @@ impl Ports {
 }
 
 /// A protocol with ports whose flows can bypass the stack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Protocol {
     /// TCP.
     Tcp,
@@ -136,17 +190,15 @@ impl Plan {
     /// What the restrictions come to.
     pub fn of<'a>(flag: BypassFlag, restrictions: impl IntoIterator<Item = &'a Restriction>) -> Self {
         let mut plan = Self { everything: flag == BypassFlag::Off, ..Self::default() };
-        for Restriction { kind, scope, .. } in restrictions {
-            let is_obeyed = match (flag, kind, scope) {
-                (BypassFlag::On, Kind::Queue | Kind::Setting | Kind::Helper, Scope::Pod(_) | Scope::Ports(_)) => true,
-                (BypassFlag::On, ..) => false,
-                (BypassFlag::Auto | BypassFlag::Off, ..) => true,
-            };
-            if is_obeyed {
-                plan.add(scope);
-            }
+        for Restriction { scope, .. } in restrictions.into_iter().filter(|restriction| flag.obeys(restriction)) {
+            plan.add(scope);
         }
         plan
+    }
+
+    /// Whether all packets of the pod behind this link take the stack.
+    pub fn restricts(&self, link: u32) -> bool {
+        self.everything || self.pods.contains(&link)
     }
 
     fn add(&mut self, scope: &Scope) {

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     atomic_file::{self, WriteError},
+    bypass::{BypassFlag, Restriction},
     dataplane::Features,
     lease::{HoldReason, MacAddress},
     registry::OwnLease,
@@ -110,10 +111,44 @@ pub struct Repaired {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BypassStatus {
+    /// `--bypass`.
+    #[serde(default)]
+    pub flag: BypassFlag,
     /// For how many milliseconds a flow may pass the stack by before a packet takes it again; 0 for never.
     pub revalidate_ms: u64,
     /// Whether conntrack takes TCP packets outside their window for valid, as it must; [`None`] where it is not loaded.
     pub conntrack_liberal: Option<bool>,
+    /// What has to see each packet.
+    #[serde(default)]
+    pub restrictions: Vec<Restriction>,
+}
+
+impl BypassStatus {
+    /// What is not given each packet that it would see with flannel's daemon.
+    fn troubles(&self) -> Vec<String> {
+        if self.flag == BypassFlag::Off {
+            return Vec::new();
+        }
+        let passed_by = self.restrictions.iter().filter(|restriction| !self.flag.obeys(restriction));
+        let words = passed_by.map(|Restriction { subject, .. }| {
+            format!("{subject}: does not see each packet of established flows, which pass the stack by (--bypass)")
+        });
+        at_most(MOST_NAMED, words.collect())
+    }
+
+    /// What takes the stack, and because of what.
+    pub fn rows(&self) -> Vec<String> {
+        let obeyed = self.restrictions.iter().filter(|restriction| self.flag.obeys(restriction));
+        at_most(MOST_NAMED, obeyed.map(|Restriction { subject, scope, .. }| format!("{subject}: {scope}")).collect())
+    }
+}
+
+/// The first of them, and how many more there are.
+fn at_most(most: usize, mut all: Vec<String>) -> Vec<String> {
+    let rest = all.len().saturating_sub(most);
+    all.truncate(most);
+    all.extend((rest > 0).then(|| format!("and {rest} more")));
+    all
 }
 
 /// Who takes packets out of the tunnel.
@@ -362,6 +397,7 @@ impl Status {
                     .to_owned(),
             );
         }
+        troubles.extend(self.bypass.troubles());
         troubles.extend(self.drift.waiting.values().cloned());
         troubles.extend(self.routes.problem.clone());
         if let Some(problem) = &self.rules.problem {

@@ -23,6 +23,7 @@ use regex::Regex;
 use self::arguments::{Arguments, Given};
 pub use self::error::UsageError;
 use crate::{
+    bypass::BypassFlag,
     dataplane::BpfLogLevel,
     device::external::Selection,
     docker_opts, go_values, netfilter,
@@ -111,9 +112,11 @@ pub struct Cli {
     /// For how many seconds peers are kept that vanish from etcd all at once, unless `lease release-guard` says otherwise
     #[arg(long, value_name = "SECONDS", default_value = "900", value_parser = go_values::number::<u32>(0..=u32::MAX.into()))]
     lease_guard_grace: u32,
-    /// Whether packets of established flows between pods pass the host's stack by
+    /// Whether packets of established flows between pods pass the host's stack by: auto leaves to it what somebody has to see
+    /// packet by packet (a queue, a filter, a program, a capture, a rule that limits), on does not look for such things, off
+    /// leaves everything to it
     #[arg(long, value_enum, default_value_t)]
-    pub bypass: Switch,
+    pub bypass: BypassFlag,
     /// For how many milliseconds they may, before one takes the stack again
     #[arg(long, value_name = "MILLISECONDS", default_value = "1000", value_parser = go_values::number::<u32>(1..=60_000))]
     bypass_revalidate: u32,
@@ -184,16 +187,6 @@ pub enum Command {
 pub enum LeaseCommand {
     /// Have the running agent remove the peers that etcd no longer names and that it holds back
     ReleaseGuard,
-}
-
-/// On or off.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Switch {
-    /// It is done.
-    #[default]
-    On,
-    /// It is not.
-    Off,
 }
 
 /// Form of a command's output.
@@ -335,8 +328,8 @@ impl Cli {
     /// For how long a flow may pass the stack by after the stack let a packet of it out; zero for never.
     pub fn bypass_time(&self) -> Duration {
         match self.bypass {
-            Switch::On => Duration::from_millis(self.bypass_revalidate.into()),
-            Switch::Off => Duration::ZERO,
+            BypassFlag::Auto | BypassFlag::On => Duration::from_millis(self.bypass_revalidate.into()),
+            BypassFlag::Off => Duration::ZERO,
         }
     }
 

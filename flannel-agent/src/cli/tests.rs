@@ -185,7 +185,7 @@ fn every_flag_has_a_variable_and_an_empty_one_is_none() {
         ("FLANNELD_NO_SUCH", "x"),
     ];
     let cli = parse(&[], &set).expect("valid");
-    assert_eq!((cli.bypass, cli.version, cli.lease_ttl().as_secs()), (Switch::Off, false, 16));
+    assert_eq!((cli.bypass, cli.version, cli.lease_ttl().as_secs()), (BypassFlag::Off, false, 16));
     assert_eq!(cli.selection().interfaces, ["eth0,eth1"]);
     assert_eq!(cli.notices.len(), 1, "{:?}", cli.notices);
 }

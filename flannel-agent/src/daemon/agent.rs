@@ -19,19 +19,21 @@ use super::{
     DaemonError, Shutdown,
     drift::{LOOK_PERIOD, ROUTES_PERIOD},
     record::Record,
+    restrictions::{Observer, Restrictions},
     routes::RouteState,
     start::Prepared,
     store::{Course, is_heard},
     tenancy::{TenancyEvent, Tenant},
 };
 use crate::{
+    bypass::{Kind, Restriction, Scope},
     cleanup,
     cli::Cli,
     config::NetworkConfig,
     conntrack::Liberal,
     control::{self, Pending, Reply, Request},
     dataplane::{Capacity, Dataplane, Features, PinDirectory},
-    device::{self, Changed, DeviceEvent, Netlink, external::External, offload::Offloads, vxlan::VxlanDevice},
+    device::{self, Changed, DeviceEvent, Netlink, PodLink, external::External, offload::Offloads, vxlan::VxlanDevice},
     health::{self, Health},
     lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
@@ -116,6 +118,7 @@ async fn make<'a>(
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
+        restrictions: Restrictions::new(cli.bypass),
         xdp,
         network,
         external,
@@ -220,6 +223,8 @@ pub(super) struct Agent<'a> {
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
     pub(super) record: Record,
+    /// What has to see each packet.
+    pub(super) restrictions: Restrictions,
     pub(super) xdp: xdp::Choice,
     pub(super) network: NetworkConfig,
     pub(super) external: External,
@@ -444,6 +449,11 @@ impl Agent<'_> {
 
     async fn attach_pods(&mut self) -> Result<(), DaemonError> {
         let pods = self.netlink.pods(self.own.key.subnet, &self.routes.host.pods).await?;
+        let queue = |pod: &PodLink| {
+            let subject = format!("queueing discipline on {}", pod.name);
+            Restriction { kind: Kind::Queue, subject, scope: Scope::Pod(pod.index) }
+        };
+        self.observed(Observer::Links, pods.iter().filter(|pod| pod.is_queued).map(queue).collect());
         if !self.dataplane.knows_pods(&pods) {
             // Those that were there before have no need to send something again. Where that can't be told, they do.
             let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);

@@ -10,7 +10,7 @@ use super::{
     agent::{Agent, COMPARE_PERIOD, load},
 };
 use crate::{
-    cli::Switch,
+    bypass::BypassFlag,
     conntrack,
     dataplane::{Hook, Repaired},
     device::{
@@ -68,6 +68,7 @@ impl Agent<'_> {
         let dataplane = load(self.cli, &self.network, &self.external, &self.device, &self.own)?;
         let before = std::mem::replace(&mut self.dataplane, dataplane);
         self.dataplane.succeed(before);
+        self.restrict_or_say();
         self.compare(Changed::Topology).await?;
         let (link, _made) = self.ensure_datapath().await?;
         self.set_rules().await;
@@ -178,8 +179,8 @@ impl Agent<'_> {
 
     /// Where the bypass needs it. Whether there was something to do.
     pub(super) fn ensure_conntrack(&mut self) -> bool {
-        let changed = self.cli.bypass == Switch::On && self.conntrack.ensure();
-        self.record.bypass(self.cli.bypass_time(), conntrack::is_liberal());
+        let changed = self.cli.bypass != BypassFlag::Off && self.conntrack.ensure();
+        self.record.bypass(self.cli.bypass, self.cli.bypass_time(), conntrack::is_liberal());
         changed
     }
 

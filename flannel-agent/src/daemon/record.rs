@@ -10,6 +10,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tracing::{info, warn};
 
 use crate::{
+    bypass::{BypassFlag, Restriction},
     cli::Cli,
     config::{NetworkConfig, unknown_keys},
     dataplane::Features,
@@ -126,10 +127,18 @@ impl Record {
         self.status.xdp = xdp;
     }
 
-    pub(super) fn bypass(&mut self, time: Duration, conntrack_liberal: Option<bool>) {
-        let bypass = BypassStatus { revalidate_ms: time.as_millis() as u64, conntrack_liberal };
-        self.status_is_due |= self.status.bypass != bypass;
-        self.status.bypass = bypass;
+    pub(super) fn bypass(&mut self, flag: BypassFlag, time: Duration, conntrack_liberal: Option<bool>) {
+        let bypass = &mut self.status.bypass;
+        let before = (bypass.flag, bypass.revalidate_ms, bypass.conntrack_liberal);
+        let now = (flag, time.as_millis() as u64, conntrack_liberal);
+        self.status_is_due |= before != now;
+        (bypass.flag, bypass.revalidate_ms, bypass.conntrack_liberal) = now;
+    }
+
+    /// What has to see each packet.
+    pub(super) fn restrictions<'a>(&mut self, all: impl Iterator<Item = &'a Restriction>) {
+        self.status.bypass.restrictions = all.cloned().collect();
+        self.status_is_due = true;
     }
 
     /// Somebody else changed something, and it is as it should be again.

@@ -18,6 +18,7 @@ mod held;
 mod peers;
 mod pins;
 mod pods;
+mod restrict;
 #[cfg(feature = "generator")]
 pub mod test_run;
 mod xdp;
@@ -48,7 +49,7 @@ pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
 pub use xdp::XdpMode;
 
-use crate::{config::NetworkConfig, privileges::permission_hint};
+use crate::{bypass::Plan, config::NetworkConfig, privileges::permission_hint};
 
 /// The programs, as compiled from `flannel-ebpf` by the build script.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel"));
@@ -218,6 +219,8 @@ pub struct Dataplane {
     repaired: u32,
     /// The pods' links that this process attached its programs to, and whether they are queued.
     pods: BTreeMap<u32, bool>,
+    /// What takes the stack.
+    plan: Plan,
     /// The peers in the maps.
     pub peers: PeerMaps,
 }
@@ -297,6 +300,7 @@ impl Dataplane {
             held: held::Held::new(),
             repaired: 0,
             pods: BTreeMap::new(),
+            plan: Plan::default(),
             peers,
         })
     }
@@ -307,9 +311,13 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError`].
     pub fn attach(&mut self, hook: Hook, interface: &str, ifindex: u32) -> Result<(), DataplaneError> {
-        let is_queued = Hook::OF_PODS.contains(&hook) && self.pods.get(&ifindex) == Some(&true);
+        let is_restricted =
+            Hook::OF_PODS.contains(&hook) && (self.plan.restricts(ifindex) || self.pods.get(&ifindex) == Some(&true));
+        if is_restricted {
+            self.load_unbypassed()?;
+        }
         let Self { ebpf, unbypassed, pins, held, repaired, .. } = self;
-        let ebpf = unbypassed.as_mut().filter(|_| is_queued).unwrap_or(ebpf);
+        let ebpf = unbypassed.as_mut().filter(|_| is_restricted).unwrap_or(ebpf);
         let is_repair = attach::attach(program(ebpf, hook)?, hook, pins, held, interface, ifindex)?;
         *repaired += u32::from(is_repair);
         Ok(())

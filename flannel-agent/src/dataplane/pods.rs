@@ -48,9 +48,7 @@ impl Dataplane {
                 continue;
             }
             self.pods.insert(*index, *is_queued);
-            let loaded = if *is_queued { self.load_unbypassed() } else { Ok(()) };
-            let attach = |()| Hook::OF_PODS.iter().try_for_each(|hook| self.attach(*hook, name, *index));
-            if let Err(error) = loaded.and_then(attach) {
+            if let Err(error) = Hook::OF_PODS.iter().try_for_each(|hook| self.attach(*hook, name, *index)) {
                 self.pods.remove(index);
                 result = Err(error);
             }
@@ -65,7 +63,7 @@ impl Dataplane {
         result
     }
 
-    fn load_unbypassed(&mut self) -> Result<(), DataplaneError> {
+    pub(super) fn load_unbypassed(&mut self) -> Result<(), DataplaneError> {
         if self.unbypassed.is_none() {
             // With the maps of the others, which are found by their pins.
             self.repair_pins()?;

@@ -11,6 +11,7 @@ use prometheus_client::{
 
 use super::{OperatorError, is_running};
 use crate::{
+    bypass::Kind,
     cli::Cli,
     dataplane::{self, PinDirectory},
     lease::HoldReason,
@@ -55,6 +56,11 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
     let held = gauges(&mut registry, "peers_held", "Peers that etcd no longer names and the guard keeps, by reason");
     let held_total = counters(&mut registry, "peers_held_ever", "How often the guard kept a peer, by reason");
 
+    let restrictions = gauges(
+        &mut registry,
+        "bypass_restrictions",
+        "What has to see each packet and keeps packets off the bypass, by kind",
+    );
     let rules = gauges(&mut registry, "packet_rules_set", "Whether the packet rules are as they should be");
     let rules_repairs = counters(&mut registry, "packet_rules_repairs", "How often another program had changed them");
     let repairs =
@@ -86,6 +92,10 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
         }
         passed_over.get_or_create(&of()).set(count(status.store.passed_over.len()));
         passed_over_total.get_or_create(&of()).inc_by(status.store.passed_over_total);
+        for kind in Kind::ALL {
+            let number = status.bypass.restrictions.iter().filter(|restriction| restriction.kind == kind).count();
+            restrictions.get_or_create(&with("kind", kind.label())).set(count(number));
+        }
         config.get_or_create(&of()).set(status.config_differs.is_some().into());
         rules.get_or_create(&of()).set(status.rules.problem.is_none().into());
         rules_repairs.get_or_create(&of()).inc_by(status.rules.repairs);

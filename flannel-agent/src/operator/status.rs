@@ -77,9 +77,10 @@ fn table(overlay: &Overlay) -> String {
     };
     let bypass = match status.bypass.revalidate_ms {
         0 => "off".to_owned(),
-        time => format!("on, through the stack every {time} ms, {conntrack}"),
+        time => format!("{}, through the stack every {time} ms, {conntrack}", status.bypass.flag.label()),
     };
     lines.push(["bypass".to_owned(), bypass]);
+    lines.extend(status.bypass.rows().into_iter().map(|row| ["by the stack".to_owned(), row]));
     lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
     lines.push(["routes".to_owned(), status.routes.reason.clone()]);
     let rules = match (status.rules.masquerade.as_str(), status.rules.forward) {
