@@ -19,6 +19,7 @@ use super::{
     features::has_tcx,
     held::{Attachment, Held, Place},
     pins::{PinDirectory, failed, remove_pin},
+    restrict::Variant,
 };
 
 /// Where a filter of ours sits among those of a clsact qdisc.
@@ -52,6 +53,7 @@ impl Hook {
 pub(super) fn attach(
     program: &mut SchedClassifier,
     hook: Hook,
+    variant: Variant,
     pins: &PinDirectory,
     held: &mut Held,
     interface: &str,
@@ -59,7 +61,7 @@ pub(super) fn attach(
 ) -> Result<bool, DataplaneError> {
     let pin = pins.link(hook.program(), ifindex);
     let refused = |call| move |source| DataplaneError::Program { call, program: hook.program(), source };
-    let attachment = |link| Attachment { place: Place::Tc(hook), ifindex, link };
+    let attachment = |link| Attachment { place: Place::Tc(hook), variant, ifindex, link };
 
     let before = held.remove(&pin);
     let was_held = before.is_some();

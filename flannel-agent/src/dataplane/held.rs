@@ -9,7 +9,7 @@ use std::{
 use aya::programs::links::FdLink;
 use nix::net::if_::if_indextoname;
 
-use super::{Dataplane, DataplaneError, Hook, XdpMode, attach::pin_link, pins::failed};
+use super::{Dataplane, DataplaneError, Hook, XdpMode, attach::pin_link, pins::failed, restrict::Variant};
 
 /// An attachment by the name of its pin.
 pub(super) type Held = BTreeMap<PathBuf, Attachment>;
@@ -17,6 +17,8 @@ pub(super) type Held = BTreeMap<PathBuf, Attachment>;
 /// One program on one hook of one device.
 pub(super) struct Attachment {
     pub(super) place: Place,
+    /// Of the program.
+    pub(super) variant: Variant,
     pub(super) ifindex: u32,
     /// [`None`] for a filter, which has neither link nor pin.
     pub(super) link: Option<FdLink>,
@@ -42,8 +44,10 @@ impl Dataplane {
         Ok(Repaired { programs: std::mem::take(&mut self.repaired), pins: pins? })
     }
 
-    /// Takes over from the dataplane before this one what it has attached without a pin, by which it would be found.
+    /// Takes over from the dataplane before this one the plan, and what it has attached without a pin, by which it would be
+    /// found.
     pub fn succeed(&mut self, before: Self) {
+        self.plan = before.plan;
         self.held.extend(before.held.into_iter().filter(|(_, attachment)| attachment.link.is_none()));
     }
 
@@ -51,15 +55,19 @@ impl Dataplane {
         let all: Vec<_> = self.held.values().map(|attachment| (attachment.place, attachment.ifindex)).collect();
         let mut result = Ok(());
         for (place, ifindex) in all {
-            // A device that is gone took its programs with it.
-            let Ok(name) = if_indextoname(ifindex) else { continue };
-            let repaired = match place {
-                Place::Tc(hook) => self.attach(hook, &name.to_string_lossy(), ifindex),
-                Place::Xdp(mode) => self.set_xdp(Some(mode), ifindex),
-            };
-            result = result.and(repaired);
+            result = result.and(self.attach_again(place, ifindex));
         }
         result
+    }
+
+    /// Puts what the plan wants into a place where this process has put something.
+    pub(super) fn attach_again(&mut self, place: Place, ifindex: u32) -> Result<(), DataplaneError> {
+        // A device that is gone took its programs with it.
+        let Ok(name) = if_indextoname(ifindex) else { return Ok(()) };
+        match place {
+            Place::Tc(hook) => self.attach(hook, &name.to_string_lossy(), ifindex),
+            Place::Xdp(mode) => self.set_xdp(Some(mode), ifindex),
+        }
     }
 
     /// Pins what is no longer pinned: somebody removed it, or the file system that it was on.
@@ -81,9 +89,9 @@ impl Dataplane {
             count += 1;
         }
         for pin in links {
-            if let Some(Attachment { place, ifindex, link: Some(link) }) = held.remove(&pin) {
+            if let Some(Attachment { place, variant, ifindex, link: Some(link) }) = held.remove(&pin) {
                 let link = Some(pin_link(link, &pin)?);
-                held.insert(pin, Attachment { place, ifindex, link });
+                held.insert(pin, Attachment { place, variant, ifindex, link });
                 count += 1;
             }
         }

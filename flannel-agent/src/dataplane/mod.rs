@@ -49,6 +49,7 @@ pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
 pub use xdp::XdpMode;
 
+use self::{held::Place, restrict::Variant};
 use crate::{bypass::Plan, config::NetworkConfig, privileges::permission_hint};
 
 /// The programs, as compiled from `flannel-ebpf` by the build script.
@@ -202,8 +203,10 @@ pub enum BpfLogLevel {
 /// The loaded dataplane.
 pub struct Dataplane {
     ebpf: Ebpf,
-    /// The same programs with no bypass, for pods whose packets are queued; once there are any.
-    unbypassed: Option<Ebpf>,
+    /// The same programs with other constants, as far as they were needed.
+    variants: BTreeMap<Variant, Ebpf>,
+    /// What takes the stack.
+    plan: Plan,
     /// What they are loaded with.
     parameters: Parameters,
     pins: PinDirectory,
@@ -219,8 +222,6 @@ pub struct Dataplane {
     repaired: u32,
     /// The pods' links that this process attached its programs to, and whether they are queued.
     pods: BTreeMap<u32, bool>,
-    /// What takes the stack.
-    plan: Plan,
     /// The peers in the maps.
     pub peers: PeerMaps,
 }
@@ -251,13 +252,7 @@ impl Parameters {
         if self.log != BpfLogLevel::Off {
             follow_log(&mut ebpf);
         }
-        for hook in hooks {
-            program(&mut ebpf, *hook)?.load().map_err(|source| DataplaneError::Program {
-                call: "load",
-                program: hook.program(),
-                source,
-            })?;
-        }
+        hooks.iter().try_for_each(|hook| loaded(&mut ebpf, *hook).map(drop))?;
         Ok(ebpf)
     }
 }
@@ -289,7 +284,8 @@ impl Dataplane {
         let maps = maps.collect::<Result<_, DataplaneError>>()?;
         Ok(Self {
             ebpf,
-            unbypassed: None,
+            variants: BTreeMap::new(),
+            plan: Plan::default(),
             parameters,
             pins,
             counters,
@@ -300,25 +296,21 @@ impl Dataplane {
             held: held::Held::new(),
             repaired: 0,
             pods: BTreeMap::new(),
-            plan: Plan::default(),
             peers,
         })
     }
 
-    /// Attaches a program to a link, or swaps the one that an earlier agent left there. The attachment stays when
-    /// the agent goes.
+    /// Attaches a program to a link, or swaps the one that an earlier agent left there, as the plan of
+    /// [`restrict`](Self::restrict) has it. The attachment stays when the agent goes.
     ///
     /// # Errors
     /// [`DataplaneError`].
     pub fn attach(&mut self, hook: Hook, interface: &str, ifindex: u32) -> Result<(), DataplaneError> {
-        let is_restricted =
-            Hook::OF_PODS.contains(&hook) && (self.plan.restricts(ifindex) || self.pods.get(&ifindex) == Some(&true));
-        if is_restricted {
-            self.load_unbypassed()?;
-        }
-        let Self { ebpf, unbypassed, pins, held, repaired, .. } = self;
-        let ebpf = unbypassed.as_mut().filter(|_| is_restricted).unwrap_or(ebpf);
-        let is_repair = attach::attach(program(ebpf, hook)?, hook, pins, held, interface, ifindex)?;
+        let variant = self.wanted(Place::Tc(hook), ifindex);
+        self.load_variant(variant)?;
+        let Self { ebpf, variants, pins, held, repaired, .. } = self;
+        let program = loaded(variants.get_mut(&variant).unwrap_or(ebpf), hook)?;
+        let is_repair = attach::attach(program, hook, variant, pins, held, interface, ifindex)?;
         *repaired += u32::from(is_repair);
         Ok(())
     }
@@ -381,6 +373,15 @@ fn read_counter(map: &PerCpuArray<MapData, Counter>, event: Event) -> Result<Cou
 fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DataplaneError> {
     let program = ebpf.program_mut(hook.program()).ok_or(DataplaneError::Missing(hook.program()))?;
     program.try_into().map_err(|source| DataplaneError::Program { call: "use", program: hook.program(), source })
+}
+
+/// The same, known to the kernel.
+fn loaded(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DataplaneError> {
+    let program = program(ebpf, hook)?;
+    match program.load() {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(program),
+        Err(source) => Err(DataplaneError::Program { call: "load", program: hook.program(), source }),
+    }
 }
 
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, DataplaneError> {

@@ -4,11 +4,11 @@ use std::collections::{HashMap, HashSet};
 
 use aya::maps::MapError;
 use flannel_common::{
-    maps::{Config, FLOWS, PODS},
+    maps::{FLOWS, PODS},
     packet::Mac,
 };
 
-use super::{Dataplane, DataplaneError, Hook, Parameters, attach};
+use super::{Dataplane, DataplaneError, Hook, attach};
 use crate::device::PodLink;
 
 impl Dataplane {
@@ -35,7 +35,7 @@ impl Dataplane {
 
     /// Attaches the pods' programs to these links, and detaches them from all others. What this process attached already is
     /// left to [`repair`](Self::repair). What passes the stack by would pass a link's queue by as well: packets from and to
-    /// one that has a queue take the stack.
+    /// one that has a queue take the stack, beside those of the plan.
     ///
     /// # Errors
     /// [`DataplaneError`] of the last link that failed; the others have their programs.
@@ -63,20 +63,10 @@ impl Dataplane {
         result
     }
 
-    pub(super) fn load_unbypassed(&mut self) -> Result<(), DataplaneError> {
-        if self.unbypassed.is_none() {
-            // With the maps of the others, which are found by their pins.
-            self.repair_pins()?;
-            let config = Config { bypass_time: 0, ..self.parameters.config };
-            let parameters = Parameters { config, ..self.parameters };
-            self.unbypassed = Some(parameters.load(&self.pins, &Hook::OF_PODS)?);
-        }
-        Ok(())
-    }
-
-    /// Forgets the flows into veths that are gone: their pods' addresses may be others' at once. Those of which nothing came
-    /// in yet do not say whose they are, and go as well; the next packet of one that lives is noted again.
-    fn forget_flows(&mut self, veths: &[u32]) -> Result<(), DataplaneError> {
+    /// Forgets the flows into these veths: they are gone, and their pods' addresses may be others' at once; or what is for them
+    /// has to take the stack from now on. Those of which nothing came in yet do not say whose they are, and go as well; the next
+    /// packet of one that lives is noted again.
+    pub(super) fn forget_flows(&mut self, veths: &[u32]) -> Result<(), DataplaneError> {
         let mut stale = Vec::new();
         for entry in self.flows.iter() {
             let (key, flow) = entry.map_err(DataplaneError::map("read", FLOWS))?;

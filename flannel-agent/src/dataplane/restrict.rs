@@ -1,26 +1,86 @@
-//! Which packets take the stack, whatever was noted of their flows.
+//! Carrying out a [`Plan`]: which programs take what to the stack. A program that lets nothing pass the stack by is the same one
+//! with other constants, and takes its place in one step.
 
-use nix::net::if_::if_indextoname;
+use flannel_common::maps::Config;
 
-use super::{Dataplane, DataplaneError, Hook};
+use super::{Dataplane, DataplaneError, Hook, Parameters, held::Place};
 use crate::bypass::Plan;
 
+/// Programs with constants of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Variant {
+    /// Nothing passes the stack by.
+    is_restricted: bool,
+}
+
 impl Dataplane {
-    /// Has what the plan names take the stack, and nothing else. The pods' programs are swapped in place.
+    /// Has the programs do as the plan says, which may be called for again at any time: those that are attached are swapped
+    /// where it wants others, and whatever is attached later follows it. Called before anything is attached, it keeps the
+    /// bypass closed that an agent before this one had closed.
     ///
     /// # Errors
-    /// [`DataplaneError`] of the last link that failed; the others are as they should be.
+    /// [`DataplaneError`] of the last that failed; the others are as the plan says, and the next call tries again.
     pub fn restrict(&mut self, plan: &Plan) -> Result<(), DataplaneError> {
-        let before = std::mem::replace(&mut self.plan, plan.clone());
-        let is_changed = |index: &&u32| before.restricts(**index) != plan.restricts(**index);
-        let changed: Vec<u32> = self.pods.keys().filter(is_changed).copied().collect();
+        self.plan.clone_from(plan);
+        let stale: Vec<_> = self.held.values().map(|held| (held.place, held.ifindex, held.variant)).collect();
+        let mut closed = Vec::new();
         let mut result = Ok(());
-        for index in changed {
-            // A veth that is gone took its programs with it.
-            let Ok(name) = if_indextoname(index) else { continue };
-            let attached = Hook::OF_PODS.iter().try_for_each(|hook| self.attach(*hook, &name.to_string_lossy(), index));
-            result = attached.and(result);
+        for (place, ifindex, variant) in stale {
+            let wanted = self.wanted(place, ifindex);
+            if wanted == variant {
+                continue;
+            }
+            match self.attach_again(place, ifindex) {
+                Ok(()) if place.is_of_pod() && wanted.is_restricted => closed.push(ifindex),
+                Ok(()) => {}
+                Err(error) => {
+                    if place.is_of_pod() {
+                        // It is attached anew with the other pods.
+                        self.pods.remove(&ifindex);
+                    }
+                    result = Err(error);
+                }
+            }
+        }
+        // What is noted of them would be put past their programs.
+        if !closed.is_empty() {
+            result = result.and(self.forget_flows(&closed));
         }
         result
+    }
+
+    /// What the plan wants in a place.
+    pub(super) fn wanted(&self, place: Place, ifindex: u32) -> Variant {
+        let Plan { everything, external_interface, pods, .. } = &self.plan;
+        let is_queued = || self.pods.get(&ifindex) == Some(&true);
+        let is_restricted = match place {
+            Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex) || is_queued(),
+            Place::Tc(Hook::FromUnderlay) => *everything || *external_interface,
+            Place::Tc(Hook::ToOverlay | Hook::FromOverlay) => *everything,
+            Place::Xdp(_) => false,
+        };
+        Variant { is_restricted }
+    }
+
+    /// Makes programs of a variant, where they are others than the ones that are loaded at once.
+    pub(super) fn load_variant(&mut self, variant: Variant) -> Result<(), DataplaneError> {
+        if variant == Variant::default() || self.variants.contains_key(&variant) {
+            return Ok(());
+        }
+        // With the maps of the others, which are found by their pins.
+        self.repair_pins()?;
+        let Parameters { mut config, .. } = self.parameters;
+        if variant.is_restricted {
+            config = Config { bypass_time: 0, ..config };
+        }
+        let ebpf = Parameters { config, ..self.parameters }.load(&self.pins, &[])?;
+        self.variants.insert(variant, ebpf);
+        Ok(())
+    }
+}
+
+impl Place {
+    fn is_of_pod(self) -> bool {
+        matches!(self, Self::Tc(hook) if Hook::OF_PODS.contains(&hook))
     }
 }

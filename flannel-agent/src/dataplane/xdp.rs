@@ -2,7 +2,10 @@
 
 use std::{thread, time::Duration};
 
-use aya::programs::{ProgramError, Xdp, XdpMode as Flags, links::FdLink, xdp::XdpLink};
+use aya::{
+    Ebpf,
+    programs::{ProgramError, Xdp, XdpMode as Flags, links::FdLink, xdp::XdpLink},
+};
 use nix::libc::{EBUSY, EEXIST};
 use tracing::debug;
 
@@ -59,14 +62,7 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError`].
     pub fn xdp_program(&mut self, mode: XdpMode) -> Result<&mut Xdp, DataplaneError> {
-        let name = mode.program();
-        let program = self.ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
-        let refused = |call| move |source| DataplaneError::Program { call, program: name, source };
-        let program: &mut Xdp = program.try_into().map_err(refused("use"))?;
-        match program.load() {
-            Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(program),
-            Err(error) => Err(refused("load")(error)),
-        }
+        xdp_program(&mut self.ebpf, mode)
     }
 
     /// Attaches `xdp_decap` to a link in this mode, or swaps the one that an earlier agent left there, and detaches it from
@@ -86,10 +82,12 @@ impl Dataplane {
             has_detached = true;
         }
         let (Some(mode), Some(pin)) = (mode, wanted) else { return Ok(()) };
-        let attachment = |link| Attachment { place: Place::Xdp(mode), ifindex, link: Some(link) };
+        let variant = self.wanted(Place::Xdp(mode), ifindex);
+        self.load_variant(variant)?;
+        let attachment = |link| Attachment { place: Place::Xdp(mode), variant, ifindex, link: Some(link) };
         let before = self.held.remove(&pin);
         let was_held = before.is_some();
-        let program = self.xdp_program(mode)?;
+        let program = xdp_program(self.variants.get_mut(&variant).unwrap_or(&mut self.ebpf), mode)?;
         let refused = |call| move |source| DataplaneError::Program { call, program: mode.program(), source };
         let link = before.and_then(|before| before.link).or_else(|| pinned_link::<XdpLink>(&pin));
         if let Some(link) = link.and_then(|link| swap(program, link, &pin)) {
@@ -113,6 +111,17 @@ impl Dataplane {
         self.held.insert(pin, attachment(link));
         self.repaired += u32::from(was_held);
         Ok(())
+    }
+}
+
+fn xdp_program(ebpf: &mut Ebpf, mode: XdpMode) -> Result<&mut Xdp, DataplaneError> {
+    let name = mode.program();
+    let program = ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
+    let refused = |call| move |source| DataplaneError::Program { call, program: name, source };
+    let program: &mut Xdp = program.try_into().map_err(refused("use"))?;
+    match program.load() {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(program),
+        Err(error) => Err(refused("load")(error)),
     }
 }
 
