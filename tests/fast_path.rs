@@ -6,7 +6,7 @@ use etherparse::{EtherType, Ipv4Header};
 use flannel_agent::dataplane::Hook;
 use flannel_common::{
     event::Event,
-    flow::{Egress, Flow, FlowKey, Ingress},
+    flow::{Egress, Flow, FlowKey, Ingress, dscp},
 };
 use nix::time::{ClockId, clock_gettime};
 
@@ -33,7 +33,7 @@ pub fn flow_of(packet: &[u8], veth: u32, ago: Duration) -> Flow {
     let released = (now - ago).as_nanos() as u64;
     let key = FlowKey { local, remote, local_port, remote_port, protocol };
     Flow {
-        egress: Egress { released, sent_as: key },
+        egress: Egress { released, sent_as: key, dscp: dscp(packet[1]), ..Egress::default() },
         ingress: Ingress { released, received_as: key, veth, pod_mac: POD_MAC, gateway_mac: GATEWAY_MAC },
         ..Flow::new(key)
     }

@@ -101,6 +101,7 @@ fn load(pins: &Path) -> Dataplane {
         port: 8472,
         vtep_mac: VTEP_ONE_MAC,
         source_ports: SOURCE_PORTS,
+        flags: 0,
     };
     let pins = PinDirectory::new(pins, Vni::DEFAULT);
     let mut dataplane = Dataplane::load(pins, &config, capacity, BpfLogLevel::Off).unwrap();

@@ -118,16 +118,16 @@ struct Host<'a> {
 impl Host<'_> {
     /// What a program makes of a frame with a note: the note that it has then.
     fn note(&mut self, hook: Hook, frame: &[u8], note: u16) -> u16 {
-        let packet = Packet { frame, ifindex: self.ifindex, gso_size: 0, note };
-        self.programs.note(hook, packet, &mut Vec::new()).unwrap().0
+        let packet = Packet { frame, ifindex: self.ifindex, gso_size: 0, note, mark: 0, priority: 0 };
+        self.programs.note(hook, packet, &mut Vec::new()).unwrap().note
     }
 
     /// And the frame, where it must count it so.
     fn expect(&mut self, hook: Hook, frame: &[u8], event: Event) -> Vec<u8> {
         let before = self.programs.counter(event).unwrap().packets;
-        let packet = Packet { frame, ifindex: self.ifindex, gso_size: 0, note: 0 };
+        let packet = Packet { frame, ifindex: self.ifindex, gso_size: 0, note: 0, mark: 0, priority: 0 };
         let mut out = Vec::new();
-        assert_eq!(self.programs.verdict(hook, packet, &mut out).unwrap(), verdict(event), "{event:?}");
+        assert_eq!(self.programs.verdict(hook, packet, &mut out).unwrap().0, verdict(event), "{event:?}");
         assert_eq!(self.programs.counter(event).unwrap().packets, before + 1, "{event:?}");
         out
     }

@@ -52,6 +52,12 @@ events! {
     Encapsulated = "encapsulated", Forward;
     /// to_overlay: encapsulated and sent to a peer whose next hop the kernel resolves.
     EncapsulatedNeighbour = "encapsulated_neighbour", Forward;
+    /// to_overlay: encapsulated; the host changes more of its flow's packets than addresses, ports and TTL, so that all take the stack.
+    EncapsulatedChanged = "encapsulated_changed", Forward;
+    /// to_overlay: left to flannel.VNI, whose queue, filters or programs are to see it; from_overlay encapsulates it.
+    EncapQueued = "encap_queued", Pass;
+    /// to_overlay: a copy of a packet, for who captures on flannel.VNI; the kernel's vxlan device drops it.
+    EncapShown = "encap_shown", Pass;
     /// to_overlay: not an IPv4 packet; the overlay carries nothing else.
     EncapNotIpv4 = "encap_not_ipv4", Pass;
     /// to_overlay: routed by somebody else's route, to a next hop that is none of the agent's; left to the kernel's vxlan device.
@@ -79,7 +85,7 @@ events! {
     PodTranslated = "pod_translated", Forward;
     /// from_pod: a packet that may become one of a flow past the stack; left to the stack.
     PodSlow = "pod_slow", Pass;
-    /// from_pod: a packet that always takes the stack: not TCP or UDP, a fragment, with options, not to the overlay, ...
+    /// from_pod: a packet that always takes the stack: not TCP or UDP, a fragment, with options, with a mark or a priority, not to the overlay, ...
     PodOther = "pod_other", Pass;
     /// from_pod: the headers could not be written into the room made for them.
     PodEncapFailed = "pod_encap_failed", Drop;
@@ -88,6 +94,8 @@ events! {
 
     /// to_pod: a packet of a flow that came in by the overlay and went through the stack, unchanged or translated; noted.
     PodReleased = "pod_released", Pass;
+    /// to_pod: came in by the overlay; the host changes more of its flow's packets than addresses, ports and TTL, so that all take the stack.
+    PodChanged = "pod_changed", Pass;
     /// to_pod: any other packet.
     PodUnnoted = "pod_unnoted", Pass;
 

@@ -69,6 +69,14 @@ pub struct Egress {
     pub released: u64,
     /// As what: the same flow, or another where netfilter translates.
     pub sent_as: FlowKey,
+    /// The mark that the stack gave it.
+    pub mark: u32,
+    /// The priority that the stack gave it, by its TOS or by a rule.
+    pub priority: u32,
+    /// The differentiated services field that it had, as in [`dscp`]: the stack's priority follows it.
+    pub dscp: u32,
+    /// No byte may be undefined.
+    pub reserved: u32,
 }
 
 /// What is known of a flow's packets to the pod.
@@ -102,7 +110,7 @@ impl Flow {
 
 const _: () = {
     assert!(size_of::<FlowKey>() == 16 && size_of::<Original>() == 32);
-    assert!(size_of::<Flow>() == if cfg!(feature = "next-layout") { 96 } else { 80 });
+    assert!(size_of::<Flow>() == if cfg!(feature = "next-layout") { 112 } else { 96 });
 };
 
 /// The last packet of a tag that was left to the stack, as it was before. It is found by the tag, which the packet carries
@@ -117,8 +125,8 @@ pub struct Original {
     pub digest: u64,
     /// The kernel's hash of its flow, or its socket's number for it. It stays with the packet, and nobody else can know it.
     pub hash: u32,
-    /// No byte may be undefined.
-    pub reserved: u32,
+    /// [`Treatment::digest`], as it is to be on the other side of the stack.
+    pub treatment: u32,
 }
 
 impl Original {
@@ -133,8 +141,8 @@ impl Original {
 
     /// That of a packet of the flow `key`.
     #[inline(always)]
-    pub fn new(key: FlowKey, constants: Constants, hash: u32) -> Self {
-        Self { key, digest: Self::digest(&key, constants), hash, reserved: 0 }
+    pub fn new(key: FlowKey, constants: Constants, treatment: Treatment, hash: u32) -> Self {
+        Self { key, digest: Self::digest(&key, constants), hash, treatment: treatment.digest() }
     }
 
     /// A digest of a flow, and of what no translation changes in a packet.
@@ -155,6 +163,46 @@ pub struct Constants {
     pub sequence: u32,
     /// TCP's acknowledgement number; of UDP nothing.
     pub acknowledgement: u32,
+}
+
+/// What a packet is known by when it comes out of the stack: what a rule may change, and neither routing nor a translation does.
+/// In the byte order of the packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Treatment {
+    /// The TOS octet of IPv4.
+    pub tos: u8,
+    /// The TTL that it has after the stack.
+    pub ttl: u8,
+    /// IPv4's flags and fragment offset.
+    pub frags: [u8; 2],
+    /// TCP's header length, flags and window, zeros for its checksum, and its urgent pointer; of UDP nothing.
+    pub control: u64,
+    /// The eight octets behind a header without options; zeros where there are fewer.
+    pub begin: u64,
+}
+
+impl Treatment {
+    /// The part of [`Treatment::control`] in the octets of a TCP header from its header length on.
+    #[inline(always)]
+    pub const fn control(octets: [u8; 8]) -> u64 {
+        const CHECKSUM: u64 = u64::from_ne_bytes([0, 0, 0, 0, 0xff, 0xff, 0, 0]);
+        u64::from_ne_bytes(octets) & !CHECKSUM
+    }
+
+    /// Of 32 bits: nobody gains by finding two that are equal.
+    #[inline(always)]
+    pub const fn digest(self) -> u32 {
+        let Self { tos, ttl, frags: [f0, f1], control, begin } = self;
+        let ip = u32::from_ne_bytes([tos, ttl, f0, f1]) as u64;
+        (mix(mix(ip, control), begin) >> 32) as u32
+    }
+}
+
+/// The differentiated services code point within a TOS octet (RFC 2474), where it is there. What is beside it, congestion
+/// notification, differs from packet to packet of a flow.
+#[inline(always)]
+pub const fn dscp(tos: u8) -> u32 {
+    (tos & 0xfc) as u32
 }
 
 /// A round of Fibonacci hashing for each word.
@@ -244,6 +292,26 @@ mod tests {
         ] {
             assert_ne!(digest, Original::digest(&key, constants), "{key:?} {constants:?}");
         }
+    }
+
+    #[test]
+    fn treatments_differ_by_each_part() {
+        let none = Treatment::default();
+        for (at, treatment) in [
+            Treatment { tos: 1, ..none },
+            Treatment { ttl: 1, ..none },
+            Treatment { frags: [0x40, 0], ..none },
+            Treatment { control: 1, ..none },
+            Treatment { control: 1 << 63, ..none },
+            Treatment { begin: 1, ..none },
+            Treatment { begin: 1 << 63, ..none },
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert_ne!(treatment.digest(), none.digest(), "{at}");
+        }
+        assert_eq!(dscp(0xbb), 0xb8);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 8 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 9 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -37,6 +37,10 @@ pub const ORIGINALS: &str = "ORIGINALS";
 /// LRU hash: the host's side of a pod's veth -> the MAC that the pod last sent from. A bridge that does not know where a MAC
 /// is sends a copy of what is for it to every pod.
 pub const PODS: &str = "PODS";
+/// LPM trie: prefix -> 1, for addresses whose flows take the stack, under the names before and after a translation.
+pub const EXCLUDED: &str = "EXCLUDED";
+/// Array: [`excluded_port`] -> a bit for each of 64 ports whose flows take the stack, likewise.
+pub const EXCLUDED_PORTS: &str = "EXCLUDED_PORTS";
 /// Per-CPU array: [`Event`](crate::event::Event) -> [`Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// Per-CPU array: [`Event`](crate::event::Event) -> [`Drops`](crate::drops::Drops): samples of what was dropped.
@@ -45,8 +49,21 @@ pub const DROPS: &str = "DROPS";
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 11] =
-    [SUBNETS, PREFIXES, VTEPS, VTEP_ADDRESSES, ACCEPTED, HEARD, FLOWS, ORIGINALS, PODS, COUNTERS, DROPS];
+pub const PINNED: [&str; 13] = [
+    SUBNETS,
+    PREFIXES,
+    VTEPS,
+    VTEP_ADDRESSES,
+    ACCEPTED,
+    HEARD,
+    FLOWS,
+    ORIGINALS,
+    PODS,
+    EXCLUDED,
+    EXCLUDED_PORTS,
+    COUNTERS,
+    DROPS,
+];
 
 /// The most slots that [`SUBNETS`] has: 16 MiB. A Network with more subnets keeps its leases in [`PREFIXES`].
 pub const MAX_SLOTS: u32 = 1 << 22;
@@ -60,6 +77,19 @@ pub const MAX_FLOWS: u32 = 1 << 16;
 
 /// The most pods whose MAC is remembered. What is for others takes the stack.
 pub const MAX_PODS: u32 = 1 << 12;
+
+/// The most entries of [`EXCLUDED`].
+pub const MAX_EXCLUDED: u32 = 1 << 12;
+
+/// Entries of [`EXCLUDED_PORTS`]: for the ports of TCP, and then those of UDP.
+pub const EXCLUDED_WORDS: u32 = 2 * (1 << 16) / u64::BITS;
+
+/// Where in [`EXCLUDED_PORTS`] a port (host order) is: which entry, and which bit of it.
+#[inline(always)]
+pub const fn excluded_port(is_udp: bool, port: u16) -> (u32, u64) {
+    let first = if is_udp { EXCLUDED_WORDS / 2 } else { 0 };
+    (first + port as u32 / u64::BITS, 1 << (port as u32 % u64::BITS))
+}
 
 /// The unit of [`HEARD`]: nanoseconds of CLOCK_MONOTONIC, as a power of two so that the program need not divide
 /// (1.07 s).
@@ -104,9 +134,24 @@ pub struct Config {
     pub vtep_mac: Mac,
     /// UDP source ports of encapsulated packets.
     pub source_ports: SourcePorts,
+    /// [`Config::QUEUED`] and the like, or 0.
+    pub flags: u32,
 }
 
 impl Config {
+    /// What the stack routed to `flannel.<VNI>` goes through that device, and its queue, before it is encapsulated.
+    pub const QUEUED: u32 = 1 << 0;
+    /// A copy of what is encapsulated there is shown to who captures on the device.
+    pub const SHOWN: u32 = 1 << 1;
+    /// XDP leaves packets in the tunnel.
+    pub const LEFT_IN_TUNNEL: u32 = 1 << 2;
+
+    /// Whether this is among the flags. A constant to the verifier.
+    #[inline(always)]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+
     /// The slot of an address (host order) in [`SUBNETS`]; [`None`] outside the Network.
     #[inline(always)]
     pub fn slot(&self, address: u32) -> Option<u32> {
@@ -246,7 +291,16 @@ mod tests {
         port: 8472,
         vtep_mac: [2, 0, 0, 0, 0, 1],
         source_ports: SourcePorts { min: 32768, max: 60999 },
+        flags: 0,
     };
+
+    #[test]
+    fn each_port_has_a_bit() {
+        assert_eq!(excluded_port(false, 0), (0, 1));
+        assert_eq!(excluded_port(false, 65_535), (1023, 1 << 63));
+        assert_eq!(excluded_port(true, 64), (1025, 1));
+        assert_eq!(excluded_port(true, 65_535).0, EXCLUDED_WORDS - 1);
+    }
 
     #[test]
     fn a_slot_is_arithmetic() {

@@ -98,6 +98,9 @@ fn decapsulated(packet: &Packet<'_>, config: &Config) -> Event {
 #[inline(always)]
 pub(crate) fn xdp_decap(frame: &Frame<'_>) -> Option<Event> {
     let config = CONFIG.load();
+    if config.has(Config::LEFT_IN_TUNNEL) {
+        return None;
+    }
     let ethernet = frame.header::<EthHdr>(0)?;
     if ethernet.ether_type != EtherType::Ipv4 as u16 || ethernet.dst_addr != config.underlay_mac {
         return None;

@@ -10,6 +10,7 @@
 
 use flannel_common::{
     event::{Event, Outcome},
+    flow::FlowKey,
     maps::{Config, Vtep},
     packet::{Inner, OuterHeader},
     vxlan::NEXT_HOP_MAC,
@@ -17,8 +18,8 @@ use flannel_common::{
 use network_types::{eth::EthHdr, ip::Ipv4Hdr};
 
 use crate::{
-    flows::{self, Direction, Kind, Place, place},
-    leases::Leases,
+    flows::{self, Direction, Kind, Place, Released, place},
+    leases::{Leases, overlay_device},
     maps::CONFIG,
     next_hop::{NextHop, Translation},
     originals,
@@ -28,14 +29,22 @@ use crate::{
 #[inline(always)]
 pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
+    if config.has(Config::SHOWN) && packet.has_note(Note::HandedOn(config.vni)) {
+        packet.forget_note();
+        return Event::EncapShown;
+    }
     let released = flows::released(packet, &config);
-    let event = try_encapsulate(packet, &config);
+    let event = if config.has(Config::QUEUED) && is_for_overlay(packet) {
+        Event::EncapQueued
+    } else {
+        try_encapsulate(packet, &config, config.has(Config::SHOWN))
+    };
     match event.outcome() {
-        Outcome::Forward => {
-            if let Some(released) = released {
-                released.note();
-            }
-        }
+        Outcome::Forward => match released {
+            Released::As(renamed) => renamed.note(packet),
+            Released::Changed => return Event::EncapsulatedChanged,
+            Released::Nothing => {}
+        },
         // The kernel sends it to that next hop, and it does not come back.
         Outcome::Pass if event == Event::EncapOtherNextHop => packet.forget_note(),
         Outcome::Pass => packet.write_note(Note::HandedOn(config.vni)),
@@ -49,7 +58,7 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
     if packet.has_note(Note::HandedOn(config.vni)) {
         packet.forget_note();
-        let event = try_encapsulate(packet, &config);
+        let event = try_encapsulate(packet, &config, false);
         return match event.outcome() {
             // The host's stack would send it to the overlay again and again.
             Outcome::Pass => Event::EncapImpossible,
@@ -71,14 +80,19 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
     Event::Received
 }
 
+/// Whether a packet at egress of `flannel.<VNI>` was led there by a route of the agent's.
 #[inline(always)]
-fn try_encapsulate(packet: &Packet<'_>, config: &Config) -> Event {
+fn is_for_overlay(packet: &Packet<'_>) -> bool {
+    packet.header::<EthHdr>(0).is_none_or(|ethernet| ethernet.dst_addr == NEXT_HOP_MAC)
+}
+
+#[inline(always)]
+fn try_encapsulate(packet: &Packet<'_>, config: &Config, is_shown: bool) -> Event {
     if !packet.is_ipv4() {
         return Event::EncapNotIpv4;
     }
-    match packet.header::<EthHdr>(0) {
-        Some(ethernet) if ethernet.dst_addr != NEXT_HOP_MAC => return Event::EncapOtherNextHop,
-        _ => {}
+    if !is_for_overlay(packet) {
+        return Event::EncapOtherNextHop;
     }
     let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
         return Event::EncapTruncated;
@@ -93,8 +107,13 @@ fn try_encapsulate(packet: &Packet<'_>, config: &Config) -> Event {
     if len > config.mtu && !packet.is_gso() {
         return Event::EncapTooBig;
     }
+    if is_shown && show(packet, config, vtep).is_err() {
+        return Event::EncapFailed;
+    }
     let inner = match make_room(packet, config, len, ip.tos) {
         Ok(inner) => inner,
+        // As it was.
+        Err(_) if is_shown && packet.write(&NEXT_HOP_MAC).is_err() => return Event::EncapFailed,
         Err(NoRoom::Nested) => return Event::EncapNested,
         Err(NoRoom::Refused) => return Event::EncapNoRoom,
     };
@@ -107,6 +126,17 @@ fn try_encapsulate(packet: &Packet<'_>, config: &Config) -> Event {
         Sent::Resolved => Event::Encapsulated,
         Sent::ToNeighbour => Event::EncapsulatedNeighbour,
     }
+}
+
+/// Shows a packet as flannel's daemon would have it sent: from this host's VTEP to the peer's. The copy comes to
+/// [`to_overlay`] once more, and then to the kernel's vxlan device, which drops it for want of a forwarding entry. The packet
+/// itself keeps that destination.
+#[inline(always)]
+fn show(packet: &Packet<'_>, config: &Config, vtep: &Vtep) -> Result<(), ()> {
+    packet.write(&vtep.header.peer_vtep_mac())?;
+    packet.write_note(Note::HandedOn(config.vni));
+    packet.send_copy(overlay_device());
+    Ok(())
 }
 
 /// Ingress of the host's side of a pod's veth.
@@ -139,7 +169,9 @@ fn bypass_or_leave(packet: &Packet<'_>, config: &Config) -> Event {
         return Event::PodOther;
     }
     let place = place(packet, &ip, EthHdr::LEN, Direction::Egress);
-    if place.kind == Kind::Other {
+    // No mark and no priority passes a veth: another program gave it that, for a reason that is not known here.
+    let is_marked = config.bypass_time != 0 && place.kind == Kind::Data && packet.mark_and_priority() != (0, 0);
+    if place.kind == Kind::Other || is_marked {
         return Event::PodOther;
     }
     match bypass(packet, config, &ip, &place) {
@@ -158,7 +190,24 @@ fn bypass_or_leave(packet: &Packet<'_>, config: &Config) -> Event {
 /// Sends a packet past the stack, where it may go. [`None`] where it may not, and is as it was.
 #[inline(always)]
 fn bypass(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place) -> Option<Event> {
-    let sent_as = place.fresh_egress(config, flows::now())?.sent_as;
+    let event = place
+        .fresh_egress(packet, config, flows::now(), ip.tos)
+        .and_then(|sent_as| bypass_as(packet, config, ip, place, sent_as));
+    // Others keep what they came with.
+    if event.is_none() && config.bypass_time != 0 && place.kind == Kind::Data {
+        packet.set_mark_and_priority((0, 0));
+    }
+    event
+}
+
+#[inline(always)]
+fn bypass_as(
+    packet: &Packet<'_>,
+    config: &Config,
+    ip: &Ipv4Hdr,
+    place: &Place,
+    sent_as: FlowKey,
+) -> Option<Event> {
     let vtep = (Leases { config }).peer_of(u32::from_be_bytes(sent_as.remote)).filter(|vtep| vtep.ifindex != 0)?;
     // The stack tells the sender what is too big, or too old.
     let len = packet.len() - EthHdr::LEN as u32;

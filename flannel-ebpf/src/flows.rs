@@ -5,7 +5,8 @@
 //! of the same flow may go past it, until the note is too old. What the stack refuses comes out nowhere.
 //!
 //! What netfilter translates has other addresses and ports on the two sides; what was on the other side is told by
-//! [`originals`].
+//! [`originals`]. Besides, a packet may have nothing changed but its TTL, and get a mark and a priority: that is all that is made
+//! past the stack as well. A flow of whose packets the stack changes more stays with it.
 //!
 //! conntrack sees every packet that begins or ends a connection: SYN, FIN and RST never bypass, and take the flow's
 //! notes away, on either side of the stack.
@@ -15,7 +16,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use flannel_common::{
     event::Event,
-    flow::{Egress, Flow, FlowKey, Ingress},
+    flow::{Egress, Flow, FlowKey, Ingress, dscp},
     maps::Config,
     packet::Mac,
 };
@@ -27,8 +28,9 @@ use network_types::{
 };
 
 use crate::{
-    maps::{CONFIG, FLOWS, PODS, VTEP_ADDRESSES},
-    originals,
+    excluded::is_excluded,
+    maps::{CONFIG, FLOWS, NOTED, PODS, VTEP_ADDRESSES},
+    originals::{self, Found},
     packet::{Headers, Note, Packet, fill_with_zeros},
 };
 
@@ -106,14 +108,29 @@ pub(crate) fn place(packet: &impl Headers, ip: &Ipv4Hdr, offset: usize, directio
 }
 
 impl Place {
-    /// What is known of the flow's packets from the pod, where the stack let one out lately.
+    /// As what the stack let one of the flow's packets from the pod out lately, if that had the same differentiated services
+    /// field. Its mark and priority are the packet's from then on, whatever comes of it: to keep them until that is known, the
+    /// stack of `from_pod` has no room.
     #[inline(always)]
-    pub(crate) fn fresh_egress(&self, config: &Config, now: u64) -> Option<Egress> {
+    pub(crate) fn fresh_egress(&self, packet: &Packet<'_>, config: &Config, now: u64, tos: u8) -> Option<FlowKey> {
         if !self.may_bypass(config) {
             return None;
         }
-        let egress = known_egress(&self.key)?;
-        (age(egress.released, now) < config.bypass_time).then_some(egress)
+        // SAFETY: of a flow that an entry leads to.
+        let (released, of_service, sent_as) = known(&self.key, |flow| unsafe {
+            let egress = &raw const (*flow).egress;
+            packet.set_mark_and_priority((
+                (&raw const (*egress).mark).read_volatile(),
+                (&raw const (*egress).priority).read_volatile(),
+            ));
+            (
+                (&raw const (*egress).released).read_volatile(),
+                (&raw const (*egress).dscp).read_volatile(),
+                (&raw const (*egress).sent_as).read_volatile(),
+            )
+        })?;
+        let is_fresh = age(released, now) < config.bypass_time && of_service == dscp(tos);
+        is_fresh.then_some(sent_as)
     }
 
     /// What is known of the flow's packets to the pod, where the stack let one out lately.
@@ -157,13 +174,17 @@ fn forget(key: &FlowKey) {
 /// Puts a whole entry in the place of the one before: what `fill` makes of one of which nothing is known.
 #[inline(always)]
 fn remember(key: FlowKey, fill: impl FnOnce(&mut Flow)) -> Result<(), i32> {
-    let mut flow = MaybeUninit::<Flow>::uninit();
-    fill_with_zeros(&mut flow);
-    // SAFETY: of integers and byte arrays only, for which zeros are valid.
-    let flow = unsafe { flow.assume_init_mut() };
+    // Always there.
+    let Some(flow) = NOTED.get_ptr_mut(0) else { return Err(0) };
+    // SAFETY: the map's value for this CPU, of integers and byte arrays only. Programs on a CPU do not preempt each other at the
+    // same side of a device, and only those of egress call this.
+    let flow = unsafe {
+        fill_with_zeros(&mut *flow.cast::<MaybeUninit<Flow>>());
+        &mut *flow
+    };
     flow.key = key;
     fill(flow);
-    FLOWS.insert(key, flow, 0)
+    FLOWS.insert(key, &*flow, 0)
 }
 
 #[inline(always)]
@@ -202,39 +223,63 @@ fn age(released: u64, now: u64) -> u64 {
     if released == 0 { u64::MAX } else { now.wrapping_sub(released) }
 }
 
-/// A flow that the stack let a packet of out: before and after.
-pub(crate) struct Released {
+/// What is to be noted of a packet that came out of the stack.
+pub(crate) enum Released {
+    /// Its flow, before and after.
+    As(Renamed),
+    /// That the stack changed more of it: its flow is forgotten.
+    Changed,
+    /// Nothing.
+    Nothing,
+}
+
+/// A flow that the stack let a packet of out: before and after, and which service that asked for.
+pub(crate) struct Renamed {
     original: FlowKey,
     sent_as: FlowKey,
+    dscp: u32,
 }
 
 /// Egress of `flannel.<VNI>`: what is to be noted of a packet that `from_pod` left to the stack, if it gets away.
 #[inline(always)]
-pub(crate) fn released(packet: &Packet<'_>, config: &Config) -> Option<Released> {
+pub(crate) fn released(packet: &Packet<'_>, config: &Config) -> Released {
     if config.bypass_time == 0 || !packet.is_ipv4() {
-        return None;
+        return Released::Nothing;
     }
-    let tag = packet.noted(Note::FromPod)?;
-    let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;
+    let Some(tag) = packet.noted(Note::FromPod) else { return Released::Nothing };
+    let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else { return Released::Nothing };
     let place = place(packet, &ip, EthHdr::LEN, Direction::Egress);
     match place.kind {
         Kind::Data => {}
         Kind::Turn => {
             forget(&place.key);
-            return None;
+            return Released::Nothing;
         }
-        Kind::Other => return None,
+        Kind::Other => return Released::Nothing,
     }
-    Some(Released { original: originals::find(packet, &ip, &place, tag, Direction::Egress)?, sent_as: place.key })
+    match originals::find(packet, &ip, &place, tag, Direction::Egress) {
+        Found::Same(original) => Released::As(Renamed { original, sent_as: place.key, dscp: dscp(ip.tos) }),
+        Found::Changed(original) => {
+            forget(&original);
+            Released::Changed
+        }
+        Found::Nothing => Released::Nothing,
+    }
 }
 
-impl Released {
+impl Renamed {
+    /// Of a packet that has still the mark and the priority that the stack gave it.
     #[inline(always)]
-    pub(crate) fn note(&self) {
+    pub(crate) fn note(&self, packet: &Packet<'_>) {
+        let Self { original, sent_as, dscp } = *self;
+        if is_excluded(&original, &sent_as) {
+            return;
+        }
         // Where there is no room, the flow goes on through the stack.
-        let _full = remember(self.original, |flow| {
-            flow.egress = Egress { released: now(), sent_as: self.sent_as };
-            if let Some(ingress) = known_ingress(&self.original) {
+        let _full = remember(original, |flow| {
+            let (mark, priority) = packet.mark_and_priority();
+            flow.egress = Egress { released: now(), sent_as, mark, priority, dscp, reserved: 0 };
+            if let Some(ingress) = known_ingress(&original) {
                 flow.ingress = ingress;
             }
         });
@@ -265,14 +310,19 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     if place.kind != Kind::Data || !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
         return Event::PodUnnoted;
     }
-    let Some(original) = originals::find(packet, &ip, &place, tag, Direction::Ingress) else {
-        return Event::PodUnnoted;
+    let original = match originals::find(packet, &ip, &place, tag, Direction::Ingress) {
+        Found::Same(original) => original,
+        Found::Changed(original) => {
+            forget(&original);
+            return Event::PodChanged;
+        }
+        Found::Nothing => return Event::PodUnnoted,
     };
     let Some(ethernet) = packet.header::<EthHdr>(0) else {
         return Event::PodUnnoted;
     };
     let (now, veth) = (now(), packet.device());
-    if !is_of_pod(veth, ethernet.dst_addr) {
+    if !is_of_pod(veth, ethernet.dst_addr) || is_excluded(&original, &place.key) {
         return Event::PodUnnoted;
     }
     // SAFETY: of a flow that an entry leads to.

@@ -20,6 +20,7 @@
 //! * [`routes`] — and what the kernel's routes say of those that the leases refuse
 //! * [`flows`] — what may pass the stack by; `to_pod`
 //! * [`originals`] — which flow a packet had before the stack
+//! * [`excluded`] — which flows never do, because of whom they are of
 //! * [`next_hop`] — what passes it by, as the stack would have sent it on
 //! * [`leases`] — the maps, asked as the lease table
 //! * [`packet`], [`frame`] — the only places that touch packet memory and call helpers on it
@@ -31,6 +32,7 @@ mod admit;
 mod count;
 mod decap;
 mod encap;
+mod excluded;
 mod flows;
 mod frame;
 mod leases;

@@ -10,7 +10,9 @@ use flannel_common::{
     drops::Drops,
     event::Event,
     flow::{Flow, FlowKey, Original, SourcePorts},
-    maps::{Config, Counter, MAX_ACCEPTED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep},
+    maps::{
+        Config, Counter, EXCLUDED_WORDS, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep,
+    },
     packet::Mac,
 };
 
@@ -42,6 +44,12 @@ pub(crate) static ORIGINALS: Array<Original> = Array::with_max_entries(Original:
 pub(crate) static PODS: LruHashMap<u32, Mac> = LruHashMap::with_max_entries(MAX_PODS, 0);
 
 #[map]
+pub(crate) static EXCLUDED: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_EXCLUDED, 0);
+
+#[map]
+pub(crate) static EXCLUDED_PORTS: Array<u64> = Array::with_max_entries(EXCLUDED_WORDS, 0);
+
+#[map]
 pub(crate) static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(Event::COUNT, 0);
 
 #[map]
@@ -50,6 +58,10 @@ pub(crate) static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(Even
 /// What the kernel is asked for a route with, on each CPU. Not pinned: it holds nothing between two packets.
 #[map]
 pub(crate) static LOOKUP: PerCpuArray<bpf_fib_lookup> = PerCpuArray::with_max_entries(1, 0);
+
+/// Where what is to be known of a flow is put together, on each CPU: it would take a fifth of a program's stack. Not pinned.
+#[map]
+pub(crate) static NOTED: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
 
 /// Patched at load; constant to the verifier.
 #[unsafe(no_mangle)]
@@ -71,4 +83,5 @@ pub(crate) const UNSET: Config = Config {
     port: 0,
     vtep_mac: [0; 6],
     source_ports: SourcePorts { min: 0, max: 0 },
+    flags: 0,
 };

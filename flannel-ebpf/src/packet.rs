@@ -14,7 +14,7 @@ use aya_ebpf::{
         bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key,
     },
     helpers::{
-        bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_l4_csum_replace, bpf_redirect,
+        bpf_clone_redirect, bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_l4_csum_replace, bpf_redirect,
         bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_type, bpf_skb_load_bytes,
         bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
@@ -171,6 +171,31 @@ impl<'a> Packet<'a> {
     pub(crate) fn is_gso(&self) -> bool {
         // SAFETY: as above.
         unsafe { (*self.skb()).gso_size != 0 }
+    }
+
+    /// What rules, queues and routes of this host tell it from others by.
+    #[inline(always)]
+    pub(crate) fn mark_and_priority(&self) -> (u32, u32) {
+        // SAFETY: as above.
+        unsafe { ((*self.skb()).mark, (*self.skb()).priority) }
+    }
+
+    /// Has it told from others by these.
+    #[inline(always)]
+    pub(crate) fn set_mark_and_priority(&self, (mark, priority): (u32, u32)) {
+        // SAFETY: the context is valid; TC programs may write these fields.
+        unsafe {
+            (*self.skb()).mark = mark;
+            (*self.skb()).priority = priority;
+        }
+    }
+
+    /// Sends a copy as it is out on a device.
+    #[inline(always)]
+    pub(crate) fn send_copy(&self, ifindex: u32) {
+        // Where there is no memory for one, nothing is shown.
+        // SAFETY: the context is valid.
+        unsafe { bpf_clone_redirect(self.skb(), ifindex, 0) };
     }
 
     #[inline(always)]

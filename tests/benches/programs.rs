@@ -252,7 +252,7 @@ fn know(dataplane: &mut Dataplane, peers: u32) {
                 protocol: TCP,
             };
             let flow = Flow {
-                egress: Egress { released, sent_as: key },
+                egress: Egress { released, sent_as: key, ..Egress::default() },
                 ingress: Ingress { released, received_as: key, veth: 1, ..Ingress::default() },
                 ..Flow::new(key)
             };
@@ -279,6 +279,7 @@ fn load(pins: &Path, count: u32, ifindex: u32) -> Dataplane {
         port: 8472,
         vtep_mac: VTEP_ONE_MAC,
         source_ports: SourcePorts { min: 32768, max: 60999 },
+        flags: 0,
     };
     let pins = PinDirectory::new(pins, Vni::DEFAULT);
     let mut dataplane = Dataplane::load(pins, &config, capacity, BpfLogLevel::Off).unwrap();

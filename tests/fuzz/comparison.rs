@@ -6,15 +6,18 @@
 
 use std::{path::Path, process::Command, time::Duration};
 
-use flannel_agent::dataplane::{
-    BpfLogLevel, Capacity, Dataplane, Hook, PinDirectory, XdpMode,
-    test_run::{Packet, TestRuns},
+use flannel_agent::{
+    bypass::{Plan, Ports, Protocol},
+    dataplane::{
+        BpfLogLevel, Capacity, Dataplane, Hook, PinDirectory, XdpMode,
+        test_run::{Packet, TestRuns},
+    },
 };
 use flannel_common::{
     event::{Event, Outcome},
     flow::{Egress, Flow, FlowKey, Ingress, Original},
     maps::{Counter, Vtep},
-    model::{self, Fate, FlowChange, Frame, Known, Lease, Overlay, World},
+    model::{self, Excluded, Fate, FlowChange, Frame, Known, Lease, Overlay, ToldBy, World},
     packet::{OuterHeader, Tunnel},
     vxlan::Vni,
 };
@@ -110,6 +113,11 @@ fn runnable(input: &Input<'_>) -> Option<model::Program> {
     (frame.len() >= least).then_some(input.program())
 }
 
+fn egress(released: u64, sent_as: FlowKey, told_by: ToldBy, dscp: u8) -> Egress {
+    let ToldBy { mark, priority } = told_by;
+    Egress { released, sent_as, mark, priority, dscp: dscp.into(), reserved: 0 }
+}
+
 /// Whether a program is on the side of the stack where packets go in.
 fn goes_in(program: model::Program) -> bool {
     matches!(program, model::Program::FromPod | model::Program::FromOverlay)
@@ -147,6 +155,7 @@ impl Loaded {
             .map(|([a, b, c, d], len)| format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap())
             .collect();
         dataplane.accept(&named).unwrap();
+        dataplane.restrict(&plan(&world)).unwrap();
         match world.overlay {
             Overlay::Unknown => {}
             Overlay::Gone => dataplane.peers.set_overlay_device(NO_DEVICE).unwrap(),
@@ -172,12 +181,15 @@ impl Loaded {
             frame: input.frame,
             is_gso: input.gso_size() != 0,
             note,
+            told_by: input.told_by(),
             known: Known {
                 egress: before.is_some() && is_fresh(input.egress()),
                 ingress: before.is_some() && is_fresh(input.ingress()),
                 pod_mac: POD_MAC,
                 gateway_mac: GATEWAY_MAC,
                 sent_as,
+                told_by: input.known_treatment().0,
+                dscp: input.known_treatment().1,
                 received_as,
                 original: input.original(),
                 sender: input.sender(),
@@ -215,7 +227,9 @@ impl Loaded {
         let [sent_as, received_as] = input.sent_and_received_as(key);
         let released = time(input.ingress()?);
         let ingress = Ingress { released, received_as, veth, pod_mac: POD_MAC, gateway_mac: GATEWAY_MAC };
-        let flow = Flow { egress: Egress { released: time(input.egress()?), sent_as }, ingress, ..Flow::new(key) };
+        let (told_by, dscp) = input.known_treatment();
+        let egress = egress(time(input.egress()?), sent_as, told_by, dscp);
+        let flow = Flow { egress, ingress, ..Flow::new(key) };
         self.programs.insert_flow(&flow).unwrap();
         Some(flow)
     }
@@ -243,25 +257,31 @@ impl Loaded {
                 return equal("verdict", verdict, expected);
             }
         };
-        let packet = Packet { frame: input.frame, ifindex, gso_size: input.gso_size(), note };
-        match input.look() {
+        let ToldBy { mark, priority } = input.told_by();
+        let packet = Packet { frame: input.frame, ifindex, gso_size: input.gso_size(), note, mark, priority };
+        let after = match input.look() {
             Look::Verdict => {
-                let verdict = self.programs.verdict(hook, packet, out).map_err(|error| error.to_string())?;
+                let (verdict, after) = self.programs.verdict(hook, packet, out).map_err(|error| error.to_string())?;
                 // TC_ACT_REDIRECT, TC_ACT_UNSPEC, TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
                 let expected = match fate.event.map(Event::outcome) {
                     Some(Outcome::Forward) => 7,
                     Some(Outcome::Drop) => 2,
                     Some(Outcome::Pass) | None => -1,
                 };
-                equal("verdict", verdict, expected)
+                equal("verdict", verdict, expected)?;
+                after
             }
             Look::Note => {
-                let (note, whom) = self.programs.note(hook, packet, out).map_err(|error| error.to_string())?;
-                equal("note", note, fate.note)?;
+                let after = self.programs.note(hook, packet, out).map_err(|error| error.to_string())?;
+                equal("note", after.note, fate.note)?;
                 // PACKET_HOST (include/uapi/linux/if_packet.h): the pod's stack takes TCP in no other.
-                if fate.event == Some(Event::Delivered) { equal("packet type", whom, 0) } else { Ok(()) }
+                if fate.event == Some(Event::Delivered) {
+                    equal("packet type", after.packet_type, 0)?;
+                }
+                after
             }
-        }
+        };
+        equal("mark and priority", ToldBy { mark: after.mark, priority: after.priority }, fate.told_by)
     }
 
     fn check_counter(&mut self, fate: &Fate, len: usize) -> Result<(), String> {
@@ -293,7 +313,7 @@ impl Loaded {
     ) -> Result<(), String> {
         let changed = match fate.flow {
             FlowChange::Unchanged | FlowChange::Removed => None,
-            FlowChange::Egress { key, .. } | FlowChange::Ingress { key, .. } => Some(key),
+            FlowChange::OriginalRemoved(key) | FlowChange::Egress { key, .. } | FlowChange::Ingress { key, .. } => Some(key),
         };
         // What is noted may be another flow's than the packet's by now; then that one stays as it was.
         if let Some(key) = key.filter(|key| changed != Some(*key)) {
@@ -305,8 +325,9 @@ impl Loaded {
         let known = before.filter(|before| before.key == key).unwrap_or(Flow::new(key));
         let released = after.map_or([0; 2], |flow| [flow.egress.released, flow.ingress.released]);
         let (expected, time) = match fate.flow {
-            FlowChange::Egress { sent_as, .. } => {
-                (Flow { egress: Egress { released: released[0], sent_as }, ..known }, released[0])
+            FlowChange::OriginalRemoved(_) => return equal("what is known of the flow", after, None),
+            FlowChange::Egress { sent_as, told_by, dscp, .. } => {
+                (Flow { egress: egress(released[0], sent_as, told_by, dscp), ..known }, released[0])
             }
             FlowChange::Ingress { received_as, pod_mac, gateway_mac, .. } => {
                 let ingress = Ingress { released: released[1], received_as, veth: ifindex, pod_mac, gateway_mac };
@@ -357,6 +378,16 @@ impl Loaded {
             None => Ok(()),
         }
     }
+}
+
+/// What has the programs exclude what is excluded in a world.
+fn plan(world: &World) -> Plan {
+    let Excluded { addresses, ports } = &world.excluded;
+    let prefix = |([a, b, c, d], len): &([u8; 4], u32)| format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap();
+    let protocol = |number| if number == 6 { Protocol::Tcp } else { Protocol::Udp };
+    let range = |(number, first, last): &(u32, u16, u16)| Ports::new(protocol(*number), &(*first..=*last));
+    let (addresses, ports) = (addresses.iter().map(prefix).collect(), ports.iter().map(range).collect());
+    Plan { addresses, ports, ..Plan::default() }
 }
 
 /// Makes a device for `flannel.<VNI>`, with the routes of a world; its number.

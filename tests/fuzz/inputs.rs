@@ -5,23 +5,41 @@ use std::fmt;
 
 use etherparse::EtherType;
 use flannel_common::{
-    flow::{Constants, FlowKey, Original, SourcePorts},
+    flow::{Constants, FlowKey, Original, SourcePorts, Treatment},
     maps::Config,
-    model::{self, Lease, Note, Overlay, Peer, Program, Route, World},
+    model::{self, Excluded, Lease, Note, Overlay, Peer, Program, Route, ToldBy, World},
 };
 use rand::{Rng, RngExt as _, seq::IndexedRandom as _};
 
 use crate::{comparison::hex, frames::*};
 
 /// The worlds that programs are loaded for.
-pub const WORLDS: [fn() -> World; 6] = [
+pub const WORLDS: [fn() -> World; 9] = [
     || World { config: config(), leases: leases(), ..routed() },
     || World { config: Config { bypass_time: 0, ..config() }, leases: leases(), ..routed() },
     small_subnets,
     || World { config: Config { slots: 0, ..config() }, leases: leases(), overlay: Overlay::Unknown, ..routed() },
     || World { config: config(), leases: leases(), ..routed() },
     || World { config: config(), leases: leases(), overlay: Overlay::Gone, ..routed() },
+    || World { excluded: excluded(), leases: leases(), ..routed() },
+    || with_flags(Config::QUEUED | Config::LEFT_IN_TUNNEL),
+    || with_flags(Config::SHOWN),
 ];
+
+/// Of what is not bypassed.
+fn with_flags(flags: u32) -> World {
+    World { config: Config { bypass_time: 0, flags, ..config() }, leases: leases(), ..routed() }
+}
+
+/// Of each end under each name, and one of another protocol.
+fn excluded() -> Excluded {
+    const TCP: u32 = 6;
+    const UDP: u32 = 17;
+    Excluded {
+        addresses: vec![([10, 5, 2, 0], 28), ([10, 96, 0, 10], 32), ([10, 5, 1, 64], 26)],
+        ports: vec![(TCP, 5353, 5354), (UDP, 0xffff, 0xffff), (UDP, 80, 80)],
+    }
+}
 
 /// MAC of `flannel.<VNI>` in these: not the one that the programs were loaded for.
 pub const DEVICE_MAC: Mac = [0x0a, 0, 0, 0, 0, 0x77];
@@ -48,7 +66,7 @@ fn routed() -> World {
         Route { network: [10, 26, 0, 0], len: 16, next_hop: None, next_hop_mac: None },
     ];
     let accepted = vec![([10, 27, 0, 0], 16), ([10, 5, 2, 0], 23), ([192, 168, 64, 0], 30)];
-    World { config: config(), leases: Vec::new(), accepted, overlay: Overlay::Is(DEVICE_MAC), routes }
+    World { config: config(), leases: Vec::new(), accepted, overlay: Overlay::Is(DEVICE_MAC), routes, excluded: Excluded::default() }
 }
 
 /// When the stack let a packet of a flow out.
@@ -185,6 +203,26 @@ impl<'a> Input<'a> {
         }
     }
 
+    /// By what a packet is told from others when a program gets it: seldom by anything.
+    pub fn told_by(&self) -> ToldBy {
+        match self.head[2] >> 4 & 7 {
+            5 => ToldBy { mark: 0x4000, priority: 6 },
+            6 => ToldBy { mark: 0, priority: 2 },
+            _ => ToldBy::default(),
+        }
+    }
+
+    /// By what packets of its flow were when the stack let them out, and their TOS octet without congestion notification: most
+    /// often the packet's own.
+    pub fn known_treatment(&self) -> (ToldBy, u8) {
+        let dscp = self.frame.get(IPV4 + 1).copied().unwrap_or_default() & 0xfc;
+        match self.head[2] >> 4 & 7 {
+            0 => (ToldBy { mark: 0x4000, priority: 6 }, dscp),
+            1 => (ToldBy::default(), dscp ^ 0x10),
+            _ => (ToldBy::default(), dscp),
+        }
+    }
+
     pub fn look(&self) -> Look {
         if self.head[7] & 1 == 0 { Look::Verdict } else { Look::Note }
     }
@@ -205,14 +243,20 @@ impl<'a> Input<'a> {
     pub fn original(&self) -> Original {
         let Some(key) = self.original_flow() else { return Original::default() };
         let constants = model::constants(self.frame, IPV4);
+        let treatment = model::treatment(self.frame, IPV4, 0);
+        let original = |key, constants, hash| Original::new(key, constants, treatment, hash);
+        let changed = |treatment| Original::new(key, constants, treatment, 0);
         match self.head[1] >> 4 {
             0 => Original::default(),
-            1 => Original::new(key, constants, 1),
-            2 => Original::new(key, Constants { sequence: !constants.sequence, ..constants }, 0),
-            3 => Original::new(key, Constants { id_and_len: !constants.id_and_len, ..constants }, 0),
-            4 => Original::new(FlowKey { protocol: key.protocol ^ 1, ..key }, constants, 0),
-            5 => Original { key: Translated::Both.apply(key, 0), ..Original::new(key, constants, 0) },
-            _ => Original::new(key, constants, 0),
+            1 => original(key, constants, 1),
+            2 => original(key, Constants { sequence: !constants.sequence, ..constants }, 0),
+            3 => original(key, Constants { id_and_len: !constants.id_and_len, ..constants }, 0),
+            4 => original(FlowKey { protocol: key.protocol ^ 1, ..key }, constants, 0),
+            5 => Original { key: Translated::Both.apply(key, 0), ..original(key, constants, 0) },
+            6 => changed(Treatment { tos: treatment.tos ^ 0xb8, ..treatment }),
+            7 => changed(Treatment { ttl: treatment.ttl.wrapping_add(1), ..treatment }),
+            8 => changed(Treatment { begin: !treatment.begin, ..treatment }),
+            _ => original(key, constants, 0),
         }
     }
 
@@ -238,6 +282,7 @@ impl fmt::Debug for Input<'_> {
             .field("sender", &self.sender())
             .field("original", &self.original())
             .field("sent_as, received_as", &self.flow().map(|key| self.sent_and_received_as(key)))
+            .field("told by, known", &(self.told_by(), self.known_treatment()))
             .field("look", &self.look())
             .field("frame", &hex(self.frame))
             .finish()
@@ -260,6 +305,7 @@ fn config() -> Config {
         port: 8472,
         vtep_mac: VTEP_ONE_MAC,
         source_ports: SourcePorts { min: 32768, max: 60999 },
+        flags: 0,
     }
 }
 

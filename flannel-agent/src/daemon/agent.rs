@@ -195,6 +195,7 @@ pub(super) fn load(
         port: device.port,
         vtep_mac: lease.vtep_mac.0,
         source_ports: device::local_ports(),
+        flags: 0,
     };
     let pins = PinDirectory::new(&cli.bpf_pin_dir, device.vni);
     let mut dataplane = Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?;

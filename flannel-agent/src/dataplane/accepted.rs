@@ -11,8 +11,8 @@ use ipnet::Ipv4Net;
 
 use super::{Dataplane, DataplaneError, PinDirectory, peers::absent_is_fine};
 
-/// The map of them.
-pub(super) type Accepted = LpmTrie<MapData, [u8; 4], u32>;
+/// A map of prefixes.
+pub(super) type Prefixes = LpmTrie<MapData, [u8; 4], u32>;
 
 /// The prefixes that a dataplane accepts whose agent may be gone.
 ///
@@ -20,7 +20,7 @@ pub(super) type Accepted = LpmTrie<MapData, [u8; 4], u32>;
 /// [`DataplaneError::Map`] where there is none.
 pub fn pinned_accepted(pins: &PinDirectory) -> Result<Vec<Ipv4Net>, DataplaneError> {
     let map = MapData::from_pin(pins.map(ACCEPTED)).map_err(DataplaneError::map("open", ACCEPTED))?;
-    let map: Accepted = Map::LpmTrie(map).try_into().map_err(DataplaneError::map("open", ACCEPTED))?;
+    let map: Prefixes = Map::LpmTrie(map).try_into().map_err(DataplaneError::map("open", ACCEPTED))?;
     let mut prefixes = Vec::new();
     for key in map.keys() {
         let key = key.map_err(DataplaneError::map("read", ACCEPTED))?;
@@ -35,22 +35,31 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError::Map`].
     pub fn accept(&mut self, prefixes: &[Ipv4Net]) -> Result<usize, DataplaneError> {
-        let mut missing: BTreeSet<Ipv4Net> = prefixes.iter().map(Ipv4Net::trunc).collect();
-        let mut foreign = Vec::new();
-        for key in self.accepted.keys() {
-            let key = key.map_err(DataplaneError::map("read", ACCEPTED))?;
-            let prefix = Ipv4Net::new(key.data().into(), key.prefix_len() as u8);
-            if !prefix.is_ok_and(|prefix| missing.remove(&prefix)) {
-                foreign.push(key);
-            }
-        }
-        for prefix in &missing {
-            let key = Key::new(u32::from(prefix.prefix_len()), prefix.addr().octets());
-            self.accepted.insert(&key, 1, 0).map_err(DataplaneError::map("write", ACCEPTED))?;
-        }
-        for key in &foreign {
-            absent_is_fine(self.accepted.remove(key)).map_err(DataplaneError::map("write", ACCEPTED))?;
-        }
-        Ok(missing.len() + foreign.len())
+        bring_to(&mut self.accepted, ACCEPTED, prefixes)
     }
+}
+
+/// Brings a map of prefixes to these. How many entries it wrote or removed.
+pub(super) fn bring_to<'a>(
+    map: &mut Prefixes,
+    name: &'static str,
+    prefixes: impl IntoIterator<Item = &'a Ipv4Net>,
+) -> Result<usize, DataplaneError> {
+    let mut missing: BTreeSet<Ipv4Net> = prefixes.into_iter().map(Ipv4Net::trunc).collect();
+    let mut foreign = Vec::new();
+    for key in map.keys() {
+        let key = key.map_err(DataplaneError::map("read", name))?;
+        let prefix = Ipv4Net::new(key.data().into(), key.prefix_len() as u8);
+        if !prefix.is_ok_and(|prefix| missing.remove(&prefix)) {
+            foreign.push(key);
+        }
+    }
+    for prefix in &missing {
+        let key = Key::new(u32::from(prefix.prefix_len()), prefix.addr().octets());
+        map.insert(&key, 1, 0).map_err(DataplaneError::map("write", name))?;
+    }
+    for key in &foreign {
+        absent_is_fine(map.remove(key)).map_err(DataplaneError::map("write", name))?;
+    }
+    Ok(missing.len() + foreign.len())
 }

@@ -10,6 +10,7 @@ mod attached;
 mod batch;
 mod detach;
 mod drops;
+mod excluded;
 mod features;
 mod flows;
 #[cfg(feature = "generator")]
@@ -213,7 +214,8 @@ pub struct Dataplane {
     counters: PerCpuArray<MapData, Counter>,
     flows: BpfHashMap<MapData, FlowKey, Flow>,
     pod_macs: BpfHashMap<MapData, u32, Mac>,
-    accepted: accepted::Accepted,
+    accepted: accepted::Prefixes,
+    excluded: excluded::Excluded,
     /// The pinned maps.
     maps: Vec<(&'static str, MapData)>,
     /// What this process has attached.
@@ -279,6 +281,7 @@ impl Dataplane {
         let flows = take_map(&mut ebpf, FLOWS)?.try_into().map_err(DataplaneError::map("open", FLOWS))?;
         let pod_macs = take_map(&mut ebpf, PODS)?.try_into().map_err(DataplaneError::map("open", PODS))?;
         let accepted = take_map(&mut ebpf, ACCEPTED)?.try_into().map_err(DataplaneError::map("open", ACCEPTED))?;
+        let excluded = excluded::Excluded::open(&mut ebpf)?;
         let pinned = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
         let maps = layout.iter().map(|map| Ok((map.name, pinned(map.name)?)));
         let maps = maps.collect::<Result<_, DataplaneError>>()?;
@@ -292,6 +295,7 @@ impl Dataplane {
             flows,
             pod_macs,
             accepted,
+            excluded,
             maps,
             held: held::Held::new(),
             repaired: 0,

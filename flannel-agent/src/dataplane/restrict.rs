@@ -11,6 +11,8 @@ use crate::bypass::Plan;
 pub(super) struct Variant {
     /// Nothing passes the stack by.
     is_restricted: bool,
+    /// Of [`Config`].
+    flags: u32,
 }
 
 impl Dataplane {
@@ -24,7 +26,8 @@ impl Dataplane {
         self.plan.clone_from(plan);
         let stale: Vec<_> = self.held.values().map(|held| (held.place, held.ifindex, held.variant)).collect();
         let mut closed = Vec::new();
-        let mut result = Ok(());
+        // Before programs that make notes come back.
+        let mut result = self.excluded.bring_to(plan);
         for (place, ifindex, variant) in stale {
             let wanted = self.wanted(place, ifindex);
             if wanted == variant {
@@ -51,7 +54,7 @@ impl Dataplane {
 
     /// What the plan wants in a place.
     pub(super) fn wanted(&self, place: Place, ifindex: u32) -> Variant {
-        let Plan { everything, external_interface, pods, .. } = &self.plan;
+        let Plan { everything, overlay_queue, overlay_capture, external_interface, pods, .. } = &self.plan;
         let is_queued = || self.pods.get(&ifindex) == Some(&true);
         let is_restricted = match place {
             Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex) || is_queued(),
@@ -59,7 +62,13 @@ impl Dataplane {
             Place::Tc(Hook::ToOverlay | Hook::FromOverlay) => *everything,
             Place::Xdp(_) => false,
         };
-        Variant { is_restricted }
+        let flag = |is_set: bool, flag| if is_set { flag } else { 0 };
+        let flags = match place {
+            Place::Tc(Hook::ToOverlay) => flag(*overlay_queue, Config::QUEUED) | flag(*overlay_capture, Config::SHOWN),
+            Place::Tc(_) => 0,
+            Place::Xdp(_) => flag(*external_interface, Config::LEFT_IN_TUNNEL),
+        };
+        Variant { is_restricted, flags }
     }
 
     /// Makes programs of a variant, where they are others than the ones that are loaded at once.
@@ -70,8 +79,9 @@ impl Dataplane {
         // With the maps of the others, which are found by their pins.
         self.repair_pins()?;
         let Parameters { mut config, .. } = self.parameters;
+        config.flags |= variant.flags;
         if variant.is_restricted {
-            config = Config { bypass_time: 0, ..config };
+            config.bypass_time = 0;
         }
         let ebpf = Parameters { config, ..self.parameters }.load(&self.pins, &[])?;
         self.variants.insert(variant, ebpf);

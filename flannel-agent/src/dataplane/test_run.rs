@@ -22,6 +22,8 @@ const PROGRAMS: &str = "PROGRAMS";
 
 /// `struct __sk_buff` (include/uapi/linux/bpf.h): its size, and where in it there is what is set here.
 const SKB_LEN: usize = 192;
+const MARK: usize = 8;
+const PRIORITY: usize = 32;
 const IFINDEX: usize = 40;
 const CB: usize = 48;
 const GSO_SIZE: usize = 176;
@@ -49,6 +51,23 @@ pub struct Packet<'a> {
     pub gso_size: u32,
     /// `tc_index`.
     pub note: u16,
+    /// `mark`.
+    pub mark: u32,
+    /// `priority`.
+    pub priority: u32,
+}
+
+/// What a TC program leaves beside the frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct After {
+    /// `tc_index`, where it was asked for.
+    pub note: u16,
+    /// Whom the packet is for (`pkt_type`), likewise.
+    pub packet_type: u8,
+    /// `mark`.
+    pub mark: u32,
+    /// `priority`.
+    pub priority: u32,
 }
 
 impl TestRuns {
@@ -75,27 +94,29 @@ impl TestRuns {
         Ok(Self { dataplane, noted, _programs: programs, heard, originals, addresses })
     }
 
-    /// Runs a TC program; its verdict. The frame goes to `out`.
+    /// Runs a TC program; its verdict, and what it leaves. The frame goes to `out`.
     ///
     /// # Errors
     /// [`DataplaneError::Program`].
-    pub fn verdict(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<i32, DataplaneError> {
+    pub fn verdict(
+        &mut self,
+        hook: Hook,
+        packet: Packet<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(i32, After), DataplaneError> {
         let mut context = context(hook, packet);
-        self.run(packet, 1, &mut context, out).map(|verdict| verdict as i32)
+        let verdict = self.run(packet, 1, &mut context, out)?;
+        Ok((verdict as i32, After::of(&context)))
     }
 
-    /// Runs a TC program; the note that the packet has afterwards, and whom it is for (`pkt_type`). The frame goes to `out`.
+    /// Runs a TC program; all that the packet has afterwards. The frame goes to `out`.
     ///
     /// # Errors
     /// [`DataplaneError::Program`].
-    pub fn note(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<(u16, u8), DataplaneError> {
+    pub fn note(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<After, DataplaneError> {
         let mut context = context(hook, packet);
         self.run(packet, 2, &mut context, out)?;
-        let low = |word| {
-            let at = CB + 4 * word;
-            u16::from_ne_bytes([context[at], context[at + 1]])
-        };
-        Ok((low(noted::NOTE), low(noted::PACKET_TYPE) as u8))
+        Ok(After::of(&context))
     }
 
     fn run(
@@ -246,12 +267,26 @@ impl TestRuns {
     }
 }
 
+impl After {
+    fn of(context: &[u8; SKB_LEN]) -> Self {
+        let word = |at: usize| u32::from_ne_bytes([context[at], context[at + 1], context[at + 2], context[at + 3]]);
+        Self {
+            note: word(CB + 4 * noted::NOTE) as u16,
+            packet_type: word(CB + 4 * noted::PACKET_TYPE) as u8,
+            mark: word(MARK),
+            priority: word(PRIORITY),
+        }
+    }
+}
+
 fn context(hook: Hook, packet: Packet<'_>) -> [u8; SKB_LEN] {
     let program = Hook::ALL.iter().position(|other| *other == hook).unwrap_or_default();
     let mut context = [0; SKB_LEN];
     for (at, value) in [
         (IFINDEX, packet.ifindex),
         (GSO_SIZE, packet.gso_size),
+        (MARK, packet.mark),
+        (PRIORITY, packet.priority),
         (CB + 4 * noted::PROGRAM, program as u32),
         (CB + 4 * noted::NOTE, u32::from(packet.note)),
     ] {

@@ -3,40 +3,56 @@
 use std::vec::Vec;
 
 use super::{
-    Fate, FlowChange, Frame, Note, Packet, Peer, World,
+    Fate, FlowChange, Frame, Note, Packet, Peer, ToldBy, World,
     wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, one_hop_on, translated, word},
 };
 use crate::{
     event::{Event, Outcome},
     flow::FlowKey,
+    maps::Config,
     vxlan::NEXT_HOP_MAC,
 };
 
 impl World {
     /// The stack routed it to the overlay: it leaves in the tunnel, or goes on to the kernel's device with a note of that.
     pub(super) fn to_overlay(&self, packet: Packet<'_>) -> Fate {
-        let fate = self.encapsulated(packet);
-        // What begins or ends a connection, under the name that it has by now.
-        let flow = match self.left_by_pod(packet, Kind::Turn) {
-            Some(_) => FlowChange::Removed,
-            None => FlowChange::Unchanged,
-        };
-        let fate = Fate { flow, ..fate };
-        match fate.event.map(Event::outcome) {
-            // The kernel sends it, and nothing of ours meets it again.
-            Some(_) if fate.event == Some(Event::EncapOtherNextHop) => Fate { note: 0, ..fate },
-            Some(Outcome::Pass) => Fate { note: self.note(Note::HandedOn), ..fate },
-            Some(Outcome::Forward) if flow == FlowChange::Unchanged => Fate { flow: self.released(packet), ..fate },
-            _ => fate,
+        // What comes here with that note is a copy of what was just sent.
+        if self.config.flags & Config::SHOWN != 0 && packet.note == self.note(Note::HandedOn) {
+            return Fate { note: 0, ..Fate::unchanged(Event::EncapShown, packet) };
         }
+        let is_queued = self.config.flags & Config::QUEUED != 0 && packet.frame.starts_with(&NEXT_HOP_MAC);
+        let fate = match is_queued {
+            true => Fate::unchanged(Event::EncapQueued, packet),
+            false => self.encapsulated(packet),
+        };
+        let outcome = fate.event.map(Event::outcome);
+        // What begins or ends a connection, under the name that it has by now; and what is not treated as others are.
+        let ended = self.left_by_pod(packet, Kind::Turn).map(|_| FlowChange::Removed);
+        let flow = ended.unwrap_or_else(|| self.released(packet));
+        let (event, flow) = match (outcome, flow) {
+            (Some(Outcome::Forward), FlowChange::OriginalRemoved(_)) => (Some(Event::EncapsulatedChanged), flow),
+            (Some(Outcome::Forward), _) | (_, FlowChange::Removed | FlowChange::OriginalRemoved(_)) => (fate.event, flow),
+            _ => (fate.event, FlowChange::Unchanged),
+        };
+        let note = match outcome {
+            // The kernel sends it, and nothing of ours meets it again.
+            Some(_) if event == Some(Event::EncapOtherNextHop) => 0,
+            Some(Outcome::Pass) => self.note(Note::HandedOn),
+            _ => fate.note,
+        };
+        Fate { event, flow, note, ..fate }
     }
 
     /// A packet that `from_pod` left to the stack has its flow noted, where it is certain which one it had there.
     fn released(&self, packet: Packet<'_>) -> FlowChange {
         let Some(key) = self.left_by_pod(packet, Kind::Data) else { return FlowChange::Unchanged };
+        let Some(ip) = Ipv4::at(packet.frame, ETHERNET) else { return FlowChange::Unchanged };
         match self.original(packet, key) {
-            Some(original) => FlowChange::Egress { key: original, sent_as: key },
-            None => FlowChange::Unchanged,
+            Some((original, false)) => FlowChange::OriginalRemoved(original),
+            Some((original, true)) if !self.is_excluded([original, key]) => {
+                FlowChange::Egress { key: original, sent_as: key, told_by: packet.told_by, dscp: ip.dscp() }
+            }
+            _ => FlowChange::Unchanged,
         }
     }
 
@@ -129,6 +145,9 @@ impl World {
         if kind == Kind::Other || !self.is_of_own_subnet(from) || self.is_of_own_subnet(to) {
             return other;
         }
+        if self.may_bypass() && kind == Kind::Data && packet.told_by != ToldBy::default() {
+            return other;
+        }
         let slow = Fate {
             event: Some(Event::PodSlow),
             note: self.note(Note::FromPod(key)),
@@ -140,6 +159,7 @@ impl World {
         }
         let sent_as = packet.known.sent_as;
         let is_fit = !packet.is_gso && inner.len() <= self.config.mtu as usize && ip.ttl() > 1;
+        let is_fit = is_fit && ip.dscp() == packet.known.dscp;
         if !self.may_bypass() || kind != Kind::Data || !packet.known.egress || !is_fit {
             return slow;
         }
@@ -151,7 +171,7 @@ impl World {
         };
         let inner = translated(one_hop_on(inner), key, sent_as, End::Source);
         let frame = Frame::InTunnel(self.in_tunnel(peer, ip, &inner));
-        Fate { event: Some(event), frame, note: 0, original: None, ..slow }
+        Fate { event: Some(event), frame, note: 0, told_by: packet.known.told_by, original: None, ..slow }
     }
 
     /// The frame with all outer headers (RFC 7348 section 5), zero where the packet alone does not decide.

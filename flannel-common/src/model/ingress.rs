@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     event::{Event, Outcome},
+    maps::Config,
     packet::Mac,
 };
 
@@ -73,6 +74,9 @@ impl World {
     pub(super) fn xdp_decap(&self, packet: Packet<'_>) -> Fate {
         let frame = packet.frame;
         let left = Fate { event: None, ..Fate::unchanged(Event::NotTunnel, packet) };
+        if self.config.flags & Config::LEFT_IN_TUNNEL != 0 {
+            return left;
+        }
         if !is_ipv4(frame) || frame[..6] != self.config.underlay_mac {
             return left;
         }
@@ -231,9 +235,16 @@ impl World {
         if kind != Kind::Data || !self.is_of_own_subnet(ip.destination()) {
             return unnoted;
         }
-        let Some(key) = self.original(packet, received_as) else { return unnoted };
+        let key = match self.original(packet, received_as) {
+            None => return unnoted,
+            Some((key, false)) => {
+                let flow = FlowChange::OriginalRemoved(key);
+                return Fate { event: Some(Event::PodChanged), flow, ..unnoted };
+            }
+            Some((key, true)) => key,
+        };
         // A bridge may have sent every pod a copy.
-        if packet.known.sender != Some(pod_mac) {
+        if packet.known.sender != Some(pod_mac) || self.is_excluded([key, received_as]) {
             return unnoted;
         }
         let flow = FlowChange::Ingress { key, received_as, pod_mac, gateway_mac };

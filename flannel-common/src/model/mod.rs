@@ -14,7 +14,7 @@ mod wire;
 
 use std::vec::Vec;
 
-pub use self::wire::{constants, flow_of, is_sum_right, put_sum};
+pub use self::wire::{constants, flow_of, is_sum_right, put_sum, treatment};
 use crate::{
     event::Event,
     flow::{FlowKey, Original},
@@ -52,6 +52,17 @@ pub struct World {
     pub overlay: Overlay,
     /// The kernel's.
     pub routes: Vec<Route>,
+    /// Whose flows take the stack.
+    pub excluded: Excluded,
+}
+
+/// Ends of flows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Excluded {
+    /// Network address in wire order, prefix length.
+    pub addresses: Vec<([u8; 4], u32)>,
+    /// IP protocol number, first and last port.
+    pub ports: Vec<(u32, u16, u16)>,
 }
 
 /// What there is of `flannel.<VNI>`.
@@ -111,8 +122,19 @@ pub struct Packet<'a> {
     pub is_gso: bool,
     /// `tc_index`.
     pub note: u16,
+    /// By which this host tells it from others.
+    pub told_by: ToldBy,
     /// What is known of its flow.
     pub known: Known,
+}
+
+/// What rules, queues and routes of a host tell a packet from others by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ToldBy {
+    /// `mark`.
+    pub mark: u32,
+    /// `priority`.
+    pub priority: u32,
 }
 
 /// When the stack let a packet of a flow out.
@@ -128,6 +150,10 @@ pub struct Known {
     pub gateway_mac: Mac,
     /// As what the stack lets its packets out to the overlay.
     pub sent_as: FlowKey,
+    /// How the stack told them from others.
+    pub told_by: ToldBy,
+    /// Their TOS octet, without its two bits of congestion notification.
+    pub dscp: u8,
     /// As what it lets them out to the pod.
     pub received_as: FlowKey,
     /// What is left where the packet's note leads to.
@@ -145,6 +171,8 @@ pub struct Fate {
     pub frame: Frame,
     /// `tc_index`.
     pub note: u16,
+    /// What it is told from others by.
+    pub told_by: ToldBy,
     /// What is known of its flow from then on.
     pub flow: FlowChange,
     /// What is left where the packet's note leads to, but for the hash, which is the kernel's; [`None`] where it is as before.
@@ -173,12 +201,18 @@ pub enum FlowChange {
     Unchanged,
     /// It is forgotten.
     Removed,
+    /// The one of which the packet was before the stack is forgotten.
+    OriginalRemoved(FlowKey),
     /// The stack let a packet of it out to the overlay, now.
     Egress {
         /// Which flow.
         key: FlowKey,
         /// What the stack made of it.
         sent_as: FlowKey,
+        /// How it told it from others.
+        told_by: ToldBy,
+        /// The TOS octet, without its two bits of congestion notification.
+        dscp: u8,
     },
     /// The stack let a packet of it out to the pod, now.
     Ingress {
@@ -199,6 +233,7 @@ impl Fate {
             event: Some(event),
             frame: Frame::Unchanged,
             note: packet.note,
+            told_by: packet.told_by,
             flow: FlowChange::Unchanged,
             original: None,
             heard: None,
@@ -253,17 +288,36 @@ impl World {
         self.note(kind(FlowKey::default())) >> 13 == note >> 13
     }
 
-    /// The flow that a packet had before the stack, where what was left there is this packet's. Frames have no hash here.
-    fn original(&self, packet: Packet<'_>, after: FlowKey) -> Option<FlowKey> {
-        let Original { key, digest, hash, .. } = packet.known.original;
+    /// The flow that a packet had before the stack, where what was left there is this packet's, and whether nothing but addresses,
+    /// ports and TTL was changed. Frames have no hash here.
+    fn original(&self, packet: Packet<'_>, after: FlowKey) -> Option<(FlowKey, bool)> {
+        let Original { key, digest, hash, treatment } = packet.known.original;
         let is_its = digest == Original::digest(&key, wire::constants(packet.frame, wire::ETHERNET)) && hash == 0;
-        (is_its && key.protocol == after.protocol).then_some(key)
+        let is_same = treatment == wire::treatment(packet.frame, wire::ETHERNET, 0).digest();
+        (is_its && key.protocol == after.protocol).then_some((key, is_same))
     }
 
     /// What is left of a packet that goes on to the stack.
     fn left(&self, packet: Packet<'_>, kind: wire::Kind, key: FlowKey) -> Option<Original> {
         let is_left = self.may_bypass() && kind == wire::Kind::Data;
-        is_left.then(|| Original::new(key, wire::constants(packet.frame, wire::ETHERNET), 0))
+        let (constants, treatment) =
+            (wire::constants(packet.frame, wire::ETHERNET), wire::treatment(packet.frame, wire::ETHERNET, 1));
+        is_left.then(|| Original::new(key, constants, treatment, 0))
+    }
+
+    /// Whether a flow has an end that is excluded, under one of its names.
+    fn is_excluded(&self, names: [FlowKey; 2]) -> bool {
+        let Excluded { addresses, ports } = &self.excluded;
+        names.iter().any(|key| {
+            let ends = [(key.local, key.local_port), (key.remote, key.remote_port)];
+            ends.into_iter().any(|(address, port)| {
+                let port = u16::from_be_bytes(port);
+                addresses.iter().any(|(network, len)| wire::is_within(address, *network, *len))
+                    || ports.iter().any(|(protocol, first, last)| {
+                        *protocol == key.protocol && (*first..=*last).contains(&port)
+                    })
+            })
+        })
     }
 
     /// Who leases the subnet of an address: a lease of the Network's own length before any other, else the longest.

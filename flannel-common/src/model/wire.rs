@@ -2,7 +2,7 @@
 
 use std::vec::Vec;
 
-use crate::flow::{Constants, FlowKey};
+use crate::flow::{Constants, FlowKey, Treatment};
 
 pub(super) const ETHERNET: usize = 14;
 pub(super) const IPV4: usize = 20;
@@ -54,6 +54,10 @@ impl Ipv4 {
 
     pub(super) fn is_plain(self) -> bool {
         self.version() == 4 && self.header_len() == IPV4
+    }
+
+    pub(super) fn dscp(self) -> u8 {
+        self.octets[1] / 4 * 4
     }
 
     pub(super) fn ecn(self) -> u8 {
@@ -144,6 +148,24 @@ pub fn constants(frame: &[u8], at: usize) -> Constants {
         id_and_len: number(at + 2),
         sequence: of_tcp(at + IPV4 + 4),
         acknowledgement: of_tcp(at + IPV4 + 8),
+    }
+}
+
+/// What neither a router nor a translation changes in the packet with its IPv4 header at `at`, with its TTL as it is so many
+/// routers on.
+pub fn treatment(frame: &[u8], at: usize, routers: u8) -> Treatment {
+    let Some(ip) = Ipv4::at(frame, at) else { return Treatment::default() };
+    let transport = at + IPV4;
+    let header_len = if ip.protocol() == TCP { 20 } else { 8 };
+    // What is behind the packet in its frame is not the packet's.
+    let is_long = ip.total_len() >= IPV4 + header_len + 8;
+    let [v0, v1, v2, v3, _, _, u0, u1] = bytes(frame, transport + 12).unwrap_or_default();
+    Treatment {
+        tos: ip.octets[1],
+        ttl: ip.ttl().wrapping_sub(routers),
+        frags: [ip.octets[6], ip.octets[7]],
+        control: if ip.protocol() == TCP { u64::from_ne_bytes([v0, v1, v2, v3, 0, 0, u0, u1]) } else { 0 },
+        begin: if is_long { bytes(frame, transport + header_len).map_or(0, u64::from_ne_bytes) } else { 0 },
     }
 }
 
