@@ -23,6 +23,8 @@
 //! * [`certificates`] — TLS to the store
 //! * [`etcd_roles`] — users and roles in the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
+//! * [`treated`] — what rules change in each packet, and the marks and priorities that they give it
+//! * [`restricted`] — what a plan keeps off the bypass: pods, everything, a device's queue and its captures
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
 //! * [`routers`] — pods that route on to something behind them
@@ -96,6 +98,7 @@ mod originals;
 mod path_mtu;
 mod privileges;
 mod restart;
+mod restricted;
 mod retransmissions;
 mod rollback;
 mod routers;
@@ -111,6 +114,7 @@ mod store_faults;
 mod stream;
 mod takeover;
 mod tenancy;
+mod treated;
 mod translated;
 mod two_hosts;
 mod upgrade;

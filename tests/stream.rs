@@ -31,11 +31,20 @@ impl Stream {
         Self::start_to(from, SocketAddrV4::new(to.address, Self::PORT), &[to])
     }
 
+    /// Of both ends, on another port.
+    pub fn start_on(from: &Pod, to: &Pod, port: u16) -> Self {
+        Self::start_at(from, SocketAddrV4::new(to.address, port), &[to], port)
+    }
+
     /// To an address that leads to one of these pods.
     pub fn start_to(from: &Pod, asked: SocketAddrV4, receivers: &[&Pod]) -> Self {
+        Self::start_at(from, asked, receivers, Self::PORT)
+    }
+
+    fn start_at(from: &Pod, asked: SocketAddrV4, receivers: &[&Pod], port: u16) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let receivers = receivers.iter().map(|to| {
-            let listening = socket_in(&to.netns, SocketAddrV4::new(to.address, Self::PORT));
+            let listening = socket_in(&to.netns, SocketAddrV4::new(to.address, port));
             listening.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
             let arrived = Arrived::default();
             let receiver = thread::spawn({
@@ -45,7 +54,7 @@ impl Stream {
             (receiver, arrived)
         });
         let receivers = receivers.collect();
-        let sending = socket_in(&from.netns, SocketAddrV4::new(from.address, Self::PORT));
+        let sending = socket_in(&from.netns, SocketAddrV4::new(from.address, port));
         let sender = thread::spawn({
             let stop = Arc::clone(&stop);
             move || {
