@@ -258,7 +258,7 @@ fn what_does_not_fit_the_packet_is_not_believed() {
             host.programs.set_original(place, original).unwrap();
         }
     };
-    let disturbed: [(&str, Meanwhile<'_>); 8] = [
+    let disturbed: [(&str, Meanwhile<'_>); 9] = [
         ("a later packet of the flow went in", &|host, _| {
             host.leave(sent.numbered(2));
         }),
@@ -276,6 +276,7 @@ fn what_does_not_fit_the_packet_is_not_believed() {
             }
         }),
         ("that one's digest was", &set(|original| original.digest ^= 1 << 40)),
+        ("the stack changes more of it", &set(|original| original.treatment ^= 1)),
         ("that one's hash was", &set(|original| original.hash = 1)),
         ("nothing was left", &set(|original| *original = Original::default())),
         ("another protocol's", &set(|original| original.key.protocol = 17)),

@@ -6,7 +6,7 @@ use std::{net::Ipv4Addr, path::Path};
 use flannel_agent::{
     bypass::{Plan, Ports, Protocol},
     config::NetworkConfig,
-    dataplane::{BpfLogLevel, Capacity, Dataplane, Hook, PinDirectory},
+    dataplane::{BpfLogLevel, Capacity, Dataplane, Hook, PinDirectory, XdpMode},
     device::PodLink,
 };
 use flannel_common::{flow::SourcePorts, maps::Config, packet::Mac, vxlan::Vni};
@@ -141,6 +141,13 @@ fn a_plan_is_carried_out_at_once_and_taken_back_without_a_loss() {
             assert_none_passes(world, &FAST, what);
             dataplane.restrict(&Plan::default()).unwrap();
         }
+        // XDP goes on where it is, and lets all through.
+        let (_, external) = link(&world.hosts[0].netns, "eth0");
+        dataplane.set_xdp(Some(XdpMode::Generic), external).unwrap();
+        let before = world.counter(0, "xdp_decapsulated");
+        wait_for("XDP", SOON, || world.counter(0, "xdp_decapsulated") > before + 200).unwrap();
+        dataplane.restrict(&Plan { external_interface: true, ..Plan::default() }).unwrap();
+        assert_none_passes(world, &["delivered", "xdp_decapsulated", "handed_in"], "what comes in by XDP");
         for stream in streams {
             let (sent, received) = stream.end();
             assert_eq!(received.len(), sent as usize, "datagrams");
@@ -177,12 +184,16 @@ fn who_captures_on_the_overlay_sees_each_packet_once() {
             assert_eq!(received.len(), sent as usize);
         }
         // As flannel's devices send it to each other.
-        let macs = [0, 1].map(|host| {
-            link(&world.hosts[host].netns, "flannel.1").0.map(|octet| format!("{octet:02x}")).join(":")
-        });
+        let macs = [0, 1]
+            .map(|host| link(&world.hosts[host].netns, "flannel.1").0.map(|octet| format!("{octet:02x}")).join(":"));
         let line = log.lines().find(|line| line.contains(&format!(".{}: UDP", Stream::PORT))).unwrap();
         assert!(line.contains(&format!("{} > {}", macs[0], macs[1])), "{line}");
         assert!(world.counter(0, "encap_shown") >= out as u64);
+        // Segments that the kernel has still to make are shown, and sent, in one.
+        let [one, two] = [0, 1].map(|host| &world.hosts[host].pods[0]);
+        let transfer =
+            xtask::transfer::tcp_transfer(&one.netns, &two.netns, two.address, 1, world.lab.directory()).unwrap();
+        assert!(transfer.is_flowing(), "{} Gb/s", transfer.gbits);
     });
 }
 

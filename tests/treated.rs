@@ -63,7 +63,8 @@ fn a_rule_that_changes_packets_changes_each() {
     for (whose, world) in worlds() {
         let [from, to] = [0, 1].map(|host| &world.hosts[host].pods[0]);
         let seen = "add table inet seen\nadd chain inet seen input { type filter hook input priority 0; }\n";
-        let rules = ["ip dscp ef", "ip ttl 32", "ip ttl 33"].map(|rule| format!("add rule inet seen input {rule} counter\n"));
+        let rules =
+            ["ip dscp ef", "ip ttl 32", "ip ttl 33"].map(|rule| format!("add rule inet seen input {rule} counter\n"));
         to.netns.feed("nft -f -", &format!("{seen}{}", rules.concat())).unwrap();
         for (what, host, rule, seen, event) in RULES {
             let netns = &world.hosts[host].netns;
@@ -101,7 +102,9 @@ fn a_flow_leaves_the_bypass_when_its_packets_are_changed() {
         wait_for("the bypass", SOON, || world.counter(0, "pod_encapsulated") > before + 500).unwrap();
     };
     bypassed();
-    netns.exec(&format!("iptables -t mangle -A FORWARD -p udp --dport {} -j DSCP --set-dscp 46", Stream::PORT)).unwrap();
+    netns
+        .exec(&format!("iptables -t mangle -A FORWARD -p udp --dport {} -j DSCP --set-dscp 46", Stream::PORT))
+        .unwrap();
     wait_for("the change", Duration::from_secs(3), || world.counter(0, "encapsulated_changed") > 0).unwrap();
     let (fast, changed) = (world.counter(0, "pod_encapsulated"), world.counter(0, "encapsulated_changed"));
     wait_for("more", SOON, || world.counter(0, "encapsulated_changed") > changed + 1000).unwrap();
@@ -137,8 +140,7 @@ fn marks_and_priorities_are_on_each_packet_that_leaves() {
         let [from, to] = [0, 1].map(|host| &world.hosts[host].pods[0]);
         let netns = &world.hosts[0].netns;
         for line in CLASSES {
-            let arguments: Vec<_> =
-                line.split(' ').map(|word| if word == "MARKED" { MARKED } else { word }).collect();
+            let arguments: Vec<_> = line.split(' ').map(|word| if word == "MARKED" { MARKED } else { word }).collect();
             xtask::process::output(netns.command("tc").args(arguments)).unwrap();
         }
         for (rules, expected) in [

@@ -201,13 +201,7 @@ fn bypass(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place) -> 
 }
 
 #[inline(always)]
-fn bypass_as(
-    packet: &Packet<'_>,
-    config: &Config,
-    ip: &Ipv4Hdr,
-    place: &Place,
-    sent_as: FlowKey,
-) -> Option<Event> {
+fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, sent_as: FlowKey) -> Option<Event> {
     let vtep = (Leases { config }).peer_of(u32::from_be_bytes(sent_as.remote)).filter(|vtep| vtep.ifindex != 0)?;
     // The stack tells the sender what is too big, or too old.
     let len = packet.len() - EthHdr::LEN as u32;

@@ -184,7 +184,8 @@ fn remember(key: FlowKey, fill: impl FnOnce(&mut Flow)) -> Result<(), i32> {
     };
     flow.key = key;
     fill(flow);
-    FLOWS.insert(key, &*flow, 0)
+    let noted: &Flow = flow;
+    FLOWS.insert(key, noted, 0)
 }
 
 #[inline(always)]

@@ -10,9 +10,7 @@ use flannel_common::{
     drops::Drops,
     event::Event,
     flow::{Flow, FlowKey, Original, SourcePorts},
-    maps::{
-        Config, Counter, EXCLUDED_WORDS, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep,
-    },
+    maps::{Config, Counter, EXCLUDED_WORDS, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep},
     packet::Mac,
 };
 

@@ -14,9 +14,9 @@ use aya_ebpf::{
         bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key,
     },
     helpers::{
-        bpf_clone_redirect, bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_l4_csum_replace, bpf_redirect,
-        bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_type, bpf_skb_load_bytes,
-        bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_clone_redirect, bpf_csum_level, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_l4_csum_replace,
+        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_type,
+        bpf_skb_load_bytes, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };

@@ -313,7 +313,9 @@ impl Loaded {
     ) -> Result<(), String> {
         let changed = match fate.flow {
             FlowChange::Unchanged | FlowChange::Removed => None,
-            FlowChange::OriginalRemoved(key) | FlowChange::Egress { key, .. } | FlowChange::Ingress { key, .. } => Some(key),
+            FlowChange::OriginalRemoved(key) | FlowChange::Egress { key, .. } | FlowChange::Ingress { key, .. } => {
+                Some(key)
+            }
         };
         // What is noted may be another flow's than the packet's by now; then that one stays as it was.
         if let Some(key) = key.filter(|key| changed != Some(*key)) {

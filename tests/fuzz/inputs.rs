@@ -66,7 +66,14 @@ fn routed() -> World {
         Route { network: [10, 26, 0, 0], len: 16, next_hop: None, next_hop_mac: None },
     ];
     let accepted = vec![([10, 27, 0, 0], 16), ([10, 5, 2, 0], 23), ([192, 168, 64, 0], 30)];
-    World { config: config(), leases: Vec::new(), accepted, overlay: Overlay::Is(DEVICE_MAC), routes, excluded: Excluded::default() }
+    World {
+        config: config(),
+        leases: Vec::new(),
+        accepted,
+        overlay: Overlay::Is(DEVICE_MAC),
+        routes,
+        excluded: Excluded::default(),
+    }
 }
 
 /// When the stack let a packet of a flow out.

@@ -64,7 +64,6 @@ mod tests {
             Ports::new(Protocol::Tcp, &(20..=21)),
             Ports::new(Protocol::Udp, &(69..=69)),
             Ports::new(Protocol::Udp, &(65_500..=65_535)),
-            Ports::new(Protocol::Tcp, &(5..=4)),
         ];
         let words = words(&Plan { ports: ports.into(), ..Plan::default() });
         assert_eq!(words[0], 0b11 << 20);

@@ -31,7 +31,9 @@ impl World {
         let flow = ended.unwrap_or_else(|| self.released(packet));
         let (event, flow) = match (outcome, flow) {
             (Some(Outcome::Forward), FlowChange::OriginalRemoved(_)) => (Some(Event::EncapsulatedChanged), flow),
-            (Some(Outcome::Forward), _) | (_, FlowChange::Removed | FlowChange::OriginalRemoved(_)) => (fate.event, flow),
+            (Some(Outcome::Forward), _) | (_, FlowChange::Removed | FlowChange::OriginalRemoved(_)) => {
+                (fate.event, flow)
+            }
             _ => (fate.event, FlowChange::Unchanged),
         };
         let note = match outcome {

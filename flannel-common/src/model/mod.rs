@@ -313,9 +313,9 @@ impl World {
             ends.into_iter().any(|(address, port)| {
                 let port = u16::from_be_bytes(port);
                 addresses.iter().any(|(network, len)| wire::is_within(address, *network, *len))
-                    || ports.iter().any(|(protocol, first, last)| {
-                        *protocol == key.protocol && (*first..=*last).contains(&port)
-                    })
+                    || ports
+                        .iter()
+                        .any(|(protocol, first, last)| *protocol == key.protocol && (*first..=*last).contains(&port))
             })
         })
     }
