@@ -12,7 +12,7 @@
 //! * [`lease`] — keys, values, allocation, the table of peers with its guard; pure
 //! * [`registry`] — the lease table in the store; the only room that speaks to etcd
 //! * [`device`] — links, routes, neighbours; the only room that speaks netlink
-//! * [`conntrack`] — its patience with flows that it sees little of
+//! * [`conntrack`] — connection tracking: its patience with flows that it sees little of, and when they end
 //! * [`netfilter`] — packet rules: masquerading and forwarding; the only room that runs `nft` and `iptables`
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
 //! * [`xdp`] — whether XDP takes packets out of the tunnel, and why

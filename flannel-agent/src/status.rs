@@ -118,6 +118,9 @@ pub struct BypassStatus {
     pub revalidate_ms: u64,
     /// Whether conntrack takes TCP packets outside their window for valid, as it must; [`None`] where it is not loaded.
     pub conntrack_liberal: Option<bool>,
+    /// Whether it is seen when connections end.
+    #[serde(default)]
+    pub ends: EndsStatus,
     /// What has to see each packet.
     #[serde(default)]
     pub restrictions: Vec<Restriction>,
@@ -149,6 +152,19 @@ fn at_most(most: usize, mut all: Vec<String>) -> Vec<String> {
     all.truncate(most);
     all.extend((rest > 0).then(|| format!("and {rest} more")));
     all
+}
+
+/// conntrack's events, by which a connection's flows leave the bypass when it ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EndsStatus {
+    /// Since when they are heard; 0 where they are not. With `nf_conntrack_events` = 2 there are none of connections that
+    /// began before, while nobody listened.
+    pub since: u64,
+    /// How often the kernel could not tell all. Then every flow leaves the bypass for a packet.
+    pub lost: u64,
+    /// Why there are none, and what to do.
+    pub problem: Option<String>,
 }
 
 /// Who takes packets out of the tunnel.
@@ -398,6 +414,7 @@ impl Status {
             );
         }
         troubles.extend(self.bypass.troubles());
+        troubles.extend(self.bypass.ends.problem.clone());
         troubles.extend(self.drift.waiting.values().cloned());
         troubles.extend(self.routes.problem.clone());
         if let Some(problem) = &self.rules.problem {

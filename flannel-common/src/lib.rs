@@ -8,6 +8,7 @@
 //! * [`packet`] — the outer header of an encapsulated packet, as a template and its completion; inner addresses
 //! * [`checksum`] — the Internet checksum (RFC 1071)
 //! * [`flow`] — what identifies a flow, and what is remembered of one; its UDP source port
+//! * [`ended`] — connections that conntrack has given up
 //! * [`generator`] — what the benchmarks' frame generator sends
 //! * [`noted`] — how tests put notes on packets
 //! * [`maps`] — names, keys, values and sizes of the BPF maps, and the programs' constants
@@ -19,6 +20,7 @@
 pub mod admission;
 pub mod checksum;
 pub mod drops;
+pub mod ended;
 pub mod event;
 pub mod flow;
 pub mod generator;

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::{
     DaemonError, Shutdown,
     drift::{LOOK_PERIOD, ROUTES_PERIOD},
+    endings::{Endings, follow_links},
     record::Record,
     restrictions::{Observer, Restrictions},
     routes::RouteState,
@@ -108,6 +109,7 @@ async fn make<'a>(
         netlink,
         dataplane,
         conntrack: Liberal::new(&cli.run_dir),
+        endings: Endings::default(),
         public_ip,
         has_external: true,
         is_rebuild_due: false,
@@ -144,6 +146,7 @@ async fn make<'a>(
 
     device::enable_forwarding()?;
     agent.ensure_conntrack();
+    tokio::spawn(follow_links(agent.netlink.links_that_go(), agent.dataplane.forgetter()));
     let (link, _made) = agent.ensure_datapath().await?;
     if let Err(error) = agent.dataplane.discard_other_versions() {
         warn!("{error}");
@@ -209,6 +212,7 @@ pub(super) struct Agent<'a> {
     pub(super) netlink: Netlink,
     pub(super) dataplane: Dataplane,
     pub(super) conntrack: Liberal,
+    pub(super) endings: Endings,
     /// Tells the tenant of this host's VTEP address.
     pub(super) public_ip: watch::Sender<Ipv4Addr>,
     /// Whether the external interface was there when it was last looked for.

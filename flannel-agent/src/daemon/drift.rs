@@ -179,7 +179,12 @@ impl Agent<'_> {
 
     /// Where the bypass needs it. Whether there was something to do.
     pub(super) fn ensure_conntrack(&mut self) -> bool {
-        let changed = self.cli.bypass != BypassFlag::Off && self.conntrack.ensure();
+        let has_bypass = self.cli.bypass != BypassFlag::Off;
+        let changed = has_bypass && self.conntrack.ensure();
+        if has_bypass {
+            let ends = self.endings.ensure(&self.dataplane.forgetter());
+            self.record.ends(ends);
+        }
         self.record.bypass(self.cli.bypass, self.cli.bypass_time(), conntrack::is_liberal());
         changed
     }

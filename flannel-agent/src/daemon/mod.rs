@@ -5,12 +5,14 @@
 //! * `store` — what the agent makes of what the store says
 //! * `drift` — bringing back in step what somebody else changed
 //! * `record` — what it writes into its run directory
+//! * `endings` — connections and pods that end
 //! * `restrictions` — what has to see each packet of this host, and what follows for the bypass
 //! * `routes` — which routes lead into the overlay, and keeping them so
 //! * `tenancy` — keeping this host's own lease, and taking another where it is lost
 
 mod agent;
 mod drift;
+mod endings;
 mod record;
 mod restrictions;
 mod routes;

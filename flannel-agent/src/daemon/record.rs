@@ -21,8 +21,8 @@ use crate::{
     registry::{OwnLease, PassedOver, ResyncCause, Snapshot, etcd::RegistryError},
     repair::Repair,
     status::{
-        API_VERSION, BypassStatus, DriftStatus, HeldPeer, LeaseState, LeaseStatus, RoutesStatus, RulesStatus, Status,
-        StoreStatus, XdpStatus, now,
+        API_VERSION, BypassStatus, DriftStatus, EndsStatus, HeldPeer, LeaseState, LeaseStatus, RoutesStatus,
+        RulesStatus, Status, StoreStatus, XdpStatus, now,
     },
     xdp::Choice,
 };
@@ -139,6 +139,11 @@ impl Record {
     pub(super) fn restrictions<'a>(&mut self, all: impl Iterator<Item = &'a Restriction>) {
         self.status.bypass.restrictions = all.cloned().collect();
         self.status_is_due = true;
+    }
+
+    pub(super) fn ends(&mut self, ends: EndsStatus) {
+        self.status_is_due |= self.status.bypass.ends != ends;
+        self.status.bypass.ends = ends;
     }
 
     /// Somebody else changed something, and it is as it should be again.

@@ -13,6 +13,7 @@ mod drops;
 mod excluded;
 mod features;
 mod flows;
+mod forget;
 #[cfg(feature = "generator")]
 pub mod generator;
 mod held;
@@ -45,6 +46,7 @@ use flannel_common::{
     packet::Mac,
 };
 pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
+pub use forget::{Forgetter, Left};
 pub use held::Repaired;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
@@ -224,6 +226,7 @@ pub struct Dataplane {
     repaired: u32,
     /// The pods' links that this process attached its programs to, and whether they are queued.
     pods: BTreeMap<u32, bool>,
+    forgetter: Forgetter,
     /// The peers in the maps.
     pub peers: PeerMaps,
 }
@@ -283,6 +286,7 @@ impl Dataplane {
         let accepted = take_map(&mut ebpf, ACCEPTED)?.try_into().map_err(DataplaneError::map("open", ACCEPTED))?;
         let excluded = excluded::Excluded::open(&mut ebpf)?;
         let pinned = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
+        let forgetter = Forgetter::load(&pins, config)?;
         let maps = layout.iter().map(|map| Ok((map.name, pinned(map.name)?)));
         let maps = maps.collect::<Result<_, DataplaneError>>()?;
         Ok(Self {
@@ -300,6 +304,7 @@ impl Dataplane {
             held: held::Held::new(),
             repaired: 0,
             pods: BTreeMap::new(),
+            forgetter,
             peers,
         })
     }
@@ -317,6 +322,12 @@ impl Dataplane {
         let is_repair = attach::attach(program, hook, variant, pins, held, interface, ifindex)?;
         *repaired += u32::from(is_repair);
         Ok(())
+    }
+
+    /// Forgets flows that have ended, also when others are loaded in the place of these programs
+    /// ([`succeed`](Self::succeed)).
+    pub fn forgetter(&self) -> Forgetter {
+        self.forgetter.clone()
     }
 
     /// Removes what agents with another map layout left, once all programs are attached.

@@ -3,10 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use aya::maps::MapError;
-use flannel_common::{
-    maps::{FLOWS, PODS},
-    packet::Mac,
-};
+use flannel_common::{maps::PODS, packet::Mac};
 
 use super::{Dataplane, DataplaneError, Hook, attach};
 use crate::device::PodLink;
@@ -56,28 +53,9 @@ impl Dataplane {
         for hook in Hook::OF_PODS {
             attach::release_all_but(hook, &self.pins, &mut self.held, &indexes)?;
         }
-        if !gone.is_empty() {
-            self.pods.retain(|ifindex, _| !gone.contains(ifindex));
-            self.forget_flows(&gone)?;
-        }
+        self.pods.retain(|ifindex, _| !gone.contains(ifindex));
+        // Also where that was heard of: what a packet on its way noted is forgotten now.
+        self.forgetter.set_pods(indexes, &gone)?;
         result
-    }
-
-    /// Forgets the flows into these veths: they are gone, and their pods' addresses may be others' at once; or what is for them
-    /// has to take the stack from now on. Those of which nothing came in yet do not say whose they are, and go as well; the next
-    /// packet of one that lives is noted again.
-    pub(super) fn forget_flows(&mut self, veths: &[u32]) -> Result<(), DataplaneError> {
-        let mut stale = Vec::new();
-        for entry in self.flows.iter() {
-            let (key, flow) = entry.map_err(DataplaneError::map("read", FLOWS))?;
-            if flow.ingress.veth == 0 || veths.contains(&flow.ingress.veth) {
-                stale.push(key);
-            }
-        }
-        for key in stale {
-            // A program may have been faster.
-            let _gone = self.flows.remove(&key);
-        }
-        Ok(())
     }
 }

@@ -47,7 +47,7 @@ impl Dataplane {
         }
         // What is noted of them would be put past their programs.
         if !closed.is_empty() {
-            result = result.and(self.forget_flows(&closed));
+            result = result.and(self.forgetter.forget_veths(&closed).map(drop));
         }
         result
     }

@@ -14,7 +14,7 @@ use flannel_common::{
     packet::Mac,
 };
 
-use super::{Dataplane, DataplaneError, Hook, XdpMode, peers::absent_is_fine, take_map};
+use super::{Dataplane, DataplaneError, Forgetter, Hook, XdpMode, peers::absent_is_fine, take_map};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/noted"));
 const PROGRAM: &str = "noted";
@@ -196,6 +196,11 @@ impl TestRuns {
     /// [`DataplaneError::Map`].
     pub fn forget_flow(&mut self, key: &FlowKey) -> Result<(), DataplaneError> {
         absent_is_fine(self.dataplane.flows.remove(key)).map_err(DataplaneError::map("write", FLOWS))
+    }
+
+    /// Forgets flows that have ended.
+    pub fn forgetter(&self) -> Forgetter {
+        self.dataplane.forgetter()
     }
 
     /// Every flow that is known.

@@ -34,7 +34,7 @@ use rtnetlink::{
     },
 };
 use tokio::{
-    sync::{Mutex, mpsc},
+    sync::{Mutex, broadcast, mpsc},
     task::JoinHandle,
 };
 
@@ -195,6 +195,7 @@ pub struct Netlink {
     /// Whose turn it is to ask for one.
     dumps: Arc<Mutex<()>>,
     interest: Arc<RwLock<Option<Interest>>>,
+    gone: broadcast::Sender<u32>,
 }
 
 impl Netlink {
@@ -209,10 +210,18 @@ impl Netlink {
         let interest = Arc::new(RwLock::new(None));
         let routes = RouteEvents::listen(Arc::clone(&interest)).map_err(DeviceError::Socket)?;
         let (sender, receiver) = mpsc::channel(1024);
+        let gone = broadcast::Sender::new(1024);
+        let tell_gone = gone.clone();
         tokio::spawn(routes.tell(sender.clone()));
         let connection = tokio::spawn(async move {
             let forward = async {
                 while let Some((message, _)) = messages.next().await {
+                    if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) = &message.payload
+                        && link.header.interface_family == AddressFamily::Unspec
+                    {
+                        // There may be nobody who wants to know.
+                        let _unheard = tell_gone.send(link.header.index);
+                    }
                     let event = match message.payload {
                         NetlinkPayload::InnerMessage(message) => DeviceEvent::of(&message),
                         // The kernel had more to say than the socket holds.
@@ -226,7 +235,12 @@ impl Netlink {
             };
             tokio::join!(connection, strict_connection, forward);
         });
-        Ok((Self { handle, strict, dumps: Arc::default(), interest }, receiver, connection))
+        Ok((Self { handle, strict, dumps: Arc::default(), interest, gone }, receiver, connection))
+    }
+
+    /// The numbers of links that go, from now on. What the kernel could not tell is not among them.
+    pub fn links_that_go(&self) -> broadcast::Receiver<u32> {
+        self.gone.subscribe()
     }
 
     /// All that the kernel has of something. One at a time: a socket that has still to be told the rest of one is refused
