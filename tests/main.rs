@@ -25,6 +25,9 @@
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
 //! * [`treated`] — what rules change in each packet, and the marks and priorities that they give it
 //! * [`restricted`] — what a plan keeps off the bypass: pods, everything, a device's queue and its captures
+//! * [`endings`] — flows whose connection or pod has ended
+//! * [`helpers`] — connections that conntrack's helpers read
+//! * [`overlays`] — worlds that differ in who carries the overlay
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
 //! * [`routers`] — pods that route on to something behind them
@@ -76,6 +79,7 @@ mod drift_external;
 mod drops;
 mod duplicates;
 mod encapsulation;
+mod endings;
 mod etcd_roles;
 mod fast_path;
 mod firewalls;
@@ -83,6 +87,7 @@ mod flags;
 mod frames;
 mod guard;
 mod health;
+mod helpers;
 #[path = "fuzz/inputs.rs"]
 mod inputs;
 mod interoperation;
@@ -95,6 +100,7 @@ mod model;
 mod netfilter;
 mod numbered;
 mod originals;
+mod overlays;
 mod path_mtu;
 mod privileges;
 mod restart;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     atomic_file::{self, WriteError},
-    bypass::{BypassFlag, Restriction},
+    bypass::{BypassFlag, Kind, Restriction},
     dataplane::Features,
     lease::{HoldReason, MacAddress},
     registry::OwnLease,
@@ -141,7 +141,9 @@ impl BypassStatus {
 
     /// What takes the stack, and because of what.
     pub fn rows(&self) -> Vec<String> {
-        let obeyed = self.restrictions.iter().filter(|restriction| self.flag.obeys(restriction));
+        // Those of helpers are the same on every host.
+        let is_told = |restriction: &&Restriction| restriction.kind != Kind::Helper && self.flag.obeys(restriction);
+        let obeyed = self.restrictions.iter().filter(is_told);
         at_most(MOST_NAMED, obeyed.map(|Restriction { subject, scope, .. }| format!("{subject}: {scope}")).collect())
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     cleanup,
     cli::Cli,
     config::NetworkConfig,
-    conntrack::Liberal,
+    conntrack::{Liberal, helpers},
     control::{self, Pending, Reply, Request},
     dataplane::{Capacity, Dataplane, Features, PinDirectory},
     device::{self, Changed, DeviceEvent, Netlink, PodLink, external::External, offload::Offloads, vxlan::VxlanDevice},
@@ -146,6 +146,7 @@ async fn make<'a>(
 
     device::enable_forwarding()?;
     agent.ensure_conntrack();
+    agent.observed(Observer::Helpers, helpers::restrictions().into_iter().collect());
     tokio::spawn(follow_links(agent.netlink.links_that_go(), agent.dataplane.forgetter()));
     let (link, _made) = agent.ensure_datapath().await?;
     if let Err(error) = agent.dataplane.discard_other_versions() {

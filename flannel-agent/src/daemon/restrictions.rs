@@ -5,13 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use tracing::{info, warn};
 
 use super::agent::{Agent, COMPARE_PERIOD};
-use crate::bypass::{BypassFlag, Plan, Restriction};
+use crate::bypass::{BypassFlag, Kind, Plan, Restriction};
 
 /// Who looks for restrictions. Each says all that it has found, and what it said before is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Observer {
     /// Queues, filters and programs of links.
     Links,
+    /// conntrack's helpers, at the ports where they are always.
+    Helpers,
 }
 
 /// What is known.
@@ -32,10 +34,12 @@ impl Restrictions {
         if *before == found {
             return false;
         }
-        for restriction in found.difference(before) {
+        // What is always there is no news.
+        let is_news = |restriction: &&Restriction| restriction.kind != Kind::Helper;
+        for restriction in found.difference(before).filter(is_news) {
             info!("restricts the bypass: {} ({})", restriction.subject, restriction.kind.label());
         }
-        for restriction in before.difference(&found) {
+        for restriction in before.difference(&found).filter(is_news) {
             info!("no longer restricts the bypass: {} ({})", restriction.subject, restriction.kind.label());
         }
         *before = found;
@@ -74,7 +78,7 @@ impl Agent<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bypass::{Kind, Scope};
+    use crate::bypass::Scope;
 
     #[test]
     fn what_an_observer_no_longer_names_is_over() {
