@@ -196,11 +196,6 @@ impl Plan {
         plan
     }
 
-    /// Whether all packets of the pod behind this link take the stack.
-    pub fn restricts(&self, link: u32) -> bool {
-        self.everything || self.pods.contains(&link)
-    }
-
     fn add(&mut self, scope: &Scope) {
         match scope {
             Scope::Nothing => {}

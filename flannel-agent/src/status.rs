@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     atomic_file::{self, WriteError},
-    bypass::{BypassFlag, Kind, Restriction},
+    bypass::{BypassFlag, Kind, Restriction, Scope},
     dataplane::Features,
     lease::{HoldReason, MacAddress},
     registry::OwnLease,
@@ -139,12 +139,23 @@ impl BypassStatus {
         at_most(MOST_NAMED, words.collect())
     }
 
-    /// What takes the stack, and because of what.
+    /// What takes the stack, and because of what. What is for several pods, as on their bridge, is one.
     pub fn rows(&self) -> Vec<String> {
         // Those of helpers are the same on every host.
         let is_told = |restriction: &&Restriction| restriction.kind != Kind::Helper && self.flag.obeys(restriction);
-        let obeyed = self.restrictions.iter().filter(is_told);
-        at_most(MOST_NAMED, obeyed.map(|Restriction { subject, scope, .. }| format!("{subject}: {scope}")).collect())
+        let mut causes = BTreeMap::<_, Vec<_>>::new();
+        for Restriction { subject, scope, .. } in self.restrictions.iter().filter(is_told) {
+            causes.entry(subject).or_default().push(scope);
+        }
+        let words = |(subject, scopes): (&String, Vec<&Scope>)| match scopes[..] {
+            [scope] => format!("{subject}: {scope}"),
+            [Scope::Pod(_), ..] => format!("{subject}: the packets of {} pods take the stack", scopes.len()),
+            _ => {
+                let scopes: Vec<_> = scopes.iter().map(ToString::to_string).collect();
+                format!("{subject}: {}", scopes.join("; "))
+            }
+        };
+        at_most(MOST_NAMED, causes.into_iter().map(words).collect())
     }
 }
 
@@ -449,5 +460,36 @@ pub fn time(since: u64) -> String {
         0..120 => format!("{ago} s"),
         120..7200 => format!("{} min", ago / 60),
         _ => format!("{} h", ago / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bypass::Kind;
+
+    #[test]
+    fn what_takes_the_stack_is_said_once_and_what_does_not_is_to_be_looked_at() {
+        let restriction = |kind, subject: &str, scope| Restriction { kind, subject: subject.to_owned(), scope };
+        let mut bypass = BypassStatus { revalidate_ms: 1000, ..BypassStatus::default() };
+        bypass.restrictions = vec![
+            restriction(Kind::Queue, "tbf on flannel.1", Scope::OverlayQueue),
+            restriction(Kind::Queue, "htb on cni0", Scope::Pod(7)),
+            restriction(Kind::Queue, "htb on cni0", Scope::Pod(8)),
+            restriction(Kind::Rule, "nft inet t forward handle 5: log", Scope::Nothing),
+        ];
+        let rows = bypass.rows();
+        assert_eq!(rows[0], "htb on cni0: the packets of 2 pods take the stack");
+        assert!(rows[1].starts_with("tbf on flannel.1: all packets take the stack"), "{rows:?}");
+        assert_eq!((rows.len(), bypass.troubles().len()), (2, 1));
+        bypass.flag = BypassFlag::On;
+        // A pod's queue is the one thing that is always obeyed.
+        assert_eq!((bypass.rows().len(), bypass.troubles().len()), (1, 2));
+        bypass.flag = BypassFlag::Off;
+        assert!(bypass.troubles().is_empty());
+        bypass.flag = BypassFlag::Auto;
+        bypass.restrictions =
+            (0..25).map(|pod| restriction(Kind::Queue, &format!("tbf on veth{pod}"), Scope::Pod(pod))).collect();
+        assert_eq!(bypass.rows().last().map(String::as_str), Some("and 15 more"));
     }
 }

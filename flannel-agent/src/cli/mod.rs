@@ -113,8 +113,8 @@ pub struct Cli {
     #[arg(long, value_name = "SECONDS", default_value = "900", value_parser = go_values::number::<u32>(0..=u32::MAX.into()))]
     lease_guard_grace: u32,
     /// Whether packets of established flows between pods pass the host's stack by: auto leaves to it what somebody has to see
-    /// packet by packet (a queue, a filter, a program, a capture, a rule that limits), on does not look for such things, off
-    /// leaves everything to it
+    /// packet by packet (a queue, a filter, a program, a capture, a rule that limits), on does so only for a pod's own queue and
+    /// settings and names the others, off leaves everything to it
     #[arg(long, value_enum, default_value_t)]
     pub bypass: BypassFlag,
     /// For how many milliseconds they may, before one takes the stack again

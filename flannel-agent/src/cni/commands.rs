@@ -14,6 +14,7 @@ use super::{
     subnet_file::SubnetFile,
 };
 use crate::{
+    device::observers,
     lock::Lock,
     status::{LeaseState, ReadError, Status},
 };
@@ -51,12 +52,26 @@ fn add(request: &Request, attachment: &Attachment, netns: &Path) -> Result<Vec<u
         kept.remove()?;
     }
     states.save(attachment, &conf.to_bytes())?;
-    delegate.run(Operation::Add, &conf).inspect_err(|_| {
+    let result = delegate.run(Operation::Add, &conf).inspect_err(|_| {
         // Kept where that fails as well: then the runtime's DEL is the next that tries.
         if let (Ok(_), Ok(Some(kept))) = (delegate.run(Operation::Del, &conf), states.load(attachment)) {
             let _kept = kept.remove();
         }
-    })
+    })?;
+    if network.takes_stack() {
+        leave_to_stack(&result)?;
+    }
+    Ok(result)
+}
+
+/// Tells the agent, by the host's side of the veth: of the interfaces outside of a sandbox the one next to the container's.
+fn leave_to_stack(result: &[u8]) -> Result<(), Error> {
+    let result: Value = serde_json::from_slice(result).unwrap_or_default();
+    let is_on_host = |interface: &&Value| interface["sandbox"].as_str().is_none_or(str::is_empty);
+    let veth = result["interfaces"].as_array().into_iter().flatten().rfind(is_on_host);
+    let Some(name) = veth.and_then(|interface| interface["name"].as_str()) else { return Ok(()) };
+    let failed = |source| Error::Io { call: "set the alias of", subject: name.to_owned(), source };
+    observers::leave_to_stack(name).map_err(failed)
 }
 
 fn del(request: &Request, attachment: &Attachment) -> Result<(), Error> {

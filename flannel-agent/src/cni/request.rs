@@ -73,6 +73,8 @@ pub struct Network {
     pub ipam: Option<Map<String, Value>>,
     /// What the runtime says of this container, such as port mappings.
     pub runtime_config: Option<Map<String, Value>>,
+    /// `off`: what the container sends and receives is left to the host's stack.
+    pub bypass: Option<String>,
     /// The result of ADD.
     pub prev_result: Option<Value>,
     /// For GC: what is to stay. [`None`] where it does not say.
@@ -101,6 +103,15 @@ fn subnet_file() -> PathBuf {
 
 fn data_dir() -> PathBuf {
     DATA_DIR.into()
+}
+
+impl Network {
+    /// Whether the container's packets are to be left to the host's stack: by the network's configuration, or by what the runtime
+    /// says of this container.
+    pub fn takes_stack(&self) -> bool {
+        let of_container = self.runtime_config.as_ref().and_then(|config| config.get("bypass")?.as_str());
+        of_container.or(self.bypass.as_deref()) == Some("off")
+    }
 }
 
 impl Command {

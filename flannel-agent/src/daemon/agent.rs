@@ -20,21 +20,20 @@ use super::{
     drift::{LOOK_PERIOD, ROUTES_PERIOD},
     endings::{Endings, follow_links},
     record::Record,
-    restrictions::{Observer, Restrictions},
+    restrictions::{Observer, Restrictions, WATCH_PERIOD},
     routes::RouteState,
     start::Prepared,
     store::{Course, is_heard},
     tenancy::{TenancyEvent, Tenant},
 };
 use crate::{
-    bypass::{Kind, Restriction, Scope},
     cleanup,
     cli::Cli,
     config::NetworkConfig,
     conntrack::{Liberal, helpers},
     control::{self, Pending, Reply, Request},
     dataplane::{Capacity, Dataplane, Features, PinDirectory},
-    device::{self, Changed, DeviceEvent, Netlink, PodLink, external::External, offload::Offloads, vxlan::VxlanDevice},
+    device::{self, Changed, DeviceEvent, Netlink, external::External, offload::Offloads, vxlan::VxlanDevice},
     health::{self, Health},
     lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
@@ -120,7 +119,7 @@ async fn make<'a>(
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
-        restrictions: Restrictions::new(cli.bypass),
+        restrictions: Restrictions::new(cli.bypass, features.tcx),
         xdp,
         network,
         external,
@@ -143,6 +142,11 @@ async fn make<'a>(
     }
     agent.read_routes().await?;
     agent.compare(Changed::Topology).await?;
+    // Before programs: none passes by who looks already.
+    if let Some(link) = agent.netlink.link_by_name(&agent.device.name).await? {
+        agent.underlay.set_overlay(link.header.index);
+    }
+    agent.look_at_links().await?;
 
     device::enable_forwarding()?;
     agent.ensure_conntrack();
@@ -265,6 +269,8 @@ impl Agent<'_> {
         compare.reset();
         let mut look = interval(LOOK_PERIOD);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut watch = interval(WATCH_PERIOD);
+        watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut routes_asked = Instant::now();
         let mut record = interval(RECORD_PERIOD);
         record.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -311,6 +317,10 @@ impl Agent<'_> {
                         self.underlay.forget(prefix);
                     }
                     let event = match ifindex {
+                        _ if kind == Changed::TrafficControl => {
+                            pods_pending |= ifindex.is_none_or(|index| self.restrictions.places.contains(index));
+                            None
+                        }
                         // Its neighbours are ours.
                         Some(index) if self.underlay.is_overlay(index) => Some(kind.max(Changed::Route)),
                         Some(index) if !self.underlay.depends_on(index) => {
@@ -347,6 +357,7 @@ impl Agent<'_> {
                     let changes = self.table.review(is_heard(&self.dataplane.peers), Clock::now());
                     self.apply(changes).await;
                     self.finish_move().await;
+                    self.restrict_or_say();
                     let verified = self.dataplane.peers.verify_keys();
                     if let Err(error) = verified.and_then(|_| self.dataplane.accept(&self.cli.accept_source)) {
                         warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
@@ -363,6 +374,7 @@ impl Agent<'_> {
                     self.refresh();
                 }
                 _ = look.tick() => self.look().await,
+                _ = watch.tick() => self.watch_observers().await,
                 _ = record.tick(), if self.record.is_due() => self.write_record(),
             }
         }
@@ -454,12 +466,8 @@ impl Agent<'_> {
     }
 
     async fn attach_pods(&mut self) -> Result<(), DaemonError> {
-        let pods = self.netlink.pods(self.own.key.subnet, &self.routes.host.pods).await?;
-        let queue = |pod: &PodLink| {
-            let subject = format!("queueing discipline on {}", pod.name);
-            Restriction { kind: Kind::Queue, subject, scope: Scope::Pod(pod.index) }
-        };
-        self.observed(Observer::Links, pods.iter().filter(|pod| pod.is_queued).map(queue).collect());
+        // First: a pod that has a queue has it from its first packet on.
+        let pods = self.look_at_links().await?;
         if !self.dataplane.knows_pods(&pods) {
             // Those that were there before have no need to send something again. Where that can't be told, they do.
             let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);

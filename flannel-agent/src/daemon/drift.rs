@@ -82,7 +82,7 @@ impl Agent<'_> {
             self.follow_external().await;
         }
         match event {
-            Changed::Neighbour => {}
+            Changed::TrafficControl | Changed::Neighbour => {}
             Changed::Way => self.choose_routes_again().await,
             Changed::Route | Changed::Topology => self.ensure_or_say().await,
         }

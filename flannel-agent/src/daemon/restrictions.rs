@@ -1,17 +1,42 @@
 //! What has to see each packet of this host, as each observer found it last, and what follows from all of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use super::agent::{Agent, COMPARE_PERIOD};
-use crate::bypass::{BypassFlag, Kind, Plan, Restriction};
+use super::{
+    DaemonError,
+    agent::{Agent, COMPARE_PERIOD},
+};
+use crate::{
+    bypass::{BypassFlag, Kind, Plan, Restriction},
+    device::{
+        PodLink,
+        observers::{Places, Tap},
+    },
+};
+
+/// How often it is looked who captures; programs at TCX hooks are looked at every second time.
+pub(super) const WATCH_PERIOD: Duration = Duration::from_millis(250);
+/// After so many looks, programs of others are looked at as if they were new.
+const DOUBT_LOOKS: u32 = 40;
 
 /// Who looks for restrictions. Each says all that it has found, and what it said before is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Observer {
-    /// Queues, filters and programs of links.
-    Links,
+    /// Queues and filters.
+    TrafficControl,
+    /// XDP programs.
+    Xdp,
+    /// Programs at TCX hooks.
+    Tcx,
+    /// Packet sockets.
+    Captures,
+    /// What pods' links are told.
+    Settings,
     /// conntrack's helpers, at the ports where they are always.
     Helpers,
 }
@@ -21,11 +46,16 @@ pub(super) struct Restrictions {
     flag: BypassFlag,
     found: BTreeMap<Observer, BTreeSet<Restriction>>,
     plan: Plan,
+    /// Where to look.
+    pub(super) places: Places,
+    has_tcx: bool,
+    looks: u32,
 }
 
 impl Restrictions {
-    pub(super) fn new(flag: BypassFlag) -> Self {
-        Self { flag, found: BTreeMap::new(), plan: Plan::of(flag, []) }
+    pub(super) fn new(flag: BypassFlag, has_tcx: bool) -> Self {
+        let (found, plan, places) = (BTreeMap::new(), Plan::of(flag, []), Places::default());
+        Self { flag, found, plan, places, has_tcx, looks: 0 }
     }
 
     /// Takes what an observer has found. Whether anything is different.
@@ -59,6 +89,60 @@ impl Restrictions {
 }
 
 impl Agent<'_> {
+    /// Finds the pods, and what there is on the devices that their packets cross.
+    pub(super) async fn look_at_links(&mut self) -> Result<Vec<PodLink>, DaemonError> {
+        let (subnet, routed) = (self.own.key.subnet, &self.routes.host.pods);
+        let (overlay, external) = (self.underlay.overlay(), self.external.link.index);
+        let places = self.netlink.places(subnet, routed, overlay, external).await?;
+        match self.netlink.traffic_control(&places).await {
+            Ok(found) => self.observed(Observer::TrafficControl, found),
+            Err(error) => warn!("{error}; who has to see each packet may not; trying again in {COMPARE_PERIOD:?}"),
+        }
+        self.restrictions.places = places;
+        self.observed(Observer::Settings, self.restrictions.places.settings());
+        self.look_at_programs();
+        self.look_at_captures();
+        self.observed(Observer::Xdp, self.restrictions.places.xdp_programs());
+        Ok(self.restrictions.places.pods.clone())
+    }
+
+    /// Looks for what the kernel does not tell of.
+    pub(super) async fn watch_observers(&mut self) {
+        self.restrictions.looks = self.restrictions.looks.wrapping_add(1);
+        self.look_at_captures();
+        if self.restrictions.looks.is_multiple_of(2) {
+            self.look_at_programs();
+            match self.netlink.look_for_xdp(&mut self.restrictions.places).await {
+                Ok(()) => self.observed(Observer::Xdp, self.restrictions.places.xdp_programs()),
+                Err(error) => debug!("{error}; looking again in {WATCH_PERIOD:?}"),
+            }
+        }
+        if self.restrictions.looks.is_multiple_of(DOUBT_LOOKS) {
+            self.dataplane.doubt_foreign_programs();
+        }
+    }
+
+    fn look_at_programs(&mut self) {
+        if !self.restrictions.has_tcx {
+            return;
+        }
+        let places = &self.restrictions.places;
+        let programs = self.dataplane.foreign_programs(places.indexes());
+        let found = programs.into_iter().flat_map(|(index, side, id)| {
+            places.restrictions(Kind::Program, &format!("TCX program {id}"), index, side)
+        });
+        let found = found.collect();
+        self.observed(Observer::Tcx, found);
+    }
+
+    fn look_at_captures(&mut self) {
+        let tap = self.xdp.mode.map_or(Tap::Tunnelled, |_| Tap::Decapsulated(self.device.port));
+        match self.restrictions.places.captures(tap) {
+            Ok(found) => self.observed(Observer::Captures, found),
+            Err(error) => debug!("who captures can't be told: {error}"),
+        }
+    }
+
     /// Takes what an observer has found, and has the dataplane act on it.
     pub(super) fn observed(&mut self, observer: Observer, found: BTreeSet<Restriction>) {
         if self.restrictions.replace(observer, found) {
@@ -82,13 +166,13 @@ mod tests {
 
     #[test]
     fn what_an_observer_no_longer_names_is_over() {
-        let mut restrictions = Restrictions::new(BypassFlag::Auto);
+        let mut restrictions = Restrictions::new(BypassFlag::Auto, true);
         let queue = Restriction { kind: Kind::Queue, subject: "tbf on veth1".to_owned(), scope: Scope::Pod(7) };
-        assert!(!restrictions.replace(Observer::Links, BTreeSet::new()));
-        assert!(restrictions.replace(Observer::Links, [queue.clone()].into()));
-        assert!(!restrictions.replace(Observer::Links, [queue.clone()].into()));
+        assert!(!restrictions.replace(Observer::TrafficControl, BTreeSet::new()));
+        assert!(restrictions.replace(Observer::TrafficControl, [queue.clone()].into()));
+        assert!(!restrictions.replace(Observer::TrafficControl, [queue.clone()].into()));
         assert_eq!((restrictions.plan().pods.len(), restrictions.all().count()), (1, 1));
-        assert!(restrictions.replace(Observer::Links, BTreeSet::new()));
+        assert!(restrictions.replace(Observer::TrafficControl, BTreeSet::new()));
         assert_eq!(*restrictions.plan(), Plan::default());
     }
 }

@@ -17,6 +17,7 @@ mod forget;
 #[cfg(feature = "generator")]
 pub mod generator;
 mod held;
+mod others;
 mod peers;
 mod pins;
 mod pods;
@@ -25,7 +26,11 @@ mod restrict;
 pub mod test_run;
 mod xdp;
 
-use std::{collections::BTreeMap, io, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::PathBuf,
+};
 
 pub use accepted::pinned_accepted;
 pub use attached::{Attachment, AttachmentState, attached_xdp, attachments};
@@ -210,6 +215,8 @@ pub struct Dataplane {
     variants: BTreeMap<Variant, Ebpf>,
     /// What takes the stack.
     plan: Plan,
+    /// Whose programs are at hooks.
+    known: others::Known,
     /// What they are loaded with.
     parameters: Parameters,
     pins: PinDirectory,
@@ -224,8 +231,8 @@ pub struct Dataplane {
     held: held::Held,
     /// How much of that it has attached again.
     repaired: u32,
-    /// The pods' links that this process attached its programs to, and whether they are queued.
-    pods: BTreeMap<u32, bool>,
+    /// The pods' links that this process attached its programs to.
+    pods: BTreeSet<u32>,
     forgetter: Forgetter,
     /// The peers in the maps.
     pub peers: PeerMaps,
@@ -293,6 +300,7 @@ impl Dataplane {
             ebpf,
             variants: BTreeMap::new(),
             plan: Plan::default(),
+            known: others::Known::default(),
             parameters,
             pins,
             counters,
@@ -303,7 +311,7 @@ impl Dataplane {
             maps,
             held: held::Held::new(),
             repaired: 0,
-            pods: BTreeMap::new(),
+            pods: BTreeSet::new(),
             forgetter,
             peers,
         })

@@ -96,6 +96,10 @@ impl PinDirectory {
         Self { vni, root: root.to_owned(), maps: overlay.join(format!("v{ABI_VERSION}")), overlay }
     }
 
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub(super) const fn vni(&self) -> Vni {
         self.vni
     }

@@ -55,9 +55,8 @@ impl Dataplane {
     /// What the plan wants in a place.
     pub(super) fn wanted(&self, place: Place, ifindex: u32) -> Variant {
         let Plan { everything, overlay_queue, overlay_capture, external_interface, pods, .. } = &self.plan;
-        let is_queued = || self.pods.get(&ifindex) == Some(&true);
         let is_restricted = match place {
-            Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex) || is_queued(),
+            Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex),
             Place::Tc(Hook::FromUnderlay) => *everything || *external_interface,
             Place::Tc(Hook::ToOverlay | Hook::FromOverlay) => *everything,
             Place::Xdp(_) => false,

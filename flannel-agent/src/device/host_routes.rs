@@ -14,23 +14,19 @@ use std::{
 use ipnet::Ipv4Net;
 use rtnetlink::{
     MulticastGroup, RouteMessageBuilder,
-    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkMessage},
-    packet_route::{
-        RouteNetlinkMessage,
-        route::{RouteProtocol, RouteScope, RouteType},
-    },
-    sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
+    packet_core::Emitable as _,
+    packet_route::route::{RouteProtocol, RouteScope, RouteType},
+    sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, TokioSocket, protocols::NETLINK_ROUTE},
 };
 use tokio::{sync::mpsc, task::spawn_blocking};
 
 use super::{
     Changed, DeviceError, DeviceEvent, Netlink,
     overlay_route::{NEXT_HOPS, PROTOCOL},
-    raw_route::{DELETED_ROUTE, NEW_ROUTE, RawRoute, messages},
+    raw::{DATAGRAM_LEN, dump, messages},
+    raw_route::{DELETED_ROUTE, GET_ROUTE, NEW_ROUTE, RawRoute},
 };
 
-/// As much as the kernel puts into one datagram of a dump (`netlink_dump`, net/netlink/af_netlink.c).
-const DATAGRAM_LEN: usize = 1 << 15;
 /// For bursts of changes; more are said to have been too many.
 const EVENT_BUFFER_LEN: usize = 1 << 20;
 
@@ -204,30 +200,14 @@ fn read_all(mut take: impl FnMut(RawRoute<'_>)) -> io::Result<()> {
         .protocol(RouteProtocol::Unspec)
         .scope(RouteScope::Universe)
         .kind(RouteType::Unspec);
-    let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetRoute(all.build()));
-    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    request.finalize();
-    let mut bytes = vec![0; request.buffer_len()];
-    request.serialize(&mut bytes);
-    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
-    let mut datagram = Vec::with_capacity(DATAGRAM_LEN);
-    loop {
-        datagram.clear();
-        socket.recv(&mut datagram, 0)?;
-        for (kind, _, payload) in messages(&datagram) {
-            match kind {
-                NEW_ROUTE => drop(RawRoute::of(payload).map(&mut take)),
-                // Both begin with an error number, 0 for none.
-                NLMSG_DONE | NLMSG_ERROR => {
-                    return match payload.first_chunk().map(|error| i32::from_ne_bytes(*error)) {
-                        Some(error) if error != 0 => Err(io::Error::from_raw_os_error(-error)),
-                        _ => Ok(()),
-                    };
-                }
-                _ => {}
-            }
+    let request = all.build();
+    let mut payload = vec![0; request.buffer_len()];
+    request.emit(&mut payload);
+    dump(&mut socket, GET_ROUTE, &payload, |payload| {
+        if let Some(route) = RawRoute::of(payload) {
+            take(route);
         }
-    }
+    })
 }
 
 /// Hears of changes of routes, and tells of those that may matter.

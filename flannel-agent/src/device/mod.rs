@@ -9,9 +9,11 @@ pub mod filters;
 mod flannels;
 pub mod host_routes;
 pub mod next_hop;
+pub mod observers;
 pub mod offload;
 pub mod overlay_route;
 mod pods;
+mod raw;
 mod raw_route;
 mod sweep;
 pub mod vxlan;
@@ -38,8 +40,11 @@ use tokio::{
     task::JoinHandle,
 };
 
-use self::host_routes::{Interest, RouteEvents};
 pub use self::pods::PodLink;
+use self::{
+    host_routes::{Interest, RouteEvents},
+    observers::TrafficControlEvents,
+};
 
 /// A netlink request that the kernel refused.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +92,8 @@ impl DeviceError {
 /// What has changed in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Changed {
+    /// A queueing discipline or a filter of somebody else's.
+    TrafficControl,
     /// A neighbour: a next hop's MAC may be known, changed or unsure now.
     Neighbour,
     /// A route to a peer, or to something else that this host needs: it may have another next hop.
@@ -94,7 +101,7 @@ pub enum Changed {
     /// A route into the overlay, or one that may be beside it. To look at these costs by all routes of the host: the kernel
     /// passes over each that leads elsewhere.
     Route,
-    /// An address or a link: all next hops may be others. Or a link's queue.
+    /// An address or a link: all next hops may be others.
     Topology,
 }
 
@@ -139,17 +146,6 @@ impl DeviceEvent {
             Message::NewAddress(address) | Message::DelAddress(address) => {
                 (Changed::Topology, Some(address.header.index))
             }
-            Message::NewQueueDiscipline(queue) | Message::DelQueueDiscipline(queue) => {
-                (Changed::Topology, Some(queue.header.index as u32))
-            }
-            // Of the group that tells of queues. Filters are looked at in turn; where the agent attaches programs as filters, each
-            // such look is told here, and would be the reason for the next.
-            Message::NewTrafficFilter(_)
-            | Message::DelTrafficFilter(_)
-            | Message::NewTrafficChain(_)
-            | Message::DelTrafficChain(_)
-            | Message::NewTrafficClass(_)
-            | Message::DelTrafficClass(_) => return None,
             _ => (Changed::Topology, None),
         };
         Some(Self::new(kind, ifindex))
@@ -204,7 +200,7 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Socket`].
     pub fn open() -> Result<(Self, mpsc::Receiver<DeviceEvent>, JoinHandle<()>), DeviceError> {
-        let groups = [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Tc];
+        let groups = [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Ifaddr];
         let (connection, handle, mut messages) = new_multicast_connection(&groups).map_err(DeviceError::Socket)?;
         let (strict_connection, strict, _) = new_connection_with_strict_check().map_err(DeviceError::Socket)?;
         let interest = Arc::new(RwLock::new(None));
@@ -213,6 +209,8 @@ impl Netlink {
         let gone = broadcast::Sender::new(1024);
         let tell_gone = gone.clone();
         tokio::spawn(routes.tell(sender.clone()));
+        let traffic_control = TrafficControlEvents::listen().map_err(DeviceError::Socket)?;
+        tokio::spawn(traffic_control.tell(sender.clone()));
         let connection = tokio::spawn(async move {
             let forward = async {
                 while let Some((message, _)) = messages.next().await {
@@ -325,19 +323,5 @@ pub fn local_ports() -> flannel_common::flow::SourcePorts {
     match (ports.next(), ports.next()) {
         (Some(Ok(min)), Some(Ok(max))) if min < max => flannel_common::flow::SourcePorts { min, max },
         _ => DEFAULT,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use rtnetlink::packet_route::tc::TcMessage;
-
-    use super::*;
-
-    #[test]
-    fn a_queue_is_news_and_a_filter_is_none() {
-        let message = TcMessage::default();
-        assert!(DeviceEvent::of(&RouteNetlinkMessage::NewQueueDiscipline(message.clone())).is_some());
-        assert_eq!(DeviceEvent::of(&RouteNetlinkMessage::NewTrafficFilter(message)), None);
     }
 }

@@ -8,13 +8,9 @@ use rtnetlink::packet_route::{
     AddressFamily,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-    tc::{TcAttribute, TcMessage},
 };
 
 use super::{DeviceError, Netlink};
-
-/// Disciplines that hold no packet back: a device's without a queue, and the hooks of programs.
-const UNQUEUED: [&str; 2] = ["noqueue", "clsact"];
 
 /// The host's side of a pod's veth.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,9 +19,8 @@ pub struct PodLink {
     pub name: String,
     /// Its number.
     pub index: u32,
-    /// Whether somebody has given it a queueing discipline, as CNI's plugin `bandwidth` does: for what the pod receives, or
-    /// (`ingress`) for what it sends, which is then led through another device's.
-    pub is_queued: bool,
+    /// The bridge that it is a port of.
+    pub bridge: Option<u32>,
 }
 
 impl Netlink {
@@ -36,6 +31,15 @@ impl Netlink {
     /// [`DeviceError::Call`].
     pub async fn pods(&self, subnet: Ipv4Net, routed: &HashSet<u32>) -> Result<Vec<PodLink>, DeviceError> {
         let links = self.dump("links", || self.handle.link().get().execute()).await?;
+        self.pods_among(&links, subnet, routed).await
+    }
+
+    pub(super) async fn pods_among(
+        &self,
+        links: &[LinkMessage],
+        subnet: Ipv4Net,
+        routed: &HashSet<u32>,
+    ) -> Result<Vec<PodLink>, DeviceError> {
         let veths: Vec<_> = links.iter().filter_map(Veth::of).collect();
         if veths.is_empty() {
             return Ok(Vec::new());
@@ -45,8 +49,7 @@ impl Netlink {
             addresses.into_iter().filter(|(_, address)| subnet.contains(address)).map(|(ifindex, _)| ifindex).collect();
         let is_pods =
             |veth: &Veth| veth.bridge.is_some_and(|bridge| gateways.contains(&bridge)) || routed.contains(&veth.index);
-        let queued = self.queued().await?;
-        let pod = |Veth { name, index, .. }| PodLink { name, index, is_queued: queued.contains(&index) };
+        let pod = |Veth { name, index, bridge }| PodLink { name, index, bridge };
         Ok(veths.into_iter().filter(is_pods).map(pod).collect())
     }
 
@@ -62,12 +65,6 @@ impl Netlink {
             macs.extend(entries.iter().filter_map(mac_behind));
         }
         Ok(macs)
-    }
-
-    /// The devices with a queueing discipline that may hold packets back.
-    async fn queued(&self) -> Result<HashSet<u32>, DeviceError> {
-        let disciplines = self.dump("queueing disciplines", || self.handle.qdisc().get().execute()).await?;
-        Ok(disciplines.iter().filter(|discipline| holds_back(discipline)).map(|tc| tc.header.index as u32).collect())
     }
 }
 
@@ -102,9 +99,4 @@ fn mac_behind(entry: &NeighbourMessage) -> Option<(u32, Mac)> {
         _ => None,
     })?;
     (entry.header.state != NeighbourState::Permanent).then_some((entry.header.ifindex, mac))
-}
-
-fn holds_back(discipline: &TcMessage) -> bool {
-    let is_queue = |kind: &String| !UNQUEUED.contains(&kind.as_str());
-    discipline.attributes.iter().any(|attribute| matches!(attribute, TcAttribute::Kind(kind) if is_queue(kind)))
 }

@@ -1,44 +1,25 @@
-//! Route messages as they lie in a netlink datagram, read no further than a question needs: of hundreds of thousands, all
-//! but a few are none of the agent's business.
+//! Route messages as they lie in a netlink datagram: of hundreds of thousands, all but a few are none of the agent's business.
 
 use std::net::Ipv4Addr;
 
+use super::raw::{attribute, word};
 use ipnet::Ipv4Net;
-use rtnetlink::packet_core::NlasIterator;
 
-/// Of a netlink message's header (`struct nlmsghdr`).
-const HEADER_LEN: usize = 16;
 /// Of a route message's own (`struct rtmsg`).
 const ROUTE_HEADER_LEN: usize = 12;
 /// Of a next hop in a list of several (`struct rtnexthop`).
 const NEXT_HOP_LEN: usize = 8;
 
-/// `RTM_NEWROUTE`, and the next one is `RTM_DELROUTE` (linux/rtnetlink.h).
+/// `RTM_NEWROUTE`, `RTM_DELROUTE`, `RTM_GETROUTE` (linux/rtnetlink.h).
 pub(super) const NEW_ROUTE: u16 = 24;
 pub(super) const DELETED_ROUTE: u16 = 25;
+pub(super) const GET_ROUTE: u16 = 26;
 
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_TABLE: u16 = 15;
-
-/// The messages of a datagram: type, sequence number, payload. What is cut off is left out.
-pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
-    let mut rest = datagram;
-    std::iter::from_fn(move || {
-        let len = usize::try_from(word(rest, 0)?).ok()?;
-        let kind = u16::from_ne_bytes(*rest.get(4..)?.first_chunk()?);
-        let sequence = word(rest, 8)?;
-        let payload = rest.get(HEADER_LEN..len)?;
-        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, sequence, payload))
-    })
-}
-
-fn word(bytes: &[u8], offset: usize) -> Option<u32> {
-    bytes.get(offset..)?.first_chunk().map(|word| u32::from_ne_bytes(*word))
-}
 
 /// An IPv4 route's message.
 #[derive(Clone, Copy)]
@@ -55,8 +36,7 @@ impl<'a> RawRoute<'a> {
     }
 
     fn attribute(&self, kind: u16) -> Option<&'a [u8]> {
-        let mut attributes = NlasIterator::new(self.attributes).filter_map(Result::ok);
-        attributes.find(|attribute| attribute.kind() == kind).map(|attribute| attribute.into_inner())?.get(4..)
+        attribute(self.attributes, kind)
     }
 
     fn address(&self, kind: u16) -> Option<Ipv4Addr> {
@@ -114,7 +94,7 @@ mod tests {
         packet_route::{RouteNetlinkMessage, route::RouteMessage},
     };
 
-    use super::*;
+    use super::{super::raw::messages, *};
 
     fn datagram(routes: &[RouteMessage]) -> Vec<u8> {
         let mut all = Vec::new();
