@@ -28,6 +28,7 @@
 //! * [`endings`] — flows whose connection or pod has ended
 //! * [`helpers`] — connections that conntrack's helpers read
 //! * [`overlays`] — worlds that differ in who carries the overlay
+//! * [`observers`] — queues, filters, programs and captures see each packet, as with flannel
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
 //! * [`routers`] — pods that route on to something behind them
@@ -99,6 +100,7 @@ mod loaded;
 mod model;
 mod netfilter;
 mod numbered;
+mod observers;
 mod originals;
 mod overlays;
 mod path_mtu;

@@ -45,6 +45,22 @@ esac"#,
 }
 
 #[test]
+fn a_pod_whose_network_says_so_takes_the_stack() {
+    let world = world(2);
+    let mut runtimes: Vec<_> = world.hosts.iter().map(Runtime::new).collect();
+    runtimes[0].set("bypass", json!("off"));
+    let (one, _) = pod(&runtimes[0], &world.hosts[0], "c1");
+    let (two, _) = pod(&runtimes[1], &world.hosts[1], "c1");
+    wait_for("pods", SOON, || is_answered(&one.netns, &two.address.to_string())).unwrap();
+    world.wait_status(0, "the setting", |status| status["bypass"]["restrictions"][0]["kind"] == "setting");
+    let counters = |host| ["pod_encapsulated", "delivered"].map(|label| world.counter(host, label));
+    let before = [counters(0), counters(1)];
+    tcp_transfer(&one.netns, &two.netns, two.address, 1, world.lab.directory()).unwrap();
+    assert_eq!(counters(0), before[0]);
+    assert!(counters(1)[1] > before[1][1] + 100, "the other host's pod passes by");
+}
+
+#[test]
 fn pods_talk_across_hosts_past_the_stack() {
     let world = world(2);
     let runtimes: Vec<_> = world.hosts.iter().map(Runtime::new).collect();
