@@ -38,6 +38,7 @@
 //! * [`scenarios`] — by address, by name and by a host's port, from pods, hosts and outside
 //! * [`netfilter`] — masquerading and forwarding, with nftables and with iptables
 //! * [`firewalls`] — the same among rules of others that refuse, in either iptables, and with programs that fail
+//! * [`network_policy`] — policies of Calico, kube-router and kube-network-policies, on live flows
 //! * [`routes`] — which routes lead into the overlay, beside those of others; others' through it
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`interoperation`] — with hosts of flannel's
@@ -99,6 +100,7 @@ mod lifecycle;
 mod loaded;
 mod model;
 mod netfilter;
+mod network_policy;
 mod numbered;
 mod observers;
 mod originals;

@@ -23,7 +23,7 @@ pub struct Options {
 }
 
 /// Programs that build, lab and tests call, and the Debian package of each.
-pub(crate) const PROGRAMS: [(&str, &str); 29] = [
+pub(crate) const PROGRAMS: [(&str, &str); 30] = [
     ("protoc", "protobuf-compiler"),
     ("etcd", "etcd-server"),
     ("etcdctl", "etcd-client"),
@@ -47,6 +47,7 @@ pub(crate) const PROGRAMS: [(&str, &str); 29] = [
     ("bpftool", "bpftool"),
     ("iptables", "iptables"),
     ("ebtables", "iptables"),
+    ("ipset", "ipset"),
     ("nft", "nftables"),
     ("conntrack", "conntrack"),
     ("curl", "curl"),
