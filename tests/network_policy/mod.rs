@@ -187,7 +187,7 @@ impl Play<'_> {
         }
         for host in [0, 1] {
             let status = self.world.status(host);
-            let restrictions = status["status"]["bypass"]["restrictions"].as_array().cloned().unwrap_or_default();
+            let restrictions = status["status"]["bypass"]["restrictions"].as_array().unwrap();
             assert!(restrictions.iter().all(|one| one["kind"] != "rule"), "{restrictions:#?}");
         }
     }
