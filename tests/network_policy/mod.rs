@@ -127,8 +127,9 @@ fn run<E: Enforcer>(carrier: Carrier) {
     assert!(!is_echoed(client, SERVICE), "{carrier:?}: a new flow to the service");
     assert!(!connects(client, direct(TCP)), "{carrier:?}: a new connection");
     let other = Flow::udp("to what is allowed", client, direct(OTHER));
-    let with_kept = |flow| [&[flow], kept.as_slice()].concat();
-    play.assert_fast("with a policy", &with_kept(&other), &with_kept(&back));
+    let answered = [&[&other], kept.as_slice()].concat();
+    // What is sent in vain passes the stack of the first host by as well, whose count of what leaves says little here.
+    play.assert_fast("with a policy", &answered, &[&[&back], answered.as_slice()].concat());
     play.assert_unrestricted();
     stopped.into_iter().for_each(|stopped| stopped.assert());
 
