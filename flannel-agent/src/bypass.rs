@@ -1,7 +1,7 @@
 //! What keeps packets off the bypass: whatever somebody has this host do to each packet.
 //!
 //! The bypass repeats what the stack did to the last packet of a flow. A queue, a filter, a program, a capture or a rule that
-//! counts, limits or copies has to see each packet itself. Whoever looks for such things (`device`, `rule_sets`) says what it
+//! counts, limits or copies has to see each packet itself. Whoever looks for such things (`device`, `inspection`) says what it
 //! found as [`Restriction`]s; together they make the [`Plan`] that the dataplane carries out.
 
 use std::{collections::BTreeSet, fmt, ops::RangeInclusive};

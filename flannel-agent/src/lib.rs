@@ -14,6 +14,7 @@
 //! * [`device`] — links, routes, neighbours; the only room that speaks netlink
 //! * [`conntrack`] — connection tracking: its patience with flows that it sees little of, and when they end
 //! * [`netfilter`] — packet rules: masquerading and forwarding; the only room that runs `nft` and `iptables`
+//! * [`inspection`] — what others' packet rules do to each packet
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
 //! * [`xdp`] — whether XDP takes packets out of the tunnel, and why
 //! * [`routes`] — which routes lead into the overlay, and why; pure
@@ -51,6 +52,7 @@ pub mod docker_opts;
 pub mod escape;
 pub mod go_values;
 pub mod health;
+pub mod inspection;
 pub mod last_known;
 pub mod lease;
 pub mod lock;

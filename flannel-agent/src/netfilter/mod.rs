@@ -6,6 +6,7 @@
 //! * `order` — the place of our jumps among other people's rules; pure
 //! * `kernel` — what is set now, and setting it
 //! * [`keeper`] — the task that keeps it so
+//! * `listing` — everybody's rules, for who looks them through
 //! * `programs` — which of `nft`, `iptables-nft` and `iptables-legacy` the host has
 //! * `tool` — running them
 //!
@@ -39,6 +40,7 @@ mod flags;
 mod iptables;
 pub mod keeper;
 mod kernel;
+mod listing;
 mod nft;
 mod order;
 mod programs;
@@ -50,6 +52,7 @@ use ipnet::Ipv4Net;
 pub use self::{
     flags::Flags,
     kernel::{remove, remove_own},
+    listing::{Lister, Listing},
     tool::NetfilterError,
 };
 

@@ -51,6 +51,14 @@ impl Kind {
             Self::Legacy => Tool::find("iptables-legacy").zip(Tool::find("iptables-legacy-restore")),
         }
     }
+
+    const fn save(self, is_own: bool) -> &'static str {
+        match (is_own, self) {
+            (true, _) => "iptables-save",
+            (false, Self::Nft) => "iptables-nft-save",
+            (false, Self::Legacy) => "iptables-legacy-save",
+        }
+    }
 }
 
 /// What `iptables --version` says.
@@ -85,9 +93,20 @@ impl Iptables {
     /// Whether its table of a place may be looked at without making one that nobody has. What is *wanted* of the host's
     /// own may be made.
     pub(super) fn has_table(&self, place: Place, is_wanted: bool) -> bool {
-        self.kind == Kind::Nft
-            || self.is_own && is_wanted
-            || legacy_tables().is_ok_and(|tables| tables.lines().any(|table| table == place.table()))
+        self.kind == Kind::Nft || self.is_own && is_wanted || self.is_in_use(place.table())
+    }
+
+    /// Whether somebody has this table of x_tables.
+    pub(super) fn is_in_use(&self, table: &str) -> bool {
+        self.kind == Kind::Legacy && legacy_tables().is_ok_and(|tables| tables.lines().any(|name| name == table))
+    }
+
+    /// A table in the form of `iptables-save`; [`None`] where there is no such program, or no such table.
+    pub(super) async fn save(&self, table: &str) -> Result<Option<String>, NetfilterError> {
+        match Tool::find(self.kind.save(self.is_own)) {
+            Some(save) => save.list(&["-t", table]).await,
+            None => Ok(None),
+        }
     }
 
     /// The rules of a chain; [`None`] where there is no such chain.
@@ -158,7 +177,7 @@ impl Programs {
 }
 
 /// The names of x_tables' tables, a line each; none where the kernel has none.
-fn legacy_tables() -> io::Result<String> {
+pub(super) fn legacy_tables() -> io::Result<String> {
     match fs::read_to_string(LEGACY_TABLES) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
         result => result,
