@@ -32,6 +32,11 @@ impl Finding {
             (_, true) => return self.of_tunnel(around).into_iter().collect(),
             (Act::Alters(_) | Act::Drops | Act::Untracks, _) => return Vec::new(),
             (Act::Helper(name), _) => (Kind::Helper, format!("{}: {name}", self.subject), self.scopes(around)),
+            (Act::Decides(what), _) if self.is_first_look() => {
+                let subject =
+                    format!("{}: {what}: sees one packet in a second of flows of which nothing is noted", self.subject);
+                (Kind::Rule, subject, [Scope::Nothing].into())
+            }
             (Act::Decides(what), _) if self.is_for_all() => {
                 (Kind::Rule, format!("{}: {what}", self.subject), self.scopes(around))
             }
@@ -52,6 +57,13 @@ impl Finding {
     /// Whether it is met by more than the first packets of connections.
     fn is_for_all(&self) -> bool {
         self.packets.iter().any(|(_, met)| met.state != State::New)
+    }
+
+    /// Whether it is a queue for connections of which nothing is noted yet: who reads it notes what may go on.
+    fn is_first_look(&self) -> bool {
+        matches!(&self.act, Act::Decides(what) if what.eq_ignore_ascii_case("queue") || what == "NFQUEUE")
+            && self.is_for_all()
+            && self.packets.iter().all(|(_, met)| met.is_first_look || met.state == State::New)
     }
 
     /// Whether it is met by all packets of UDP that nobody answers.

@@ -8,7 +8,10 @@ use super::{
     packet::{Match, Nets, State, TCP, UDP},
     rule::{Act, Base, Chain, Family, Hook, Rule, Table, Verdict},
 };
+use crate::netfilter::Saved;
 
+/// `NFPROTO_IPV4`.
+const IPV4: u8 = 2;
 /// Matches that are met by one packet of a flow and not by the next.
 const PER_PACKET: [&str; 13] = [
     "bpf",
@@ -48,14 +51,15 @@ const CHANGES: [&str; 18] = [
     "TTL",
 ];
 
-/// The tables of a listing, by the program that listed them.
-pub(super) fn parse(program: &str, text: &str) -> Vec<Table> {
+/// The tables of a listing.
+pub(super) fn parse(Saved { program, is_nf_tables, text }: &Saved) -> Vec<Table> {
     let mut tables = Vec::new();
     let mut table: Option<(&str, Table)> = None;
     for line in text.lines() {
         if let Some(name) = line.strip_prefix('*') {
-            let label = if name == "filter" { program.to_owned() } else { format!("{program} -t {name}") };
-            table = Some((name, Table::new(label, Family::Ip)));
+            let label = if name == "filter" { (*program).to_owned() } else { format!("{program} -t {name}") };
+            let id = is_nf_tables.then(|| (IPV4, name.to_owned()));
+            table = Some((name, Table::new(label, Family::Ip, id)));
         } else if line == "COMMIT" {
             tables.extend(table.take().map(|(_, table)| table));
         } else if let Some((name, table)) = &mut table {
@@ -197,6 +201,7 @@ impl Parser {
         let is_read = ["comment", "conntrack", "iprange", "multiport", "nfacct", "state", "tcp", "udp"].contains(&name);
         match name {
             "icmp" | "icmp6" | "sctp" | "esp" | "ah" => self.matches.push(Match::Never),
+            "connmark" | "connlabel" => self.matches.push(Match::Noted),
             _ if !is_read => self.matches.push(Match::Unknown),
             _ => {}
         }

@@ -4,7 +4,8 @@
 //! * `packet` — packets and the conditions of rules; `rule` — rule sets in one shape; `walk` — the way through them
 //! * `nft`, `nft_match`, `iptables` — the two languages
 //! * `finding` — what a rule comes to
-
+//! * [`reader`] — the task that looks again where something may have changed; `events`, `messages` — what nf_tables tells of
+//!   changes; `legacy` — whether x_tables has any
 //!
 //! # What is looked for
 //!
@@ -20,16 +21,23 @@
 //! The tunnel packets themselves pass `INPUT` and `OUTPUT` with flannel and neither here. Rules there that are about a peer's
 //! address or the tunnel's port are named.
 
+mod events;
 mod finding;
 mod iptables;
+mod legacy;
+mod messages;
 mod nft;
 mod nft_match;
 mod packet;
+pub mod reader;
 mod rule;
 mod walk;
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod fixtures;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -90,9 +98,7 @@ impl RuleSets {
     #[must_use]
     pub fn parse(listing: &Listing) -> Self {
         let mut tables = Vec::new();
-        for (program, text) in &listing.iptables {
-            tables.extend(iptables::parse(program, text));
-        }
+        listing.iptables.iter().for_each(|saved| tables.extend(iptables::parse(saved)));
         for text in &listing.nft {
             let document = serde_json::from_str(text).unwrap_or_default();
             tables.extend(nft::parse(&document));
@@ -140,7 +146,7 @@ fn look_through(
         let rules = || reached.iter().filter_map(|name| table.chains.get(*name)).flat_map(|chain| &chain.rules);
         let has = |is: fn(&Act) -> bool| rules().any(|rule| rule.acts.iter().any(is));
         let is_about_all = has(|act| !matches!(act, Act::Alters(_)));
-        for packet in packets(table.family, base, around, untracked) {
+        for (all, packet) in packets(table.family, base, around, untracked) {
             let is_tunnel = matches!(packet.way, Way::TunnelIn | Way::TunnelOut);
             if !is_about_all && !is_tunnel {
                 continue;
@@ -155,14 +161,14 @@ fn look_through(
                 let (hook, act) = (base.hook, met.act);
                 let finding =
                     findings.entry(key).or_insert_with(|| Finding { subject, hook, act, packets: Vec::new() });
-                finding.packets.push((packet.clone(), met.packet));
+                finding.packets.push((all.clone(), met.packet));
             }
         }
     }
 }
 
-/// What of the overlay's packets a chain is called for.
-fn packets(family: Family, base: &Base, around: &Surroundings, untracked: Option<&Untracked>) -> Vec<Packet> {
+/// What of the overlay's packets a hook is for, and what of those a chain is called for.
+fn packets(family: Family, base: &Base, around: &Surroundings, untracked: Option<&Untracked>) -> Vec<(Packet, Packet)> {
     let bridge_or_pods = || {
         let routed = around.pods.iter().filter(|(_, pod)| !pod.is_bridged).map(|(name, _)| name.as_str());
         devices(around.bridges.iter().map(String::as_str).chain(routed))
@@ -175,7 +181,7 @@ fn packets(family: Family, base: &Base, around: &Surroundings, untracked: Option
     let overlay = || devices([around.overlay.as_str()]);
     let external = || devices([around.external.as_str()]);
     let none = || devices([]);
-    let mut ways: Vec<(Way, Devices, Devices)> = match (family, base.hook) {
+    let ways: Vec<(Way, Devices, Devices)> = match (family, base.hook) {
         (Family::Ip, Hook::Prerouting) => vec![
             (Way::Out, bridge_or_pods(), none()),
             (Way::In, overlay(), none()),
@@ -202,19 +208,23 @@ fn packets(family: Family, base: &Base, around: &Surroundings, untracked: Option
         }
         (Family::Ip, Hook::Egress) | (Family::Bridge | Family::Netdev, _) => Vec::new(),
     };
-    if !base.devices.is_empty() {
-        for (_, input, output) in &mut ways {
-            for side in [input, output] {
-                *side =
-                    side.iter().filter(|device| base.devices.iter().any(|own| **own == ***device)).cloned().collect();
-            }
+    let own = |devices: &Devices| -> Devices {
+        let is_own = |device: &&Arc<str>| base.devices.is_empty() || base.devices.iter().any(|own| **own == ***device);
+        devices.iter().filter(is_own).cloned().collect()
+    };
+    let mut packets = Vec::new();
+    for (way, input, output) in ways {
+        let (own_input, own_output) = (own(&input), own(&output));
+        // What has no device of those that it could have is not there.
+        if own_input.is_empty() && own_output.is_empty() {
+            continue;
+        }
+        for packet in of_way(way, &input, &output, (family, base), around, untracked) {
+            let met = Packet { input: Arc::clone(&own_input), output: Arc::clone(&own_output), ..packet.clone() };
+            packets.push((packet, met));
         }
     }
-    // One that has no device of those that it could have is not there.
-    ways.retain(|(_, input, output)| !input.is_empty() || !output.is_empty());
-    ways.into_iter()
-        .flat_map(|(way, input, output)| of_way(way, &input, &output, (family, base), around, untracked))
-        .collect()
+    packets
 }
 
 fn devices<'a>(names: impl IntoIterator<Item = &'a str>) -> Devices {
@@ -254,6 +264,7 @@ fn of_way(
         tunnel_port: is_tunnel.then_some(around.port),
         either_ports: PortRanges::any(),
         is_unsure: false,
+        is_first_look: false,
         gone: Vec::new(),
     };
     let is_unseen = base.hook == Hook::Prerouting && base.priority <= CONNTRACK

@@ -23,8 +23,9 @@ pub(super) fn parse(document: &Value) -> Vec<Table> {
     }
     for (kind, object) in objects() {
         let Some((family_name, name)) = table_of(object) else { continue };
-        let Some(family) = family(family_name) else { continue };
-        let make = || Table::new(format!("nft {family_name} {name}"), family);
+        let Some((family, number)) = family(family_name) else { continue };
+        let id = || Some((number, name.to_owned()));
+        let make = || Table::new(format!("nft {family_name} {name}"), family, id());
         match kind.as_str() {
             "chain" => {
                 let Some(chain) = text(object, "name") else { continue };
@@ -56,11 +57,13 @@ fn table_of(object: &Value) -> Option<(&str, &str)> {
     Some((text(object, "family")?, text(object, "table")?))
 }
 
-fn family(name: &str) -> Option<Family> {
+/// With the kernel's number (`enum` of `NFPROTO_`).
+fn family(name: &str) -> Option<(Family, u8)> {
     Some(match name {
-        "ip" | "inet" => Family::Ip,
-        "bridge" => Family::Bridge,
-        "netdev" => Family::Netdev,
+        "inet" => (Family::Ip, 1),
+        "ip" => (Family::Ip, 2),
+        "netdev" => (Family::Netdev, 5),
+        "bridge" => (Family::Bridge, 7),
         _ => return None,
     })
 }

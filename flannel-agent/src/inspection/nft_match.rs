@@ -59,6 +59,9 @@ pub(super) fn condition<'a>(value: &'a Value, sets: &Sets<'a>) -> Condition {
         return Condition { matches: vec![Match::Unknown], per_packet };
     }
     let op = part("op").as_str().unwrap_or("==");
+    if is_noted(left) {
+        return Condition { matches: vec![Match::Noted], per_packet };
+    }
     let matches = match op {
         "==" | "in" | "!=" => {
             let values = match right {
@@ -101,6 +104,13 @@ pub(super) fn per_packet(expression: &Value) -> Option<&'static str> {
         }),
         _ => None,
     }
+}
+
+/// Whether an expression is what somebody has noted of a connection.
+fn is_noted(expression: &Value) -> bool {
+    let masked = expression.get("&").and_then(|masked| masked.get(0));
+    let key = masked.unwrap_or(expression).get("ct").and_then(|ct| ct.get("key")).and_then(Value::as_str);
+    matches!(key, Some("mark" | "label" | "labels"))
 }
 
 /// Whether what is read of a transport header is behind its ports.

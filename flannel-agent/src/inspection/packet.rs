@@ -181,6 +181,9 @@ pub(super) struct Packet {
     pub(super) either_ports: PortRanges,
     /// Whether there are some among them that do not get here, by conditions that can't be told.
     pub(super) is_unsure: bool,
+    /// Whether those get no further of whose connections something is noted, as who looks at the first packets of each does of
+    /// what may go on.
+    pub(super) is_first_look: bool,
     /// Of a tunnel packet, those among them that do not get here, by source and destination.
     pub(super) gone: Vec<(Nets, Nets)>,
 }
@@ -209,6 +212,8 @@ pub(super) enum Match {
     Always,
     /// What none meets that can bypass: SYN, FIN, RST, other protocols, IPv6.
     Never,
+    /// What somebody has noted of the connection: a mark, a label.
+    Noted,
     /// What can't be told.
     Unknown,
 }
@@ -220,7 +225,7 @@ impl Match {
             plain if !is_negated => plain,
             Self::Always => Self::Never,
             Self::Never => Self::Always,
-            Self::Unknown => Self::Unknown,
+            Self::Unknown | Self::Noted => Self::Unknown,
             plain => Self::Not(Box::new(plain)),
         }
     }
@@ -274,7 +279,7 @@ impl Packet {
             },
             Match::Always => Truth::Yes,
             Match::Never => Truth::No,
-            Match::Unknown => {
+            Match::Unknown | Match::Noted => {
                 self.is_unsure = true;
                 Truth::Maybe
             }
@@ -334,6 +339,7 @@ mod tests {
             tunnel_port: None,
             either_ports: PortRanges::any(),
             is_unsure: false,
+            is_first_look: false,
             gone: Vec::new(),
         }
     }

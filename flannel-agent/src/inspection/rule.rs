@@ -137,12 +137,14 @@ pub(super) struct Table {
     /// As it is found: `nft inet t`, `iptables-legacy -t mangle`.
     pub(super) label: String,
     pub(super) family: Family,
+    /// As nf_tables knows it: its number of the family, and the name. One of x_tables has none.
+    pub(super) id: Option<(u8, String)>,
     pub(super) chains: HashMap<String, Chain>,
 }
 
 impl Table {
-    pub(super) fn new(label: String, family: Family) -> Self {
-        Self { label, family, chains: HashMap::new() }
+    pub(super) fn new(label: String, family: Family, id: Option<(u8, String)>) -> Self {
+        Self { label, family, id, chains: HashMap::new() }
     }
 
     /// The chains that the kernel calls for more than the first packet of a connection.

@@ -3,7 +3,10 @@
 use ipnet::Ipv4Net;
 
 use super::*;
-use crate::bypass::{Kind, Ports, Protocol, Scope};
+use crate::{
+    bypass::{Kind, Ports, Protocol, Scope},
+    netfilter::Saved,
+};
 
 /// A host with a bridge of pods, and with one pod that has a route to its veth.
 pub(super) fn around() -> Surroundings {
@@ -21,8 +24,12 @@ pub(super) fn around() -> Surroundings {
     }
 }
 
+fn saved(text: &str) -> Saved {
+    Saved { program: "iptables", is_nf_tables: true, text: text.to_owned() }
+}
+
 pub(super) fn of_iptables(text: &str) -> Vec<Restriction> {
-    let listing = Listing { iptables: vec![("iptables", text.to_owned())], nft: Vec::new() };
+    let listing = Listing { iptables: vec![saved(text)], nft: Vec::new() };
     inspect(&RuleSets::parse(&listing), &around())
 }
 
@@ -277,4 +284,189 @@ fn the_tunnel_packets_themselves() {
     ] {
         assert_eq!(forward(rule), [], "{rule}");
     }
+}
+
+/// Of a rule of a chain in nftables' family `inet`.
+fn nft(hook: &str, statements: &str) -> Vec<Restriction> {
+    of_nft(&format!(
+        r#"{{"nftables": [
+        {{"set": {{"family": "inet", "name": "s", "table": "t", "type": "ipv4_addr", "flags": ["interval"],
+            "elem": [{{"prefix": {{"addr": "10.5.3.0", "len": 24}}}}, {{"elem": {{"val": "10.5.4.4", "comment": "c"}}}}]}}}},
+        {{"set": {{"family": "inet", "name": "d", "table": "t", "type": "ipv4_addr", "size": 65535, "elem": ["10.5.3.4"]}}}},
+        {{"map": {{"family": "inet", "name": "m", "table": "t", "type": "ifname", "map": "verdict",
+            "elem": [["cali1", {{"goto": {{"target": "x"}}}}], ["eth0", {{"jump": {{"target": "y"}}}}]]}}}},
+        {{"chain": {{"family": "inet", "table": "t", "name": "f", "type": "filter", "hook": "{hook}", "prio": 0}}}},
+        {{"rule": {{"family": "inet", "table": "t", "chain": "x", "handle": 8, "expr": [{{"queue": {{"num": 1}}}}]}}}},
+        {{"rule": {{"family": "inet", "table": "t", "chain": "y", "handle": 9, "expr": [{{"queue": {{"num": 1}}}}]}}}},
+        {{"rule": {{"family": "inet", "table": "t", "chain": "f", "handle": 5, "expr": [{statements}]}}}}]}}"#
+    ))
+}
+
+const DROP: &str = r#"{"drop": null}"#;
+
+#[test]
+fn each_kind_of_nftables() {
+    for (statements, what) in [
+        (r#"{"limit": {"rate": 10, "per": "second", "inv": true}}, {"drop": null}"#, "limit rate"),
+        (r#"{"limit": "l"}, {"accept": null}"#, "limit rate"),
+        (r#"{"quota": {"val": 5, "inv": true}}, {"drop": null}"#, "quota"),
+        (r#"{"quota": "q"}, {"counter": null}, {"drop": null}"#, "quota"),
+        (r#"{"ct count": {"val": 5, "inv": true}}, {"reject": null}"#, "ct count"),
+        (
+            r#"{"match": {"op": "==", "left": {"numgen": {"mode": "random", "mod": 2}}, "right": 0}}, {"drop": null}"#,
+            "numgen",
+        ),
+        (
+            r#"{"vmap": {"key": {"numgen": {"mode": "inc", "mod": 2}}, "data": {"set": [[0, {"drop": null}]]}}}"#,
+            "numgen",
+        ),
+        (r#"{"mangle": {"key": {"meta": {"key": "mark"}}, "value": {"numgen": {"mode": "inc", "mod": 2}}}}"#, "numgen"),
+        (
+            r#"{"match": {"op": ">", "left": {"meta": {"key": "length"}}, "right": 1000}}, {"drop": null}"#,
+            "meta length",
+        ),
+        (
+            r#"{"match": {"op": "<", "left": {"meta": {"key": "random"}}, "right": 1000}}, {"drop": null}"#,
+            "meta random",
+        ),
+        (r#"{"match": {"op": ">", "left": {"ct": {"key": "bytes"}}, "right": 1000}}, {"drop": null}"#, "ct bytes"),
+        (
+            r#"{"match": {"op": "==", "left": {"payload": {"base": "ih", "offset": 0, "len": 16}}, "right": 1}}, {"drop": null}"#,
+            "payload",
+        ),
+        (
+            r#"{"match": {"op": "==", "left": {"payload": {"base": "th", "offset": 64, "len": 16}}, "right": 1}}, {"drop": null}"#,
+            "payload",
+        ),
+        (
+            r#"{"set": {"op": "add", "elem": 1, "set": "@d", "stmt": [{"limit": {"rate": 5}}]}}, {"accept": null}"#,
+            "limit",
+        ),
+        (r#"{"meter": {"key": 1, "stmt": {"limit": {"rate": 5}}, "name": "m"}}, {"drop": null}"#, "limit"),
+        (r#"{"queue": {"num": 1}}"#, "queue"),
+        (r#"{"dup": {"addr": "10.0.0.1"}}"#, "dup"),
+    ] {
+        assert_eq!(nft("forward", statements), everything(&format!("nft inet t f handle 5: {what}")), "{statements}");
+    }
+    for (statements, what) in [
+        (r#"{"counter": {"packets": 0, "bytes": 0}}"#, "counter"),
+        (r#"{"counter": null}"#, "counter"),
+        (r#"{"counter": "c"}, {"accept": null}"#, "counter c"),
+        (r#"{"counter": {"map": {"key": 1, "data": "@m"}}}"#, "counter"),
+        (r#"{"set": {"op": "update", "elem": 1, "set": "@d", "stmt": [{"counter": null}]}}"#, "counter"),
+        (r#"{"log": {"group": 5}}"#, "log"),
+        (r#"{"limit": {"rate": 5}}, {"log": null}"#, "log"),
+    ] {
+        let expected = scoped(&format!("nft inet t f handle 5: {what}: {SEES}"), &[Scope::Nothing]);
+        assert_eq!(nft("forward", statements), expected, "{statements}");
+    }
+    for statements in [
+        "",
+        r#"{"counter": null}, {"accept": null}"#,
+        r#"{"counter": null}, {"jump": {"target": "nowhere"}}"#,
+        r#"{"limit": {"rate": 5}}"#,
+        r#"{"set": {"op": "update", "elem": 1, "set": "@d"}}"#,
+        r#"{"mangle": {"key": {"meta": {"key": "mark"}}, "value": 5}}"#,
+        r#"{"flow": {"op": "add", "flowtable": "@ft"}}"#,
+        r#"{"xt": {"type": "match", "name": "hashlimit"}}, {"drop": null}"#,
+        r#"{"something": {"new": 1}}, {"drop": null}"#,
+        r#"{"match": {"op": "==", "left": {"&": [{"payload": {"protocol": "tcp", "field": "flags"}}, ["syn", "rst"]]}, "right": "syn"}}, {"queue": {}}"#,
+        r#"{"match": {"op": "in", "left": {"payload": {"protocol": "tcp", "field": "flags"}}, "right": "syn"}}, {"queue": {}}"#,
+        r#"{"match": {"op": "==", "left": {"payload": {"protocol": "icmp", "field": "type"}}, "right": "echo-request"}}, {"queue": {}}"#,
+        r#"{"match": {"op": "==", "left": {"meta": {"key": "nfproto"}}, "right": "ipv6"}}, {"queue": {}}"#,
+        r#"{"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["invalid", "related"]}}, {"queue": {}}"#,
+    ] {
+        assert_eq!(nft("forward", statements), [], "{statements}");
+    }
+}
+
+#[test]
+fn what_a_rule_of_nftables_names() {
+    let matched = |op: &str, left: &str, right: &str| {
+        format!(r#"{{"match": {{"op": "{op}", "left": {left}, "right": {right}}}}}, {{"queue": {{"num": 1}}}}"#)
+    };
+    let field =
+        |protocol: &str, field: &str| format!(r#"{{"payload": {{"protocol": "{protocol}", "field": "{field}"}}}}"#);
+    let meta = |key: &str| format!(r#"{{"meta": {{"key": "{key}"}}}}"#);
+    let concat = format!(r#"{{"concat": [{}, {}]}}"#, field("ip", "daddr"), field("tcp", "dport"));
+    for (op, left, right, scopes) in [
+        ("==", field("ip", "daddr"), r#""10.5.3.4""#, vec![addresses("10.5.3.4/32")]),
+        ("==", field("ip", "daddr"), r#""@s""#, vec![addresses("10.5.3.0/24"), addresses("10.5.4.4/32")]),
+        ("!=", field("ip", "daddr"), r#""@s""#, vec![Scope::Everything]),
+        ("==", field("ip", "daddr"), r#"{"range": ["10.5.3.0", "10.5.3.255"]}"#, vec![addresses("10.5.3.0/24")]),
+        // What packets or time change tells nothing.
+        ("==", field("ip", "daddr"), r#""@d""#, vec![Scope::Everything]),
+        ("==", field("ip", "daddr"), r#""@gone""#, vec![Scope::Everything]),
+        ("==", field("ip", "daddr"), r#""10.6.3.4""#, vec![]),
+        ("==", field("tcp", "dport"), "80", vec![tcp(80, 80)]),
+        ("==", field("tcp", "dport"), r#"{"set": [80, {"range": [90, 99]}]}"#, vec![tcp(80, 80), tcp(90, 99)]),
+        ("!=", field("tcp", "dport"), "80", vec![tcp(0, 65535)]),
+        (">", field("udp", "dport"), "80", vec![udp(0, 65535)]),
+        ("==", field("th", "dport"), "80", vec![tcp(80, 80), udp(80, 80)]),
+        ("==", meta("l4proto"), r#"{"set": ["tcp", "udp"]}"#, vec![Scope::Everything]),
+        ("==", meta("l4proto"), r#""tcp""#, vec![tcp(0, 65535)]),
+        ("==", meta("l4proto"), "17", vec![udp(0, 65535)]),
+        ("==", meta("iifname"), r#""cali*""#, vec![Scope::Pod(8)]),
+        ("==", meta("iifname"), r#"{"set": ["eth0", "docker0"]}"#, vec![]),
+        ("!=", meta("oifname"), r#""eth0""#, vec![Scope::Everything]),
+        ("==", meta("mark"), "5", vec![Scope::Everything]),
+        ("in", r#"{"ct": {"key": "state"}}"#.to_owned(), r#"["established", "related"]"#, vec![Scope::Everything]),
+        (
+            "==",
+            concat,
+            r#"{"set": [{"concat": ["10.5.3.4", 80]}, {"concat": ["10.6.3.4", 90]}]}"#,
+            vec![addresses("10.5.3.4/32")],
+        ),
+    ] {
+        let mut expected = scoped("nft inet t f handle 5: queue", &scopes);
+        expected.sort();
+        assert_eq!(nft("forward", &matched(op, &left, right)), expected, "{op} {left} {right}");
+    }
+    let map = r#"{"vmap": {"key": {"meta": {"key": "iifname"}}, "data": "@m"}}"#;
+    assert_eq!(nft("forward", map), scoped("nft inet t x handle 8: queue", &[Scope::Pod(8)]));
+    let state = r#"{"vmap": {"key": {"ct": {"key": "state"}}, "data": {"set": [["established", {"accept": null}],
+        ["new", {"goto": {"target": "x"}}], ["invalid", {"drop": null}]]}}}"#;
+    assert!(nft("forward", state).iter().all(|found| found.scope == Scope::Nothing));
+}
+
+#[test]
+fn chains_of_devices_and_bridges() {
+    let of = |chain: &str| {
+        of_nft(&format!(
+            r#"{{"nftables": [{{"chain": {{"table": "t", "name": "f", "type": "filter", "prio": 0, {chain}}}}},
+            {{"rule": {{"family": "{}", "table": "t", "chain": "f", "handle": 5, "expr": [{{"limit": {{"rate": 5}}}}, {DROP}]}}}}]}}"#,
+            if chain.contains("netdev") { "netdev" } else { "bridge" }
+        ))
+    };
+    let pod = |subject: &str, index| scoped(subject, &[Scope::Pod(index)]);
+    let subject = "nft netdev t f handle 5: limit rate";
+    assert_eq!(of(r#""family": "netdev", "hook": "ingress", "dev": "veth1""#), pod(subject, 7));
+    assert_eq!(of(r#""family": "netdev", "hook": "egress", "dev": "cali1""#), pod(subject, 8));
+    assert_eq!(of(r#""family": "netdev", "hook": "egress", "dev": ["flannel.1", "eth1"]"#), everything(subject));
+    assert_eq!(of(r#""family": "netdev", "hook": "ingress", "dev": "docker0""#), []);
+    // Old ones do not say of which device.
+    assert_eq!(of(r#""family": "netdev", "hook": "ingress""#), everything(subject));
+    assert_eq!(of(r#""family": "bridge", "hook": "forward""#), []);
+    assert_eq!(of(r#""family": "bridge", "hook": "postrouting""#), everything("nft bridge t f handle 5: limit rate"));
+}
+
+#[test]
+fn what_is_not_understood_is_no_rule() {
+    for text in ["", "{", "[]", r#"{"nftables": 5}"#, r#"{"nftables": [{"rule": 5}, {"chain": {}}, {}]}"#] {
+        assert_eq!(of_nft(text), []);
+    }
+    for text in ["*filter", "*filter\n:\n-A\n-A \n-A FORWARD -m\nCOMMIT", "COMMIT", "-A FORWARD -j LOG"] {
+        assert_eq!(of_iptables(text), []);
+    }
+}
+
+#[test]
+fn thirty_thousand_rules() {
+    let rules: String = (0..30_000_u32)
+        .map(|number| format!("-A FORWARD -s 10.5.{}.{}/32 -p tcp -j MINE\n", number >> 8 & 255, number & 255))
+        .collect();
+    let begun = std::time::Instant::now();
+    let found = forward(&format!("{rules}-A MINE -p tcp -m tcp --dport 80 -j RETURN\n-A FORWARD -j NFQUEUE"));
+    assert_eq!(found, everything("iptables FORWARD rule 30001: NFQUEUE"));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{:?}", begun.elapsed());
 }

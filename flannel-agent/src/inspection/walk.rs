@@ -108,6 +108,7 @@ impl<'a> Walk<'a> {
                 // Some of it is gone.
                 After::Left(_) => {
                     is_rest = true;
+                    packet.is_first_look |= is_by_note(&packet, rule);
                     packet.lose(met);
                 }
                 After::Rest => {
@@ -166,6 +167,15 @@ enum After {
     Rest,
     /// In no rule of this chain any more.
     Left(End),
+}
+
+/// Whether a rule lets go on what something is noted of, and all of that.
+fn is_by_note(packet: &Packet, rule: &Rule) -> bool {
+    let mut noted = packet.clone();
+    let others = rule.matches.iter().filter(|condition| **condition != Match::Noted);
+    rule.verdict == Verdict::Accept
+        && rule.matches.contains(&Match::Noted)
+        && others.fold(Truth::Yes, |all, condition| all.and(noted.narrow(condition))) == Truth::Yes
 }
 
 fn narrow(packet: &mut Packet, matches: &[Match]) -> Truth {

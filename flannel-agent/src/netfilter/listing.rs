@@ -20,8 +20,19 @@ const FAMILIES: [&str; 4] = ["ip", "inet", "bridge", "netdev"];
 pub struct Listing {
     /// A text of `nft -j` for each table.
     pub nft: Vec<String>,
-    /// By what `iptables` is called, in the form of `iptables-save`.
-    pub iptables: Vec<(&'static str, String)>,
+    /// Those of iptables.
+    pub iptables: Vec<Saved>,
+}
+
+/// A table of iptables.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// What the program is called on this host.
+    pub program: &'static str,
+    /// Whether it is a table of nf_tables.
+    pub is_nf_tables: bool,
+    /// In the form of `iptables-save`.
+    pub text: String,
 }
 
 /// Reads them.
@@ -62,7 +73,8 @@ impl Lister {
                 if let (Kind::Nft, Some(tables)) = (iptables.kind, &mut tables) {
                     tables.remove(&own);
                 }
-                listing.iptables.push((name(&iptables), text));
+                let is_nf_tables = iptables.kind == Kind::Nft;
+                listing.iptables.push(Saved { program: name(&iptables), is_nf_tables, text });
             }
         }
         if let (Some(nft), Some(tables)) = (&self.programs.nft, &tables) {

@@ -49,10 +49,11 @@ mod tool;
 use flannel_common::vxlan::Vni;
 use ipnet::Ipv4Net;
 
+pub(crate) use self::programs::legacy_tables;
 pub use self::{
     flags::Flags,
     kernel::{remove, remove_own},
-    listing::{Lister, Listing},
+    listing::{Lister, Listing, Saved},
     tool::NetfilterError,
 };
 

@@ -177,7 +177,7 @@ impl Programs {
 }
 
 /// The names of x_tables' tables, a line each; none where the kernel has none.
-pub(super) fn legacy_tables() -> io::Result<String> {
+pub(crate) fn legacy_tables() -> io::Result<String> {
     match fs::read_to_string(LEGACY_TABLES) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
         result => result,
