@@ -133,8 +133,12 @@ impl BypassStatus {
             return Vec::new();
         }
         let passed_by = self.restrictions.iter().filter(|restriction| !self.flag.obeys(restriction));
-        let words = passed_by.map(|Restriction { subject, .. }| {
-            format!("{subject}: does not see each packet of established flows, which pass the stack by (--bypass)")
+        let words = passed_by.map(|Restriction { subject, scope, .. }| match scope {
+            // It says so itself.
+            Scope::Nothing => subject.clone(),
+            _ => {
+                format!("{subject}: does not see each packet of established flows, which pass the stack by (--bypass)")
+            }
         });
         at_most(MOST_NAMED, words.collect())
     }

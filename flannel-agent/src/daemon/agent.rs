@@ -19,6 +19,7 @@ use super::{
     DaemonError, Shutdown,
     drift::{LOOK_PERIOD, ROUTES_PERIOD},
     endings::{Endings, follow_links},
+    inspection::Inspected,
     record::Record,
     restrictions::{Observer, Restrictions, WATCH_PERIOD},
     routes::RouteState,
@@ -120,6 +121,7 @@ async fn make<'a>(
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
         restrictions: Restrictions::new(cli.bypass, features.tcx),
+        inspected: Inspected::default(),
         xdp,
         network,
         external,
@@ -235,6 +237,7 @@ pub(super) struct Agent<'a> {
     pub(super) record: Record,
     /// What has to see each packet.
     pub(super) restrictions: Restrictions,
+    pub(super) inspected: Inspected,
     pub(super) xdp: xdp::Choice,
     pub(super) network: NetworkConfig,
     pub(super) external: External,
@@ -305,6 +308,9 @@ impl Agent<'_> {
                     self.apply(changes).await;
                 }
                 rules = self.rules.changed() => self.record.rules(rules),
+                found = self.inspected.reader.changed() => {
+                    self.observed(Observer::Rules, found.into_iter().collect());
+                }
                 Some((request, answer)) = self.requests.recv() => {
                     // Whoever asked may be gone.
                     let _gone = answer.send(self.serve(request).await);
@@ -358,6 +364,7 @@ impl Agent<'_> {
                     self.apply(changes).await;
                     self.finish_move().await;
                     self.restrict_or_say();
+                    self.inspect_for_peers();
                     let verified = self.dataplane.peers.verify_keys();
                     if let Err(error) = verified.and_then(|_| self.dataplane.accept(&self.cli.accept_source)) {
                         warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
@@ -468,6 +475,7 @@ impl Agent<'_> {
     async fn attach_pods(&mut self) -> Result<(), DaemonError> {
         // First: a pod that has a queue has it from its first packet on.
         let pods = self.look_at_links().await?;
+        self.inspect_for_pods(&pods);
         if !self.dataplane.knows_pods(&pods) {
             // Those that were there before have no need to send something again. Where that can't be told, they do.
             let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);

@@ -6,6 +6,7 @@
 //! * `drift` — bringing back in step what somebody else changed
 //! * `record` — what it writes into its run directory
 //! * `endings` — connections and pods that end
+//! * `inspection` — which packets others' packet rules are looked through for
 //! * `restrictions` — what has to see each packet of this host, and what follows for the bypass
 //! * `routes` — which routes lead into the overlay, and keeping them so
 //! * `tenancy` — keeping this host's own lease, and taking another where it is lost
@@ -13,6 +14,7 @@
 mod agent;
 mod drift;
 mod endings;
+mod inspection;
 mod record;
 mod restrictions;
 mod routes;

@@ -39,6 +39,8 @@ pub(super) enum Observer {
     Settings,
     /// conntrack's helpers, at the ports where they are always.
     Helpers,
+    /// Packet rules.
+    Rules,
 }
 
 /// What is known.

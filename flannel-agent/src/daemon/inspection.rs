@@ -1,0 +1,61 @@
+//! Which packets others' packet rules are looked through for.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    sync::Arc,
+};
+
+use nix::net::if_::if_indextoname;
+
+use super::agent::Agent;
+use crate::{
+    device::PodLink,
+    inspection::{Pod, Surroundings, reader::Reader},
+};
+
+/// Who looks them through, and what is known of the packets.
+#[derive(Default)]
+pub(super) struct Inspected {
+    pub(super) reader: Reader,
+    bridges: BTreeSet<String>,
+    pods: BTreeMap<String, Pod>,
+    peers: Arc<BTreeSet<Ipv4Addr>>,
+}
+
+impl Agent<'_> {
+    /// Pods are at these places.
+    pub(super) fn inspect_for_pods(&mut self, links: &[PodLink]) {
+        // One that is gone has no packets.
+        let name = |bridge| if_indextoname(bridge).ok()?.into_string().ok();
+        let bridges: BTreeSet<u32> = links.iter().filter_map(|link| link.bridge).collect();
+        let pod = |link: &PodLink| (link.name.clone(), Pod { index: link.index, is_bridged: link.bridge.is_some() });
+        self.inspected.bridges = bridges.into_iter().filter_map(name).collect();
+        self.inspected.pods = links.iter().map(pod).collect();
+        self.inspect();
+    }
+
+    /// Peers may be others. Rules for the tunnel packets to them are named only, so that it need not be at once.
+    pub(super) fn inspect_for_peers(&mut self) {
+        let peers: BTreeSet<_> = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
+        if *self.inspected.peers != peers {
+            self.inspected.peers = Arc::new(peers);
+            self.inspect();
+        }
+    }
+
+    fn inspect(&self) {
+        let Inspected { reader, bridges, pods, peers } = &self.inspected;
+        reader.set(Surroundings {
+            network: self.network.network,
+            subnet: self.own.key.subnet,
+            overlay: self.device.name.clone(),
+            external: self.external.link.name.clone(),
+            address: self.external.address,
+            port: self.device.port,
+            bridges: bridges.clone(),
+            pods: pods.clone(),
+            peers: Arc::clone(peers),
+        });
+    }
+}
