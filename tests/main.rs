@@ -41,6 +41,7 @@
 //! * [`network_policy`] — policies of Calico, kube-router and kube-network-policies, on live flows
 //! * [`routes`] — which routes lead into the overlay, beside those of others; others' through it
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
+//! * [`inspection`] — what others' rules do to each packet, found as they change, and done
 //! * [`interoperation`] — with hosts of flannel's
 //! * [`takeover`] — by flannel's daemon, of a host that nobody cleaned up
 //! * [`leases`] — the protocol, with flannel's hosts in the same table
@@ -92,6 +93,7 @@ mod health;
 mod helpers;
 #[path = "fuzz/inputs.rs"]
 mod inputs;
+mod inspection;
 mod interoperation;
 mod kernels;
 mod large_packets;

@@ -101,7 +101,10 @@ impl RuleSets {
         listing.iptables.iter().for_each(|saved| tables.extend(iptables::parse(saved)));
         for text in &listing.nft {
             let document = serde_json::from_str(text).unwrap_or_default();
-            tables.extend(nft::parse(&document));
+            // iptables says more of its own.
+            let is_iptables = |table: &Table| tables.iter().any(|other: &Table| other.id == table.id);
+            let others: Vec<_> = nft::parse(&document).into_iter().filter(|table| !is_iptables(table)).collect();
+            tables.extend(others);
         }
         Self(tables)
     }

@@ -2,7 +2,7 @@
 //!
 //! A look costs what a listing costs: two tenths of a second with the rules of a thousand services. After one, the task rests
 //! three hundred times as long, but where nf_tables tells of a rule that may act on each packet: then it looks at once, and
-//! rests longer afterwards, up to ten looks ahead.
+//! rests longer afterwards, up to ten minutes: two seconds of looking.
 
 use std::time::Duration;
 
@@ -26,8 +26,8 @@ use crate::{
 
 /// How much longer than a look took it rests: a third of a hundredth.
 const REST: u32 = 300;
-/// So many looks may be made before they have been rested for.
-const AHEAD: u32 = 10;
+/// For so long it may have to rest, and still looks at once.
+const AHEAD: Duration = Duration::from_secs(600);
 /// What changes a rule set often changes more of it at once.
 const SETTLE_TIME: Duration = Duration::from_millis(100);
 /// How often x_tables is asked whether anything has changed.
@@ -196,8 +196,6 @@ struct Budget {
     paid: Option<Instant>,
     /// When it was last looked.
     last: Option<Instant>,
-    /// How long the rest after that is.
-    rest: Duration,
 }
 
 impl Budget {
@@ -210,7 +208,7 @@ impl Budget {
     /// After a look that took so long.
     fn looked(&mut self, time: Duration) {
         self.spend(time);
-        (self.rest, self.last) = (time * REST, Some(Instant::now()));
+        self.last = Some(Instant::now());
     }
 
     /// When to look, where something is due since then.
@@ -220,7 +218,7 @@ impl Budget {
         match due {
             Some((Urgency::Now, since)) => {
                 let settled = since + SETTLE_TIME;
-                paid.checked_sub(self.rest * AHEAD).map_or(settled, |from| from.max(settled))
+                paid.checked_sub(AHEAD).map_or(settled, |from| from.max(settled))
             }
             Some((Urgency::Later, since)) => paid.max(since + SETTLE_TIME),
             None if is_blind => paid.max(last + BLIND_PERIOD),
@@ -234,7 +232,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_urgent_waits_for_nothing_until_ten_are_owed() {
+    async fn what_is_urgent_waits_for_nothing_until_ten_minutes_are_owed() {
         let mut budget = Budget::default();
         let look = Duration::from_millis(200);
         let wait = |budget: &Budget, due: Option<Urgency>| {

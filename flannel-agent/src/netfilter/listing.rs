@@ -18,7 +18,7 @@ const FAMILIES: [&str; 4] = ["ip", "inet", "bridge", "netdev"];
 /// Rules that can meet more than the first packet of a connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listing {
-    /// A text of `nft -j` for each table.
+    /// A text of `nft -j` for each table, or one for all, with those of iptables-nft.
     pub nft: Vec<String>,
     /// Those of iptables.
     pub iptables: Vec<Saved>,
@@ -79,9 +79,14 @@ impl Lister {
         }
         if let (Some(nft), Some(tables)) = (&self.programs.nft, &tables) {
             for (family, table) in tables {
-                // It may be gone meanwhile.
-                let text = nft.list(&["-j", "-a", "-s", "list", "table", family, table]).await?;
-                listing.nft.extend(text);
+                match nft.list(&["-j", "-a", "-s", "list", "table", family, table]).await? {
+                    Some(text) => listing.nft.push(text),
+                    // It is gone meanwhile, or its name is a word of the language, which only a file may have for a name.
+                    None => {
+                        listing.nft = vec![nft.run(&["-j", "-a", "-s", "list", "ruleset"], "").await?];
+                        break;
+                    }
+                }
             }
         }
         Ok(listing)

@@ -18,7 +18,7 @@ const WAIT: &str = "--wait=5";
 const RESTORE_WAITS: [u32; 3] = [1, 6, 2];
 /// The tables of x_tables that are in use in this network namespace (net/netfilter/x_tables.c). `iptables-legacy` makes a
 /// table, and loads its module, by merely looking at it; whoever reads this does not.
-const LEGACY_TABLES: &str = "/proc/self/net/ip_tables_names";
+const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 
 /// Whose rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
