@@ -69,7 +69,9 @@ fn with_dataplane(test: impl FnOnce(&World, &mut Dataplane) + Send) {
             ] {
                 dataplane.attach(hook, device, index).unwrap();
             }
-            dataplane.attach_pods(&[PodLink { name: "pod1".to_owned(), index: veth, is_queued: false }]).unwrap();
+            dataplane
+                .attach_pods(&[PodLink { name: "pod1".to_owned(), index: veth, bridge: None, is_queued: false }])
+                .unwrap();
             test(&world, &mut dataplane);
         });
         if let Err(panic) = run.join() {
