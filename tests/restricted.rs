@@ -69,9 +69,7 @@ fn with_dataplane(test: impl FnOnce(&World, &mut Dataplane) + Send) {
             ] {
                 dataplane.attach(hook, device, index).unwrap();
             }
-            dataplane
-                .attach_pods(&[PodLink { name: "pod1".to_owned(), index: veth, bridge: None, is_queued: false }])
-                .unwrap();
+            dataplane.attach_pods(&[PodLink { name: "pod1".to_owned(), index: veth, bridge: None }]).unwrap();
             test(&world, &mut dataplane);
         });
         if let Err(panic) = run.join() {
