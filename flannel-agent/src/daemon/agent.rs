@@ -7,7 +7,6 @@ use std::{
     time::{Duration, Instant as Clock},
 };
 
-use flannel_common::maps::Config;
 use ipnet::Ipv4Net;
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
@@ -18,23 +17,21 @@ use tracing::{info, warn};
 use super::{
     DaemonError, Shutdown,
     drift::{LOOK_PERIOD, ROUTES_PERIOD},
-    endings::{Endings, follow_links},
+    endings::Endings,
     inspection::Inspected,
     record::Record,
     restrictions::{Observer, Restrictions, WATCH_PERIOD},
     routes::RouteState,
-    start::Prepared,
     store::{Course, is_heard},
-    tenancy::{TenancyEvent, Tenant},
+    tenancy::TenancyEvent,
 };
 use crate::{
-    cleanup,
     cli::Cli,
     config::NetworkConfig,
-    conntrack::{Liberal, helpers},
-    control::{self, Pending, Reply, Request},
-    dataplane::{Capacity, Dataplane, Features, PinDirectory},
-    device::{self, Changed, DeviceEvent, Netlink, external::External, offload::Offloads, vxlan::VxlanDevice},
+    conntrack::Liberal,
+    control::{Pending, Reply, Request},
+    dataplane::Dataplane,
+    device::{Changed, DeviceEvent, Netlink, external::External, vxlan::VxlanDevice},
     health::{self, Health},
     lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
@@ -43,7 +40,7 @@ use crate::{
     repair::Repair,
     status::LeaseState,
     subnet_env::SubnetEnv,
-    underlay::{Endpoint, Underlay},
+    underlay::Underlay,
     xdp::{self, XdpFlag},
 };
 
@@ -55,163 +52,6 @@ const SETTLE_TIME: Duration = Duration::from_millis(10);
 const IDLE_FOR_EACH: u32 = 9;
 /// The least time between two writes of the agent's files.
 const RECORD_PERIOD: Duration = Duration::from_millis(500);
-
-/// Makes everything. Where that fails half-way, what was not there before is taken away again.
-pub(super) async fn set_up<'a>(
-    cli: &'a Cli,
-    netlink: Netlink,
-    prepared: Prepared,
-    features: Features,
-    health: &Health,
-) -> Result<Agent<'a>, DaemonError> {
-    let vni = prepared.network.backend.vni;
-    let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
-    let had_device = netlink.link_by_name(&prepared.device.name).await?.is_some();
-    let result = make(cli, netlink.clone(), prepared, features, health).await;
-    if result.is_err() {
-        let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;
-        if let Err(error) = undone {
-            warn!("what was made before the failure could not be removed: {error}");
-        }
-    }
-    result
-}
-
-async fn make<'a>(
-    cli: &'a Cli,
-    netlink: Netlink,
-    prepared: Prepared,
-    features: Features,
-    health: &Health,
-) -> Result<Agent<'a>, DaemonError> {
-    let Prepared { registry, network, config, external, device, request, lease, known, snapshot, lock: _ } = prepared;
-    let endpoint = Endpoint {
-        external: external.clone(),
-        port: device.port,
-        vni: device.vni,
-        vtep_mac: lease.vtep_mac,
-        overlay: 0,
-    };
-    let dataplane = load(cli, &network, &external, &device, &lease)?;
-    let xdp = xdp::choose(cli.xdp, &external.link, &Offloads::of(&external.link).await);
-    let (tenancy_sender, tenancy) = mpsc::channel(8);
-    let doubt = Arc::new(Notify::new());
-    let (public_ip, followed_ip) = watch::channel(external.public_ip);
-    let (unnamed, followed_unnamed) = watch::channel(BTreeSet::new());
-    // Pods do not hang on what an operator may ask.
-    let requests = control::listen(&control::path(&cli.run_dir, request.vni)).unwrap_or_else(|error| {
-        warn!("no requests can be taken: {error}");
-        mpsc::channel(1).1
-    });
-    let lease_state = if snapshot.is_some() { LeaseState::Held } else { LeaseState::LastKnown };
-    let mut agent = Agent {
-        cli,
-        netlink,
-        dataplane,
-        conntrack: Liberal::new(&cli.run_dir),
-        endings: Endings::default(),
-        public_ip,
-        has_external: true,
-        is_rebuild_due: false,
-        other_since: None,
-        is_subnet_env_incomplete: false,
-        rules: Keeper::new(cli.packet_rules.resync()),
-        routes: RouteState::new(cli, &network),
-        underlay: Underlay::new(endpoint),
-        table: LeaseTable::new(known, cli.guard_grace()),
-        record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
-        restrictions: Restrictions::new(cli.bypass, features.tcx),
-        inspected: Inspected::default(),
-        xdp,
-        network,
-        external,
-        device,
-        own: lease.clone(),
-        moving_to: None,
-        registry: registry.clone(),
-        updates: mpsc::channel(1).1,
-        tenancy,
-        asked: None,
-        unnamed,
-        doubt: Arc::clone(&doubt),
-        requests,
-        health: health.clone(),
-    };
-    agent.record.features(features);
-    // Peers before programs: none that is attached may meet empty maps.
-    if let Some(snapshot) = snapshot {
-        agent.take_peers(&snapshot);
-    }
-    agent.read_routes().await?;
-    agent.compare(Changed::Topology).await?;
-    // Before programs: none passes by who looks already.
-    if let Some(link) = agent.netlink.link_by_name(&agent.device.name).await? {
-        agent.underlay.set_overlay(link.header.index);
-    }
-    agent.look_at_links().await?;
-
-    device::enable_forwarding()?;
-    agent.ensure_conntrack();
-    agent.observed(Observer::Helpers, helpers::restrictions().into_iter().collect());
-    tokio::spawn(follow_links(agent.netlink.links_that_go(), agent.dataplane.forgetter()));
-    let (link, _made) = agent.ensure_datapath().await?;
-    if let Err(error) = agent.dataplane.discard_other_versions() {
-        warn!("{error}");
-    }
-    agent.netlink.remove_flannels_blackhole(agent.own.key.subnet).await?;
-    agent.set_rules().await;
-    agent.watch(ResyncCause::Start);
-    // First: the CNI plugin takes a subnet.env without a status beside it for another daemon's.
-    agent.refresh();
-    agent.write_record();
-    agent.write_subnet_env()?;
-    // Last: until here a host of flannel's could go on as it was.
-    agent.sweep(&link).await;
-    info!("{} carries {} to {} peers", link.name, agent.own.key.subnet, agent.dataplane.peers.len());
-
-    let renew_interval = cli.renew_interval()?;
-    let network = agent.network.clone();
-    let heartbeat = health.heartbeat("lease");
-    let (public_ip, unnamed) = (followed_ip, followed_unnamed);
-    let events = tenancy_sender;
-    let tenant =
-        Tenant { registry, request, lease, public_ip, unnamed, network, renew_interval, doubt, events, heartbeat };
-    tokio::spawn(tenant.keep(lease_state == LeaseState::Held));
-    Ok(agent)
-}
-
-/// Loads the programs for a lease.
-pub(super) fn load(
-    cli: &Cli,
-    network: &NetworkConfig,
-    external: &External,
-    device: &VxlanDevice,
-    lease: &OwnLease,
-) -> Result<Dataplane, DaemonError> {
-    let subnet = lease.key.subnet;
-    let capacity = Capacity::of(network);
-    let config = Config {
-        bypass_time: cli.bypass_time().as_nanos() as u64,
-        network: network.network.network().to_bits(),
-        slot_shift: 32 - u32::from(network.subnet_len),
-        slots: capacity.slots,
-        subnet: subnet.network().to_bits(),
-        subnet_mask: subnet.netmask().to_bits(),
-        vtep_address: external.address.to_bits(),
-        vni: device.vni.get(),
-        mtu: device.mtu,
-        underlay_header_len: if external.link.mac.is_some() { 14 } else { 0 },
-        underlay_mac: external.link.mac.unwrap_or_default(),
-        port: device.port,
-        vtep_mac: lease.vtep_mac.0,
-        source_ports: device::local_ports(),
-        flags: 0,
-    };
-    let pins = PinDirectory::new(&cli.bpf_pin_dir, device.vni);
-    let mut dataplane = Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?;
-    dataplane.accept(&cli.accept_source)?;
-    Ok(dataplane)
-}
 
 /// The running agent.
 pub(super) struct Agent<'a> {
@@ -230,7 +70,7 @@ pub(super) struct Agent<'a> {
     pub(super) other_since: Option<Clock>,
     /// `subnet.env` lacked something when it was last looked at.
     pub(super) is_subnet_env_incomplete: bool,
-    rules: Keeper,
+    pub(super) rules: Keeper,
     pub(super) routes: RouteState,
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
@@ -256,7 +96,7 @@ pub(super) struct Agent<'a> {
     /// Has the tenant look at how it stands with the lease.
     pub(super) doubt: Arc<Notify>,
     pub(super) requests: mpsc::Receiver<Pending>,
-    health: Health,
+    pub(super) health: Health,
 }
 
 impl Agent<'_> {

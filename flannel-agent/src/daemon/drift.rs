@@ -7,7 +7,8 @@ use tracing::{info, warn};
 
 use super::{
     DaemonError,
-    agent::{Agent, COMPARE_PERIOD, load},
+    agent::{Agent, COMPARE_PERIOD},
+    setup::load,
 };
 use crate::{
     bypass::BypassFlag,

@@ -1,7 +1,8 @@
 //! The life of the daemon: wait for the store, set up, follow changes.
 //!
 //! * `start` — what is known before anything is touched: from the store, or where that is away, from the last run
-//! * `agent` — making the datapath, and keeping it in step with store and kernel
+//! * `setup` — making the datapath
+//! * `agent` — keeping it in step with store and kernel
 //! * `store` — what the agent makes of what the store says
 //! * `drift` — bringing back in step what somebody else changed
 //! * `record` — what it writes into its run directory
@@ -18,6 +19,7 @@ mod inspection;
 mod record;
 mod restrictions;
 mod routes;
+mod setup;
 mod start;
 mod store;
 mod tenancy;
@@ -138,7 +140,7 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
         Some(lock) => lock,
         None => Lock::take(&cli.run_dir, prepared.network.backend.vni)?,
     };
-    let agent = agent::set_up(cli, netlink, prepared, features, &health).await?;
+    let agent = setup::set_up(cli, netlink, prepared, features, &health).await?;
     health.set_ready();
     health::ready();
     tokio::spawn(health::keep_watchdog(health));
