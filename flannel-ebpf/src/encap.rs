@@ -18,7 +18,7 @@ use flannel_common::{
 use network_types::{eth::EthHdr, ip::Ipv4Hdr};
 
 use crate::{
-    flows::{self, Direction, Kind, Place, Released, place},
+    flows::{self, Direction, Kind, Place, place},
     leases::{Leases, overlay_device},
     maps::CONFIG,
     next_hop::{NextHop, Translation},
@@ -33,18 +33,20 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
         packet.forget_note();
         return Event::EncapShown;
     }
-    let released = flows::released(packet, &config);
+    let mut is_changed = false;
+    let released = flows::released(packet, &config, &mut is_changed);
     let event = if config.has(Config::QUEUED) && is_for_overlay(packet) {
         Event::EncapQueued
     } else {
         try_encapsulate(packet, &config, config.has(Config::SHOWN))
     };
     match event.outcome() {
-        Outcome::Forward => match released {
-            Released::As(renamed) => renamed.note(packet),
-            Released::Changed => return Event::EncapsulatedChanged,
-            Released::Nothing => {}
-        },
+        Outcome::Forward if is_changed => return Event::EncapsulatedChanged,
+        Outcome::Forward => {
+            if let Some(released) = released {
+                released.note(packet);
+            }
+        }
         // The kernel sends it to that next hop, and it does not come back.
         Outcome::Pass if event == Event::EncapOtherNextHop => packet.forget_note(),
         Outcome::Pass => packet.write_note(Note::HandedOn(config.vni)),

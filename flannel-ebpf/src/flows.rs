@@ -18,7 +18,7 @@ use flannel_common::{
     event::Event,
     flow::{Egress, Flow, FlowKey, Ingress, dscp},
     maps::Config,
-    packet::Mac,
+    packet::{Mac, OuterHeader},
 };
 use network_types::{
     eth::EthHdr,
@@ -224,62 +224,55 @@ fn age(released: u64, now: u64) -> u64 {
     if released == 0 { u64::MAX } else { now.wrapping_sub(released) }
 }
 
-/// What is to be noted of a packet that came out of the stack.
-pub(crate) enum Released {
-    /// Its flow, before and after.
-    As(Renamed),
-    /// That the stack changed more of it: its flow is forgotten.
-    Changed,
-    /// Nothing.
-    Nothing,
-}
-
-/// A flow that the stack let a packet of out: before and after, and which service that asked for.
-pub(crate) struct Renamed {
+/// A flow that the stack let a packet of out: before and after.
+pub(crate) struct Released {
     original: FlowKey,
     sent_as: FlowKey,
-    dscp: u32,
 }
 
-/// Egress of `flannel.<VNI>`: what is to be noted of a packet that `from_pod` left to the stack, if it gets away.
+/// Egress of `flannel.<VNI>`: what is to be noted of a packet that `from_pod` left to the stack, if it gets away, and whether
+/// the stack changed more of it: its flow is forgotten then. Of one answer with three forms the compiler loads what was never
+/// stored before it looks which one it is, and the verifier lets only agents with CAP_PERFMON do so (`allow_uninit_stack`).
 #[inline(always)]
-pub(crate) fn released(packet: &Packet<'_>, config: &Config) -> Released {
+pub(crate) fn released(packet: &Packet<'_>, config: &Config, is_changed: &mut bool) -> Option<Released> {
     if config.bypass_time == 0 || !packet.is_ipv4() {
-        return Released::Nothing;
+        return None;
     }
-    let Some(tag) = packet.noted(Note::FromPod) else { return Released::Nothing };
-    let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else { return Released::Nothing };
+    let tag = packet.noted(Note::FromPod)?;
+    let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;
     let place = place(packet, &ip, EthHdr::LEN, Direction::Egress);
     match place.kind {
         Kind::Data => {}
         Kind::Turn => {
             forget(&place.key);
-            return Released::Nothing;
+            return None;
         }
-        Kind::Other => return Released::Nothing,
+        Kind::Other => return None,
     }
     match originals::find(packet, &ip, &place, tag, Direction::Egress) {
-        Found::Same(original) => Released::As(Renamed { original, sent_as: place.key, dscp: dscp(ip.tos) }),
+        Found::Same(original) => Some(Released { original, sent_as: place.key }),
         Found::Changed(original) => {
             forget(&original);
-            Released::Changed
+            *is_changed = true;
+            None
         }
-        Found::Nothing => Released::Nothing,
+        Found::Nothing => None,
     }
 }
 
-impl Renamed {
-    /// Of a packet that has still the mark and the priority that the stack gave it.
+impl Released {
+    /// Of a packet that is in its tunnel, and has still the mark and the priority that the stack gave it.
     #[inline(always)]
     pub(crate) fn note(&self, packet: &Packet<'_>) {
-        let Self { original, sent_as, dscp } = *self;
+        let Self { original, sent_as } = *self;
         if is_excluded(&original, &sent_as) {
             return;
         }
+        let Some([_, tos]) = packet.header::<[u8; 2]>(OuterHeader::LEN) else { return };
         // Where there is no room, the flow goes on through the stack.
         let _full = remember(original, |flow| {
             let (mark, priority) = packet.mark_and_priority();
-            flow.egress = Egress { released: now(), sent_as, mark, priority, dscp, reserved: 0 };
+            flow.egress = Egress { released: now(), sent_as, mark, priority, dscp: dscp(tos), reserved: 0 };
             if let Some(ingress) = known_ingress(&original) {
                 flow.ingress = ingress;
             }
