@@ -27,7 +27,7 @@ use flannel_common::packet::Mac;
 use futures_util::{StreamExt as _, TryStream, TryStreamExt as _};
 use ipnet::Ipv4Net;
 use rtnetlink::{
-    Handle, MulticastGroup, new_connection_with_strict_check, new_multicast_connection,
+    Handle, MulticastGroup, new_connection, new_connection_with_strict_check, new_multicast_connection,
     packet_core::NetlinkPayload,
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
@@ -201,7 +201,9 @@ impl Netlink {
     /// [`DeviceError::Socket`].
     pub fn open() -> Result<(Self, mpsc::Receiver<DeviceEvent>, JoinHandle<()>), DeviceError> {
         let groups = [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Ifaddr];
-        let (connection, handle, mut messages) = new_multicast_connection(&groups).map_err(DeviceError::Socket)?;
+        // On a socket of their own: what a burst of them leaves no room for would else be an answer, which is waited for.
+        let (told, open, mut messages) = new_multicast_connection(&groups).map_err(DeviceError::Socket)?;
+        let (connection, handle, _) = new_connection().map_err(DeviceError::Socket)?;
         let (strict_connection, strict, _) = new_connection_with_strict_check().map_err(DeviceError::Socket)?;
         let interest = Arc::new(RwLock::new(None));
         let routes = RouteEvents::listen(Arc::clone(&interest)).map_err(DeviceError::Socket)?;
@@ -231,7 +233,9 @@ impl Netlink {
                     let _lost = sender.try_send(event);
                 }
             };
-            tokio::join!(connection, strict_connection, forward);
+            // It ends with its last handle.
+            let _open = open;
+            tokio::join!(told, connection, strict_connection, forward);
         });
         Ok((Self { handle, strict, dumps: Arc::default(), interest, gone }, receiver, connection))
     }
