@@ -8,6 +8,7 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
+use nix::time::{ClockId, clock_gettime};
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
@@ -52,6 +53,11 @@ const SETTLE_TIME: Duration = Duration::from_millis(10);
 const IDLE_FOR_EACH: u32 = 9;
 /// The least time between two writes of the agent's files.
 const RECORD_PERIOD: Duration = Duration::from_millis(500);
+
+/// For how long this process has used a CPU; zero where the kernel does not say.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
 
 /// The running agent.
 pub(super) struct Agent<'a> {
@@ -190,14 +196,16 @@ impl Agent<'_> {
                 }
                 () = sleep_until(pods_not_before), if pods_pending => {
                     pods_pending = false;
-                    let begun = Instant::now();
+                    let begun = cpu_time();
                     if !self.has_external {
                         // It may also be the external interface, made anew.
                         self.follow_external().await;
                     }
                     self.attach_pods_or_say().await;
-                    // A look costs by the number of pods, and holds up who makes them.
-                    pods_not_before = Instant::now() + SETTLE_TIME.max(begun.elapsed() * IDLE_FOR_EACH);
+                    // A look costs by the number of pods, and holds up who makes them. (How long it took by the clock says more
+                    // of what else the host does, and on a busy one would put off the next by seconds.)
+                    let used = cpu_time().saturating_sub(begun);
+                    pods_not_before = Instant::now() + SETTLE_TIME.max(used * IDLE_FOR_EACH);
                 }
                 _ = compare.tick() => {
                     let changes = self.table.review(is_heard(&self.dataplane.peers), Clock::now());
