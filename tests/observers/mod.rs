@@ -85,7 +85,8 @@ impl Exchange {
             for (from, to) in [(0, 1), (1, 0)] {
                 self.sockets[from].send_to(&number.to_be_bytes(), self.addresses[to]).unwrap();
                 let mut content = [0; 4];
-                assert_eq!(self.sockets[to].recv(&mut content).unwrap(), 4, "{number} from {from}");
+                let received = self.sockets[to].recv(&mut content);
+                assert!(matches!(received, Ok(4)), "{number} of {count} from {from}: {received:?}");
                 assert_eq!(content, number.to_be_bytes());
             }
         }
@@ -128,7 +129,8 @@ fn check(served: Served, what: &str, world: &World, per_round: u64, mut set: imp
     }
     set(true);
     let took = exchange.wait_seen(&format!("{what}, {served:?}"), per_round, &seen);
-    assert!(took < Duration::from_millis(1500), "{what}, {served:?}: {took:?}");
+    // The comparison that comes every ten seconds is not what found it, on a busy machine either.
+    assert!(took < Duration::from_secs(3), "{what}, {served:?}: {took:?}");
     let before = seen();
     exchange.times(ROUNDS);
     let expected = per_round * u64::from(ROUNDS);
@@ -136,8 +138,6 @@ fn check(served: Served, what: &str, world: &World, per_round: u64, mut set: imp
     assert!((expected..expected + STRAY).contains(&seen), "{what}, {served:?}: {seen} of {expected}");
     set(false);
     if served == Served::ByUs {
-        let begun = Instant::now();
         exchange.wait_bypassed(world, 0);
-        assert!(begun.elapsed() < Duration::from_secs(3), "{what}: back after {:?}", begun.elapsed());
     }
 }
