@@ -8,7 +8,7 @@ use std::{
 };
 
 use xtask::{
-    lab::PREFIX,
+    lab::{PREFIX, capture::Capture},
     process::{Process, output},
     progress::wait_for,
 };
@@ -98,6 +98,16 @@ fn two_capabilities_and_no_root_are_enough() {
     start_as_user(&mut world, 0, "+bpf,+net_admin");
     world.wait_log(0, "leases in etcd");
     world.wait_connected(0, 1);
+    // The programs for a device that somebody uses are others.
+    let netns = &world.hosts[0].netns;
+    let capture = Capture::start(netns, "flannel.1", "icmp", world.lab.directory()).unwrap();
+    wait_restricted(&world, "capture");
+    world.wait_connected(0, 1);
+    drop(capture);
+    netns.exec("tc qdisc add dev flannel.1 root tbf rate 1gbit burst 64kb latency 50ms").unwrap();
+    wait_restricted(&world, "queue");
+    world.wait_connected(0, 1);
+    netns.exec("tc qdisc del dev flannel.1 root").unwrap();
     for host in 0..2 {
         assert_capabilities(&world, host, BPF | NET_ADMIN);
         let log = world.hosts[host].agent.as_ref().unwrap().log();
@@ -121,6 +131,14 @@ fn two_capabilities_and_no_root_are_enough() {
         let pin = pin.unwrap().path();
         assert_eq!(mode(&pin), if pin.is_dir() { 0o755 } else { 0o600 }, "{pin:?}");
     }
+}
+
+/// Waits until something of a kind restricts the bypass of the first host.
+fn wait_restricted(world: &World, kind: &str) {
+    world.wait_status(0, kind, |status| {
+        let restrictions = status["bypass"]["restrictions"].as_array();
+        restrictions.is_some_and(|all| all.iter().any(|restriction| restriction["kind"] == kind))
+    });
 }
 
 #[test]
