@@ -116,13 +116,12 @@ fn received_by(netns: &Netns, device: &str) -> u64 {
 }
 
 /// An echo on its way from one container to the other, then the answer, at each station: MAC addresses, IPv4 addresses, time
-/// to live, tunnel port, VNI, type; of a tunnel packet first the outer ones.
-///
-/// flannel.1 does not show what leaves by it: `to_overlay` has taken that before it is sent.
+/// to live, tunnel port, VNI, type; of a tunnel packet first the outer ones. As flannel's shows it.
 const PICTURE: &str = "\
 container@1: container@1 docker0@1 c1 c2 64 8
 veth@1: container@1 docker0@1 c1 c2 64 8
 docker0@1: container@1 docker0@1 c1 c2 64 8
+flannel@1: flannel@1 flannel@2 c1 c2 63 8
 eth0@1: eth0@1,flannel@1 eth0@2,flannel@2 node1,c1 node2,c2 64,63 8472 1 8
 eth0@2: eth0@1,flannel@1 eth0@2,flannel@2 node1,c1 node2,c2 64,63 8472 1 8
 flannel@2: flannel@1 flannel@2 c1 c2 63 8
@@ -132,6 +131,7 @@ container@2: docker0@2 container@2 c1 c2 62 8
 container@2: container@2 docker0@2 c2 c1 64 0
 veth@2: container@2 docker0@2 c2 c1 64 0
 docker0@2: container@2 docker0@2 c2 c1 64 0
+flannel@2: flannel@2 flannel@1 c2 c1 63 0
 eth0@2: eth0@2,flannel@2 eth0@1,flannel@1 node2,c2 node1,c1 64,63 8472 1 0
 eth0@1: eth0@2,flannel@2 eth0@1,flannel@1 node2,c2 node1,c1 64,63 8472 1 0
 flannel@1: flannel@2 flannel@1 c2 c1 63 0
@@ -151,7 +151,7 @@ fn picture(world: &World, engines: &[Engine]) -> String {
             (&pod.netns, "eth0", "container", 2),
             (&host.netns, ports[0]["ifname"].as_str().unwrap(), "veth", 2),
             (&host.netns, "docker0", "docker0", 2),
-            (&host.netns, "flannel.1", "flannel", 1),
+            (&host.netns, "flannel.1", "flannel", 2),
             (&host.netns, "eth0", "eth0", 2),
         ];
         if number == 2 {
@@ -167,6 +167,12 @@ fn picture(world: &World, engines: &[Engine]) -> String {
         }
         names.insert(pod.address.to_string(), format!("c{number}"));
         names.insert(host.address.to_string(), format!("node{number}"));
+    }
+    for host in 0..2 {
+        world.wait_status(host, "the captures", |status| {
+            let restrictions = status["bypass"]["restrictions"].as_array();
+            restrictions.is_some_and(|all| all.iter().any(|restriction| restriction["scope"] == "overlay_capture"))
+        });
     }
     engines[0].docker(&format!("exec {CONTAINER} busybox ping -c 1 {}", world.hosts[1].pods[0].address));
 
