@@ -302,5 +302,5 @@ fn a_refusal_is_told_once_and_healed() {
         status["rules"]["problem"].is_null() && status["rules"]["masquerade"] == "nftables"
     });
     let log = world.hosts[0].agent.as_ref().unwrap().log();
-    assert_eq!(log.matches(problem).count(), 1, "{log}");
+    assert_eq!(log.matches(&format!("packet rules: {problem}")).count(), 1, "{log}");
 }
