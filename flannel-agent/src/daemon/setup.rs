@@ -22,7 +22,7 @@ use crate::{
     cli::Cli,
     config::NetworkConfig,
     conntrack::{Liberal, helpers},
-    control::{self},
+    control,
     dataplane::{Capacity, Dataplane, Features, PinDirectory},
     device::{self, Changed, Netlink, external::External, offload::Offloads, vxlan::VxlanDevice},
     health::Health,
@@ -31,7 +31,7 @@ use crate::{
     registry::{OwnLease, ResyncCause},
     status::LeaseState,
     underlay::{Endpoint, Underlay},
-    xdp::{self},
+    xdp,
 };
 
 /// Makes everything. Where that fails half-way, what was not there before is taken away again.

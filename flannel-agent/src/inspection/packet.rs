@@ -114,15 +114,21 @@ impl Nets {
             is_covered = false;
             both.extend(wanted.iter().filter(|net| own.contains(*net)));
         }
-        match (is_covered, both.len()) {
-            (_, 0) => Truth::No,
-            (true, _) => Truth::Yes,
-            (false, len) => {
-                if len <= MOST {
-                    self.0 = both.into_iter().collect();
-                }
-                Truth::Maybe
+        narrow_to(&mut self.0, both, is_covered)
+    }
+}
+
+/// Leaves of a packet's values those that a condition asks for, too, unless they are too many to keep; `is_covered` where that
+/// is all of them.
+fn narrow_to<T>(values: &mut Arc<[T]>, both: BTreeSet<T>, is_covered: bool) -> Truth {
+    match (is_covered, both.len()) {
+        (_, 0) => Truth::No,
+        (true, _) => Truth::Yes,
+        (false, len) => {
+            if len <= MOST {
+                *values = both.into_iter().collect();
             }
+            Truth::Maybe
         }
     }
 }
@@ -144,16 +150,7 @@ impl PortRanges {
             let parts = wanted.iter().map(|&(from, to)| (from.max(first), to.min(last)));
             both.extend(parts.filter(|(first, last)| first <= last));
         }
-        match (is_covered, both.len()) {
-            (_, 0) => Truth::No,
-            (true, _) => Truth::Yes,
-            (false, len) => {
-                if len <= MOST {
-                    self.0 = both.into_iter().collect();
-                }
-                Truth::Maybe
-            }
-        }
+        narrow_to(&mut self.0, both, is_covered)
     }
 }
 
