@@ -27,7 +27,7 @@ const HEADER_LEN: usize = 9;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LastKnown {
-    /// `--etcd-prefix`.
+    /// Which lease table it is: of etcd, `--etcd-prefix`.
     pub prefix: String,
     /// The address that this host was published with.
     pub public_ip: Ipv4Addr,
@@ -107,14 +107,14 @@ mod tests {
     use crate::lease::MacAddress;
 
     fn known() -> LastKnown {
-        let mac = MacAddress([2, 0, 0, 0, 0, 1]);
+        let lease = r#"{"key": "10.5.1.0-24", "vtepMac": "02:00:00:00:00:01", "etcdLease": 7}"#;
         let peer = Peer { public_ip: [192, 168, 64, 2].into(), vtep_mac: MacAddress([2, 0, 0, 0, 0, 2]) };
         let subnet = |n| Ipv4Net::new_assert([10, 5, n, 0].into(), 24);
         LastKnown {
             prefix: "/coreos.com/network".to_owned(),
             public_ip: [192, 168, 64, 1].into(),
             config: r#"{"Network": "10.5.0.0/16"}"#.to_owned(),
-            lease: OwnLease { key: subnet(1).into(), vtep_mac: mac, etcd_lease: 7, version: 0 },
+            lease: serde_json::from_str(lease).expect("lease"),
             peers: BTreeMap::from([(subnet(2), peer)]),
         }
     }
@@ -123,6 +123,10 @@ mod tests {
     fn found_by_prefix_and_address() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let known = known();
+        // Agents before and after this one read it.
+        assert!(
+            known.render().contains(r#""lease":{"key":"10.5.1.0-24","vtepMac":"02:00:00:00:00:01","etcdLease":7}"#)
+        );
         known.write(directory.path(), Vni::DEFAULT).expect("written");
         let find = |prefix: &str, last| LastKnown::find(directory.path(), prefix, [192, 168, 64, last].into());
         assert_eq!(find("/coreos.com/network", 1), Some(known));

@@ -10,7 +10,7 @@
 //! * [`lock`] — one agent for each overlay of a host
 //! * [`config`] — the network configuration and its rules
 //! * [`lease`] — keys, values, allocation, the table of peers with its guard; pure
-//! * [`registry`] — the lease table in the store; the only room that speaks to etcd
+//! * [`registry`] — the lease table in the store; the only room that speaks to it
 //! * [`device`] — links, routes, neighbours; the only room that speaks netlink
 //! * [`conntrack`] — connection tracking: its patience with flows that it sees little of, and when they end
 //! * [`netfilter`] — packet rules: masquerading and forwarding; the only room that runs `nft` and `iptables`

@@ -18,7 +18,7 @@ use crate::{
     bypass::{BypassFlag, Kind, Restriction, Scope},
     dataplane::Features,
     lease::{HoldReason, MacAddress},
-    registry::OwnLease,
+    registry::StoreKind,
     routes::Choice,
 };
 
@@ -74,7 +74,7 @@ pub struct Status {
     pub rules: RulesStatus,
     /// This host's lease.
     pub lease: LeaseStatus,
-    /// etcd.
+    /// The store.
     pub store: StoreStatus,
     /// How the network config in the store differs from the one in use, and what to do.
     pub config_differs: Option<String>,
@@ -257,8 +257,7 @@ pub struct LeaseStatus {
 
 impl LeaseStatus {
     /// That of a lease which nothing has befallen.
-    pub fn new(lease: &OwnLease, state: LeaseState) -> Self {
-        let (subnet, vtep_mac) = (lease.key.subnet, lease.vtep_mac);
+    pub const fn new(subnet: Ipv4Net, vtep_mac: MacAddress, state: LeaseState) -> Self {
         Self { subnet, vtep_mac, state, renewals: 0, losses: 0, claims: 0, last_claim: 0, contested: None }
     }
 }
@@ -292,10 +291,13 @@ impl LeaseState {
     }
 }
 
-/// etcd, as this agent sees it.
+/// The store, as this agent sees it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct StoreStatus {
+    /// Which it is.
+    #[serde(default)]
+    pub kind: StoreKind,
     /// Whether the lease table is being followed.
     pub following: bool,
     /// Since when that is so.
@@ -304,7 +306,7 @@ pub struct StoreStatus {
     pub problem: Option<String>,
     /// Its revision at the last snapshot.
     pub revision: i64,
-    /// Which store it is, in hexadecimal digits.
+    /// Which cluster of that kind it is; of etcd, its ID in hexadecimal digits.
     pub cluster_id: String,
     /// How many changes it reported.
     pub events: u64,
@@ -397,12 +399,13 @@ impl Status {
 
     /// What an operator should look at, in words. Empty where all is well.
     pub fn troubles(&self) -> Vec<String> {
-        let mut troubles = Vec::new();
+        let (mut troubles, store) = (Vec::new(), self.store.kind);
         let problem = || self.store.problem.as_deref().unwrap_or("not asked yet");
         match self.lease.state {
             LeaseState::Held => {}
             LeaseState::LastKnown => {
-                troubles.push(format!("the lease {} is the last known, and not confirmed by etcd", self.lease.subnet));
+                troubles
+                    .push(format!("the lease {} is the last known, and not confirmed by {store}", self.lease.subnet));
             }
             LeaseState::Lost => troubles.push(format!("the lease {} is lost; taking another", self.lease.subnet)),
             LeaseState::Contested => troubles.extend(self.lease.contested.clone()),
@@ -420,7 +423,7 @@ impl Status {
         let is_waiting = self.lease.state == LeaseState::Contested;
         let is_starting = !has_asked && (is_waiting || now().saturating_sub(self.store.since) < START_TIME);
         if !self.store.following && !is_starting {
-            troubles.push(format!("etcd is not being followed since {}: {}", time(self.store.since), problem()));
+            troubles.push(format!("{store} is not being followed since {}: {}", time(self.store.since), problem()));
         }
         troubles.extend(self.config_differs.clone());
         if self.bypass.revalidate_ms > 0 && self.bypass.conntrack_liberal == Some(false) {
@@ -440,13 +443,13 @@ impl Status {
         if !self.held.is_empty() {
             let count = self.held.len();
             troubles.push(format!(
-                "etcd no longer names {count} of the {} peers; they are held. If etcd is right: \
+                "{store} no longer names {count} of the {} peers; they are held. If {store} is right: \
                  flannel-agent lease release-guard",
                 self.peers
             ));
         }
         for (key, reason) in self.store.passed_over.iter().take(MOST_NAMED) {
-            troubles.push(format!("the entry {key:?} in etcd is passed over: {reason}"));
+            troubles.push(format!("the entry {key:?} in {store} is passed over: {reason}"));
         }
         troubles
     }

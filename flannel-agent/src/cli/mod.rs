@@ -27,7 +27,10 @@ use crate::{
     dataplane::BpfLogLevel,
     device::external::Selection,
     docker_opts, go_values, netfilter,
-    registry::etcd::{EtcdOptions, address::Endpoints},
+    registry::{
+        StoreOptions,
+        etcd::{EtcdOptions, address::Endpoints},
+    },
     routes::RoutesFlag,
     xdp::XdpFlag,
 };
@@ -296,6 +299,11 @@ impl Cli {
             identity: self.etcd_certfile.clone().zip(self.etcd_keyfile.clone()),
             user: self.etcd_username.clone().zip(self.etcd_password.clone()),
         }
+    }
+
+    /// How the store is reached.
+    pub fn store(&self) -> StoreOptions {
+        StoreOptions::Etcd(self.etcd())
     }
 
     /// The term of the lease.

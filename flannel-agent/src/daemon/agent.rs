@@ -21,10 +21,10 @@ use super::{
     endings::Endings,
     inspection::Inspected,
     record::Record,
+    renewal::RenewalEvent,
     restrictions::{Observer, Restrictions, WATCH_PERIOD},
     routes::RouteState,
     store::{Course, is_heard},
-    tenancy::TenancyEvent,
 };
 use crate::{
     cli::Cli,
@@ -37,7 +37,7 @@ use crate::{
     lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
     ownership::Written,
-    registry::{OwnLease, ResyncCause, Update, etcd::Registry},
+    registry::{OwnLease, Registry, ResyncCause, Update},
     repair::Repair,
     status::LeaseState,
     subnet_env::SubnetEnv,
@@ -66,7 +66,7 @@ pub(super) struct Agent<'a> {
     pub(super) dataplane: Dataplane,
     pub(super) conntrack: Liberal,
     pub(super) endings: Endings,
-    /// Tells the tenant of this host's VTEP address.
+    /// Tells the lease's holder of this host's VTEP address.
     pub(super) public_ip: watch::Sender<Ipv4Addr>,
     /// Whether the external interface was there when it was last looked for.
     pub(super) has_external: bool,
@@ -94,12 +94,12 @@ pub(super) struct Agent<'a> {
     pub(super) moving_to: Option<OwnLease>,
     pub(super) registry: Registry,
     pub(super) updates: mpsc::Receiver<Update>,
-    pub(super) tenancy: mpsc::Receiver<TenancyEvent>,
-    /// The tenant waits to be told how the own lease was deleted.
+    pub(super) renewal: mpsc::Receiver<RenewalEvent>,
+    /// The lease's holder waits to be told how the own lease was deleted.
     pub(super) asked: Option<oneshot::Sender<OwnDeletion>>,
-    /// Tells the tenant whose subnets are not to be taken, though the store does not name them.
+    /// Tells the lease's holder whose subnets are not to be taken, though the store does not name them.
     pub(super) unnamed: watch::Sender<BTreeSet<Ipv4Net>>,
-    /// Has the tenant look at how it stands with the lease.
+    /// Has the lease's holder look at how it stands with the lease.
     pub(super) doubt: Arc<Notify>,
     pub(super) requests: mpsc::Receiver<Pending>,
     pub(super) health: Health,
@@ -140,8 +140,8 @@ impl Agent<'_> {
                     info!("stopped as asked; the datapath goes on");
                     break;
                 }
-                Some(event) = self.tenancy.recv() => {
-                    if self.take_tenancy(event).await == Course::End {
+                Some(event) = self.renewal.recv() => {
+                    if self.take_renewal(event).await == Course::End {
                         break;
                     }
                 }

@@ -8,21 +8,21 @@
 //! * `record` — what it writes into its run directory
 //! * `endings` — connections and pods that end
 //! * `inspection` — which packets others' packet rules are looked through for
+//! * `renewal` — keeping this host's own lease, and taking another where it is lost
 //! * `restrictions` — what has to see each packet of this host, and what follows for the bypass
 //! * `routes` — which routes lead into the overlay, and keeping them so
-//! * `tenancy` — keeping this host's own lease, and taking another where it is lost
 
 mod agent;
 mod drift;
 mod endings;
 mod inspection;
 mod record;
+mod renewal;
 mod restrictions;
 mod routes;
 mod setup;
 mod start;
 mod store;
-mod tenancy;
 
 use std::io;
 
@@ -41,7 +41,7 @@ use crate::{
     operator::OperatorError,
     preflight::{self, PreflightError},
     privileges::{self, PrivilegesError},
-    registry::etcd::RegistryError,
+    registry::RegistryError,
 };
 
 /// Why the daemon ends.
@@ -103,9 +103,8 @@ impl DaemonError {
             | Self::Dataplane(
                 DataplaneError::NotBpffs { .. } | DataplaneError::Load(_) | DataplaneError::Program { .. },
             ) => HOST_LACKS,
-            Self::Registry(RegistryError::File { .. } | RegistryError::Certificate { .. }) | Self::Margin(_) => {
-                BAD_CONFIGURATION
-            }
+            Self::Margin(_) => BAD_CONFIGURATION,
+            Self::Registry(error) if error.is_misconfiguration() => BAD_CONFIGURATION,
             _ => FAILED,
         }
     }

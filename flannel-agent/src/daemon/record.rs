@@ -18,7 +18,7 @@ use crate::{
     escape::control_characters,
     last_known::LastKnown,
     lease::LeaseTable,
-    registry::{OwnLease, PassedOver, ResyncCause, Snapshot, etcd::RegistryError},
+    registry::{OwnLease, PassedOver, Registry, RegistryError, ResyncCause, Snapshot, StoreKind},
     repair::Repair,
     status::{
         API_VERSION, BypassStatus, DriftStatus, EndsStatus, HeldPeer, LeaseState, LeaseStatus, RoutesStatus,
@@ -34,7 +34,9 @@ const MOST_NAMED: usize = 100;
 pub(super) struct Record {
     run_dir: PathBuf,
     vni: Vni,
-    prefix: String,
+    store: String,
+    /// Where the network config is.
+    config_place: String,
     /// The network config that the datapath is made for, as the store had it.
     config: String,
     /// The one whose unknown keys were said last.
@@ -47,11 +49,11 @@ pub(super) struct Record {
 
 /// The status of an agent that has just begun.
 pub(super) fn status(
+    kind: StoreKind,
     network: &NetworkConfig,
     external: &External,
     device: &VxlanDevice,
-    lease: &OwnLease,
-    state: LeaseState,
+    lease: LeaseStatus,
 ) -> Status {
     Status {
         api_version: API_VERSION.to_owned(),
@@ -67,8 +69,8 @@ pub(super) fn status(
         xdp: XdpStatus::default(),
         routes: RoutesStatus::default(),
         rules: RulesStatus::default(),
-        lease: LeaseStatus::new(lease, state),
-        store: StoreStatus { since: now(), ..StoreStatus::default() },
+        lease,
+        store: StoreStatus { kind, since: now(), ..StoreStatus::default() },
         config_differs: None,
         peers: 0,
         held: Vec::new(),
@@ -81,7 +83,7 @@ impl Record {
     #[expect(clippy::too_many_arguments, reason = "each is one line of the status")]
     pub(super) fn new(
         cli: &Cli,
-        prefix: &str,
+        registry: &Registry,
         network: &NetworkConfig,
         config: Vec<u8>,
         external: &External,
@@ -89,11 +91,13 @@ impl Record {
         lease: &OwnLease,
         state: LeaseState,
     ) -> Self {
-        let status = status(network, external, device, lease, state);
+        let lease = LeaseStatus::new(lease.key.subnet, lease.vtep_mac, state);
+        let status = status(registry.kind(), network, external, device, lease);
         let mut record = Self {
             run_dir: cli.run_dir.clone(),
             vni: device.vni,
-            prefix: prefix.to_owned(),
+            store: registry.identity().to_owned(),
+            config_place: registry.config_place(),
             config: String::from_utf8_lossy(&config).into_owned(),
             reviewed: Vec::new(),
             status,
@@ -112,7 +116,7 @@ impl Record {
         }
         self.reviewed = config.to_vec();
         for unknown in unknown_keys(&String::from_utf8_lossy(config)) {
-            warn!("the network config in etcd: {unknown}");
+            warn!("the network config in {}: {unknown}", self.config_place);
         }
     }
 
@@ -202,7 +206,7 @@ impl Record {
         }
         store.problem = None;
         store.revision = snapshot.revision;
-        store.cluster_id = format!("{:x}", snapshot.cluster_id);
+        store.cluster_id.clone_from(&snapshot.store_id);
         *store.resyncs.entry(cause.label().to_owned()).or_insert(0) += 1;
         store.passed_over.clear();
         self.status_is_due = true;
@@ -361,7 +365,7 @@ impl Record {
         self.status.written = now();
         let status = std::mem::take(&mut self.status_is_due).then(|| self.status.clone());
         let known = std::mem::take(&mut self.leases_are_due).then(|| LastKnown {
-            prefix: self.prefix.clone(),
+            prefix: self.store.clone(),
             public_ip: self.status.public_ip,
             config: self.config.clone(),
             lease: own.clone(),

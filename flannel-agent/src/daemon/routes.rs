@@ -67,7 +67,7 @@ impl RouteState {
         let (sender, scans) = mpsc::channel(1);
         Self {
             flag: cli.routes,
-            endpoints: cli.etcd().endpoints,
+            endpoints: cli.store().endpoints(),
             prefixes: routes::shared_prefixes(network),
             etcd: Vec::new(),
             host: HostRoutes::default(),

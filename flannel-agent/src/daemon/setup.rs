@@ -15,7 +15,7 @@ use super::{
     restrictions::{Observer, Restrictions},
     routes::RouteState,
     start::Prepared,
-    tenancy::Tenant,
+    renewal::LeaseHolder,
 };
 use crate::{
     cleanup,
@@ -72,7 +72,7 @@ async fn make<'a>(
     };
     let dataplane = load(cli, &network, &external, &device, &lease)?;
     let xdp = xdp::choose(cli.xdp, &external.link, &Offloads::of(&external.link).await);
-    let (tenancy_sender, tenancy) = mpsc::channel(8);
+    let (renewal_sender, renewal) = mpsc::channel(8);
     let doubt = Arc::new(Notify::new());
     let (public_ip, followed_ip) = watch::channel(external.public_ip);
     let (unnamed, followed_unnamed) = watch::channel(BTreeSet::new());
@@ -97,7 +97,7 @@ async fn make<'a>(
         routes: RouteState::new(cli, &network),
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
-        record: Record::new(cli, registry.prefix(), &network, config, &external, &device, &lease, lease_state),
+        record: Record::new(cli, &registry, &network, config, &external, &device, &lease, lease_state),
         restrictions: Restrictions::new(cli.bypass, features.tcx),
         inspected: Inspected::default(),
         xdp,
@@ -108,7 +108,7 @@ async fn make<'a>(
         moving_to: None,
         registry: registry.clone(),
         updates: mpsc::channel(1).1,
-        tenancy,
+        renewal,
         asked: None,
         unnamed,
         doubt: Arc::clone(&doubt),
@@ -151,10 +151,10 @@ async fn make<'a>(
     let network = agent.network.clone();
     let heartbeat = health.heartbeat("lease");
     let (public_ip, unnamed) = (followed_ip, followed_unnamed);
-    let events = tenancy_sender;
-    let tenant =
-        Tenant { registry, request, lease, public_ip, unnamed, network, renew_interval, doubt, events, heartbeat };
-    tokio::spawn(tenant.keep(lease_state == LeaseState::Held));
+    let events = renewal_sender;
+    let holder =
+        LeaseHolder { registry, request, lease, public_ip, unnamed, network, renew_interval, doubt, events, heartbeat };
+    tokio::spawn(holder.keep(lease_state == LeaseState::Held));
     Ok(agent)
 }
 

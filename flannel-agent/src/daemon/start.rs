@@ -10,7 +10,7 @@ use ipnet::Ipv4Net;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::{DaemonError, record, tenancy::CLAIM_PERIOD};
+use super::{DaemonError, record, renewal::CLAIM_PERIOD};
 use crate::{
     cli::Cli,
     config::NetworkConfig,
@@ -18,12 +18,9 @@ use crate::{
     last_known::LastKnown,
     lease::{MacAddress, Peer},
     lock::Lock,
-    registry::{
-        LeaseRequest, OwnLease, Snapshot,
-        etcd::{Registry, RegistryError},
-    },
+    registry::{Contested, LeaseRequest, OwnLease, Registry, RegistryError, Snapshot, StoreKind},
     retry,
-    status::{self, LeaseState},
+    status::{self, LeaseState, LeaseStatus},
     subnet_env,
 };
 
@@ -53,7 +50,7 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
         "external interface {} with address {}, published as {}",
         external.link.name, external.address, external.public_ip
     );
-    let mut registry = Registry::new(cli.etcd())?;
+    let mut registry = Registry::new(cli.store())?;
     let known = last_known(cli, &registry, external.public_ip);
 
     // Trying again can wait where there is something to go on with.
@@ -70,16 +67,17 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
             avoid: known.as_ref().map(|(known, _)| known.peers.keys().copied().collect()).unwrap_or_default(),
             is_contested: false,
         };
-        let mut waiting = Waiting { cli, network: &network, external: &external, device: &device, lock: None };
+        let kind = registry.kind();
+        let mut waiting = Waiting { cli, kind, network: &network, external: &external, device: &device, lock: None };
         let lease = loop {
             // Not among what is tried again at once: somebody has to do something.
             let attempt = async || match registry.acquire(&network, &request).await {
-                Err(error @ RegistryError::Contested { .. }) => Ok(Err(error)),
+                Err(RegistryError::Contested(contested)) => Ok(Err(contested)),
                 result => result.map(Ok),
             };
             match retry::until_ok(attempt, is_final).await? {
                 Ok(lease) => break lease,
-                Err(error) => waiting.say(&error)?,
+                Err(contested) => waiting.say(contested)?,
             }
             sleep(CLAIM_PERIOD).await;
         };
@@ -123,6 +121,7 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
 /// An agent whose address another living host has, so that it has no lease.
 struct Waiting<'a> {
     cli: &'a Cli,
+    kind: StoreKind,
     network: &'a NetworkConfig,
     external: &'a External,
     device: &'a VxlanDevice,
@@ -132,23 +131,23 @@ struct Waiting<'a> {
 
 impl Waiting<'_> {
     /// Says who has the lease, in the log and as this host's status. Nothing else on the host is touched.
-    fn say(&mut self, error: &RegistryError) -> Result<(), DaemonError> {
-        let RegistryError::Contested { subnet, vtep_mac, .. } = *error else { return Ok(()) };
+    fn say(&mut self, contested: Contested) -> Result<(), DaemonError> {
         let vni = self.network.backend.vni;
         if self.lock.is_none() {
             self.lock = Some(Lock::take(&self.cli.run_dir, vni)?);
-            warn!("{error}");
+            warn!("{contested}");
         }
-        let lease = OwnLease { key: subnet.into(), vtep_mac, etcd_lease: 0, version: 0 };
-        let mut status = record::status(self.network, self.external, self.device, &lease, LeaseState::Contested);
-        (status.written, status.lease.contested) = (status::now(), Some(error.to_string()));
+        let mut lease = LeaseStatus::new(contested.subnet, contested.vtep_mac, LeaseState::Contested);
+        lease.contested = Some(contested.to_string());
+        let mut status = record::status(self.kind, self.network, self.external, self.device, lease);
+        status.written = status::now();
         Ok(status.write(&self.cli.run_dir, vni)?)
     }
 }
 
 /// What this host's last agent knew, where it can still be used.
 fn last_known(cli: &Cli, registry: &Registry, public_ip: Ipv4Addr) -> Option<(LastKnown, NetworkConfig)> {
-    let known = LastKnown::find(&cli.run_dir, registry.prefix(), public_ip)?;
+    let known = LastKnown::find(&cli.run_dir, registry.identity(), public_ip)?;
     match registry.parse_config(known.config.as_bytes()) {
         Ok(network) => Some((known, network)),
         Err(error) => {

@@ -8,11 +8,11 @@ use std::{
 use ipnet::Ipv4Net;
 use tracing::{debug, info, warn};
 
-use super::{agent::Agent, tenancy::TenancyEvent};
+use super::{agent::Agent, renewal::RenewalEvent};
 use crate::{
     dataplane::PeerMaps,
     lease::{Credibility, HoldReason, Peer, PeerChange},
-    registry::{Entry, PassedOver, ResyncCause, Snapshot, Standing, Update},
+    registry::{Entry, OwnLeaseState, PassedOver, ResyncCause, Snapshot, Update},
     status::LeaseState,
 };
 
@@ -39,12 +39,12 @@ impl Agent<'_> {
                 Update::Snapshot(snapshot, cause) => changes.extend(self.take_snapshot(snapshot, cause)),
                 Update::Set(entry) => {
                     self.record.event();
-                    self.record.usable(&entry.key.to_string());
+                    self.record.usable(&entry.name);
                     changes.extend(self.take_entry(&entry));
                 }
-                Update::Removed(key, revision) => {
+                Update::Removed { key, name, revision } => {
                     self.record.event();
-                    self.record.usable(&key.to_string());
+                    self.record.usable(&name);
                     let now = Instant::now();
                     if key == self.own.key {
                         self.table.own_is_gone(Some(revision), now);
@@ -78,16 +78,17 @@ impl Agent<'_> {
             let of_reason = self.table.held().filter(move |(_, hold)| hold.reason == reason);
             of_reason.filter(|(subnet, _)| !before.contains(subnet)).map(|(subnet, _)| *subnet).collect::<Vec<_>>()
         };
+        let store = self.registry.kind();
         for subnet in held(HoldReason::StillSends) {
-            warn!("etcd no longer names the peer of {subnet}; it is held ({})", HoldReason::StillSends.label());
+            warn!("{store} no longer names the peer of {subnet}; it is held ({})", HoldReason::StillSends.label());
         }
         let mass = held(HoldReason::MassRemoval);
         if !mass.is_empty() {
             let named: Vec<_> = mass.iter().take(MOST_NAMED).map(ToString::to_string).collect();
             let more = if mass.len() > MOST_NAMED { ", ..." } else { "" };
             warn!(
-                "etcd no longer names {} of {} peers ({}{more}); they are held ({}) for {:?}, and longer while they send. \
-                 If etcd is right: flannel-agent lease release-guard",
+                "{store} no longer names {} of {} peers ({}{more}); they are held ({}) for {:?}, and longer while they send. \
+                 If {store} is right: flannel-agent lease release-guard",
                 mass.len(),
                 self.table.len(),
                 named.join(", "),
@@ -111,7 +112,7 @@ impl Agent<'_> {
         });
     }
 
-    /// Tells the tenant how the own lease was deleted, once that is known.
+    /// Tells the lease's holder how the own lease was deleted, once that is known.
     fn answer(&mut self) {
         if let Some(deletion) = self.table.own_deletion()
             && let Some(asked) = self.asked.take()
@@ -122,7 +123,8 @@ impl Agent<'_> {
     }
 
     fn take_snapshot(&mut self, snapshot: Snapshot, cause: ResyncCause) -> Vec<PeerChange> {
-        info!("{} leases in etcd at revision {} ({})", snapshot.entries.len(), snapshot.revision, cause.label());
+        let (store, leases, revision) = (self.registry.kind(), snapshot.entries.len(), snapshot.revision);
+        info!("{leases} leases in {store} at revision {revision} ({})", cause.label());
         self.record.snapshot(&snapshot, cause);
         if !snapshot.entries.iter().any(|entry| self.is_held(entry)) {
             self.doubt_lease();
@@ -184,9 +186,9 @@ impl Agent<'_> {
 
     /// The host to encapsulate to for an entry; [`None`] for this one.
     fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, PassedOver> {
-        let passed_over = |reason: String| PassedOver { name: entry.key.to_string(), key: Some(entry.key), reason };
+        let passed_over = |reason: String| PassedOver { name: entry.name.clone(), key: Some(entry.key), reason };
         if entry.attributes.public_ip == self.external.public_ip {
-            return match entry.announced_mac() {
+            return match entry.attributes.announced_mac() {
                 Some(mac) if mac != self.own.vtep_mac && entry.key != self.own.key => Err(passed_over(format!(
                     "it names this host's own address {} with the MAC {mac} of another: two hosts must not have one \
                      --public-ip",
@@ -208,10 +210,10 @@ impl Agent<'_> {
 
     /// Whether an entry is this host's lease as it was taken, and nobody wrote it since.
     fn is_held(&self, entry: &Entry) -> bool {
-        self.is_own(entry) && entry.etcd_lease == self.own.etcd_lease && entry.version == self.own.version
+        self.is_own(entry) && self.own.is_as_written(entry)
     }
 
-    /// The table says something that does not go with holding the lease. Only where it is held: a tenant that is taking
+    /// The table says something that does not go with holding the lease. Only where it is held: whoever is taking
     /// one looks anyway.
     fn doubt_lease(&self) {
         if self.record.lease_state() == LeaseState::Held {
@@ -224,13 +226,14 @@ impl Agent<'_> {
         if let Some(config) = config {
             self.record.review_config(config);
         }
+        let place = self.registry.config_place();
         let difference = match config.map(|config| self.registry.parse_config(config)) {
-            None => Some("the network config is gone from etcd; going on with the one before".to_owned()),
+            None => Some(format!("the network config is gone from {place}; going on with the one before")),
             Some(Err(error)) => Some(format!("{error}; going on with the one before")),
             Some(Ok(now)) => match self.network.differences(&now) {
                 differences if differences.is_empty() => None,
                 differences => Some(format!(
-                    "the network config in etcd has changed ({}); start the agent again to take it in",
+                    "the network config in {place} has changed ({}); start the agent again to take it in",
                     differences.join(", ")
                 )),
             },
@@ -239,47 +242,48 @@ impl Agent<'_> {
     }
 
     /// What became of the own lease.
-    pub(super) async fn take_tenancy(&mut self, event: TenancyEvent) -> Course {
+    pub(super) async fn take_renewal(&mut self, event: RenewalEvent) -> Course {
+        let store = self.registry.kind();
         match event {
-            TenancyEvent::Renewed => self.record.renewed(),
-            TenancyEvent::Claimed => {
+            RenewalEvent::Renewed => self.record.renewed(),
+            RenewalEvent::Claimed => {
                 self.record.renewed();
                 self.record.claimed();
             }
-            TenancyEvent::Lost(standing) => {
+            RenewalEvent::Lost(state) => {
                 let subnet = self.own.key.subnet;
-                match standing {
-                    Standing::Taken(by) => warn!(
+                match state {
+                    OwnLeaseState::Taken(by) => warn!(
                         "the lease of {subnet} ended while this host was silent, and {by} has it now; taking another. \
                          Pods of this host need new addresses"
                     ),
-                    Standing::Contested(mac) => warn!(
+                    OwnLeaseState::Contested(mac) => warn!(
                         "another host wrote its MAC {mac} into the lease of {subnet}, with this host's address {}",
                         self.external.public_ip
                     ),
-                    Standing::Deleted => warn!(
+                    OwnLeaseState::Deleted => warn!(
                         "the lease of {subnet} was deleted together with those of others; taking it again if it is free"
                     ),
-                    _ => warn!("etcd no longer has the lease of {subnet}; taking it again if it is free"),
+                    _ => warn!("{store} no longer has the lease of {subnet}; taking it again if it is free"),
                 }
                 self.record.lease(&self.own, LeaseState::Lost);
             }
-            TenancyEvent::Contested(error) => self.record.contested(&error),
-            TenancyEvent::Taken(lease) => {
+            RenewalEvent::Contested(error) => self.record.contested(&error),
+            RenewalEvent::Taken(lease) => {
                 self.table.own_is_there();
                 self.move_to(lease).await;
             }
-            TenancyEvent::Deleted(asked) => {
+            RenewalEvent::Deleted(asked) => {
                 self.asked = Some(asked);
                 self.answer();
             }
-            TenancyEvent::Revoked => {
+            RenewalEvent::Revoked => {
                 warn!("Lease has been revoked. Shutting down daemon.");
                 return Course::End;
             }
-            TenancyEvent::OtherConfig(differences) => {
+            RenewalEvent::OtherConfig(differences) => {
                 warn!(
-                    "etcd no longer has the lease of {}, and the network config is another one by now ({}); shutting down: \
+                    "{store} no longer has the lease of {}, and the network config is another one by now ({}); shutting down: \
                      start the agent again to take both in",
                     self.own.key.subnet,
                     differences.join(", ")

@@ -233,6 +233,11 @@ impl LeaseAttributes {
         Ok(serde_json::from_slice(value)?)
     }
 
+    /// The MAC that they announce, where they are a vxlan host's.
+    pub fn announced_mac(&self) -> Option<MacAddress> {
+        self.vxlan_data().ok().map(|data| data.vtep_mac)
+    }
+
     /// What a peer needs to know of a vxlan host.
     ///
     /// # Errors

@@ -45,15 +45,18 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
     let lease = gauges(&mut registry, "lease_state", "1 for the state that the own lease is in");
     let renewals = counters(&mut registry, "lease_renewals", "Renewals of the own lease");
     let losses = counters(&mut registry, "lease_losses", "How often the own lease ended and another was taken");
-    let store_up = gauges(&mut registry, "store_up", "Whether the lease table in etcd is being followed");
-    let revision = gauges(&mut registry, "store_revision", "Revision of etcd at the last snapshot");
-    let events = counters(&mut registry, "store_events", "Changes that etcd reported");
+    let store_up = gauges(&mut registry, "store_up", "Whether the lease table in the store is being followed");
+    let revision = gauges(&mut registry, "store_revision", "Revision of the store at the last snapshot");
+    let events = counters(&mut registry, "store_events", "Changes that the store reported");
     let resyncs = counters(&mut registry, "store_resyncs", "Snapshots of the lease table, by cause");
-    let passed_over = gauges(&mut registry, "store_entries_passed_over", "Entries in etcd that are no usable leases");
+    let passed_over =
+        gauges(&mut registry, "store_entries_passed_over", "Entries in the store that are no usable leases");
     let passed_over_total = counters(&mut registry, "store_passed_over", "How often such an entry was seen");
-    let config = gauges(&mut registry, "config_differs", "Whether the network config in etcd is not the one in use");
+    let config =
+        gauges(&mut registry, "config_differs", "Whether the network config in the store is not the one in use");
     let peers = gauges(&mut registry, "peers", "Subnets that have a peer in the maps");
-    let held = gauges(&mut registry, "peers_held", "Peers that etcd no longer names and the guard keeps, by reason");
+    let held =
+        gauges(&mut registry, "peers_held", "Peers that the store no longer names and the guard keeps, by reason");
     let held_total = counters(&mut registry, "peers_held_ever", "How often the guard kept a peer, by reason");
 
     let restrictions = gauges(

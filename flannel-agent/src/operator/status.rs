@@ -95,7 +95,7 @@ fn table(overlay: &Overlay) -> String {
     lines.extend(status.rules.fallback.iter().map(|fallback| ["rules".to_owned(), fallback.clone()]));
     let following = if store.following { "followed" } else { "away" };
     lines.push([
-        "etcd".to_owned(),
+        store.kind.to_string(),
         format!(
             "{following} for {}, cluster {}, revision {}, {} events",
             time(store.since),

@@ -1,7 +1,14 @@
 //! The lease table in the store.
+//!
+//! * `store` — what every store does, as [`Registry`]
+//! * [`etcd`] — the one that does it in etcd
+//! * `resync` — why the whole table was read again
+//!
+//! What only one store has is private to this room: nobody else knows which it is.
 
 pub mod etcd;
 mod resync;
+mod store;
 
 use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
@@ -9,7 +16,10 @@ use flannel_common::{packet::is_unicast, vxlan::Vni};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-pub use self::resync::ResyncCause;
+pub use self::{
+    resync::ResyncCause,
+    store::{Registry, RegistryError, StoreKind, StoreOptions},
+};
 use crate::lease::{InvalidLease, LeaseAttributes, LeaseKey, MacAddress, Peer};
 
 /// One lease as the store has it.
@@ -17,26 +27,17 @@ use crate::lease::{InvalidLease, LeaseAttributes, LeaseKey, MacAddress, Peer};
 pub struct Entry {
     /// The subnet.
     pub key: LeaseKey,
+    /// The name that it is found by in the store.
+    pub name: String,
     /// Who holds it.
     pub attributes: LeaseAttributes,
-    /// The value's bytes.
-    pub value: Vec<u8>,
-    /// The etcd lease that the key goes with; 0 for a key that stays, a reservation.
-    pub etcd_lease: i64,
-    /// The store's revision in which the key was created; two keys of one name differ in it.
-    pub create_revision: i64,
-    /// The store's revision in which it was last written.
-    pub mod_revision: i64,
-    /// How often it was written since it was created.
-    pub version: i64,
+    /// What the store knows it by.
+    grant: Grant,
+    /// How often it was written since it was created, where the store counts that; else 0.
+    version: i64,
 }
 
 impl Entry {
-    /// The MAC that it announces, where it is a vxlan host's.
-    pub fn announced_mac(&self) -> Option<MacAddress> {
-        self.attributes.vxlan_data().ok().map(|data| data.vtep_mac)
-    }
-
     /// The lease as a host to encapsulate to.
     ///
     /// # Errors
@@ -53,18 +54,18 @@ impl Entry {
     }
 }
 
-/// A key of the store that is no lease, or whose value is none.
+/// What is in the place of a lease in the store, and none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PassedOver {
-    /// The key below `subnets/`, as text.
+    /// The name that it is found by in the store.
     pub name: String,
-    /// The subnet, where at least the key says one: nobody else can have it.
+    /// The subnet, where at least that is known: nobody else can have it.
     pub key: Option<LeaseKey>,
     /// What is wrong with it.
     pub reason: String,
 }
 
-/// The whole table at one revision of the store.
+/// The whole table at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// The network configuration, as it is there.
@@ -73,10 +74,10 @@ pub struct Snapshot {
     pub entries: Vec<Entry>,
     /// What is there beside them.
     pub passed_over: Vec<PassedOver>,
-    /// The store's revision.
+    /// The store's revision, for people.
     pub revision: i64,
-    /// Which store it is.
-    pub cluster_id: u64,
+    /// Which store it is, for people.
+    pub store_id: String,
 }
 
 /// What the watch reports.
@@ -86,11 +87,18 @@ pub enum Update {
     Snapshot(Snapshot, ResyncCause),
     /// A lease was taken or changed.
     Set(Box<Entry>),
-    /// A lease ended, in this revision of the store.
-    Removed(LeaseKey, i64),
-    /// A key was written that is no lease, or is none any more.
+    /// A lease ended.
+    Removed {
+        /// The subnet.
+        key: LeaseKey,
+        /// The name that it was found by in the store.
+        name: String,
+        /// The store's revision with which it went; others of the same went with it.
+        revision: i64,
+    },
+    /// Something was written that is no lease, or is none any more.
     PassedOver(PassedOver),
-    /// A key that was no lease is gone.
+    /// What had this name, and was no lease, is gone.
     PassedOverRemoved(String),
     /// The network configuration was written, or deleted.
     Config(Option<Vec<u8>>),
@@ -119,22 +127,59 @@ pub struct LeaseRequest {
 
 /// The lease that this host holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct OwnLease {
     /// The subnet.
     pub key: LeaseKey,
     /// The MAC that it announces.
     pub vtep_mac: MacAddress,
-    /// The etcd lease behind it; 0 for a reservation, which needs no renewal.
-    pub etcd_lease: i64,
-    /// The key's version as this host wrote or found it; 0 where that is not known. What is above that, another wrote.
+    /// What the store knows it by.
+    #[serde(flatten)]
+    grant: Grant,
+    /// Its version as this host wrote or found it; 0 where that is not known. What is above that, another wrote.
     #[serde(skip)]
-    pub version: i64,
+    version: i64,
+}
+
+impl OwnLease {
+    /// Whether an entry is this lease as it was taken, and nobody wrote it since.
+    pub fn is_as_written(&self, entry: &Entry) -> bool {
+        entry.key == self.key && entry.grant == self.grant && entry.version == self.version
+    }
+
+    /// Whether the store knows both by the same.
+    pub fn has_grant_of(&self, other: &Self) -> bool {
+        self.grant == other.grant
+    }
+}
+
+/// What a store knows a host's lease by. Of one key, two leases differ in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum Grant {
+    /// The etcd lease that the key goes with; 0 for a reservation, which needs no renewal.
+    EtcdLease(i64),
+}
+
+/// Another host has this one's address, and lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "another living host, with the MAC {vtep_mac}, has this host's address {public_ip} and the lease {subnet}: a machine \
+     that was cloned, a --public-ip that is given twice, or one address behind NAT. Give each host an address of its \
+     own with --public-ip or --iface; this one waits until the other is gone"
+)]
+pub struct Contested {
+    /// The address.
+    pub public_ip: Ipv4Addr,
+    /// The lease that names it.
+    pub subnet: Ipv4Net,
+    /// The MAC that the other announces.
+    pub vtep_mac: MacAddress,
 }
 
 /// How it stands with this host's lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum OwnLeaseState {
     /// It is this host's, and renewed.
     Held,
     /// The same, and another host that has this one's address asked whether somebody lives who holds it. It was answered.

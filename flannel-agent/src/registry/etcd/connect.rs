@@ -23,7 +23,7 @@ use tonic::transport::{Endpoint, Uri};
 use tower::service_fn;
 
 use super::{
-    EtcdOptions, REQUEST_TIMEOUT, Registry, RegistryError,
+    Etcd, EtcdError, EtcdOptions, REQUEST_TIMEOUT,
     explain::{self, Asked, Cause, Permission, Speaks},
     tls::Tls,
 };
@@ -80,9 +80,9 @@ pub(super) struct Connection {
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-impl Registry {
+impl Etcd {
     /// The client of the present connection, or of a new one.
-    pub(super) async fn client(&mut self) -> Result<Client, RegistryError> {
+    pub(super) async fn client(&mut self) -> Result<Client, EtcdError> {
         if let Some(connection) = &self.connection {
             return Ok(connection.client.clone());
         }

@@ -7,8 +7,8 @@ pub mod address;
 mod certificate;
 mod connect;
 mod explain;
+mod lease;
 mod short_rsa;
-mod tenancy;
 mod tls;
 mod verify;
 mod watch;
@@ -23,7 +23,7 @@ use self::{
     explain::{Asked, Permission},
     tls::Tls,
 };
-use super::{Entry, PassedOver, ResyncCause, Snapshot};
+use super::{Contested, Entry, Grant, PassedOver, ResyncCause, Snapshot};
 use crate::{
     config::{ConfigError, NetworkConfig},
     lease::{LeaseAttributes, LeaseKey},
@@ -52,7 +52,7 @@ pub struct EtcdOptions {
 
 /// The store could not be used as asked.
 #[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
+pub enum EtcdError {
     /// A certificate or key can't be read.
     #[error(
         "cannot read {path}: {source}; check --etcd-cafile, --etcd-certfile and --etcd-keyfile{}",
@@ -98,19 +98,8 @@ pub enum RegistryError {
         source: Box<ConfigError>,
     },
     /// Another host has this one's address, and lives.
-    #[error(
-        "another living host, with the MAC {vtep_mac}, has this host's address {public_ip} and the lease {subnet}: a machine \
-         that was cloned, a --public-ip that is given twice, or one address behind NAT. Give each host an address of its \
-         own with --public-ip or --iface; this one waits until the other is gone"
-    )]
-    Contested {
-        /// The address.
-        public_ip: std::net::Ipv4Addr,
-        /// The lease that names it.
-        subnet: ipnet::Ipv4Net,
-        /// The MAC that the other announces.
-        vtep_mac: crate::lease::MacAddress,
-    },
+    #[error(transparent)]
+    Contested(#[from] Contested),
     /// No free subnet.
     #[error("out of subnets: {0} has none free; wait for a lease to end, or widen SubnetMin to SubnetMax")]
     OutOfSubnets(ipnet::Ipv4Net),
@@ -119,7 +108,7 @@ pub enum RegistryError {
     LostRaces,
 }
 
-impl RegistryError {
+impl EtcdError {
     /// Whether trying again can't help.
     pub const fn is_final(&self) -> bool {
         matches!(self, Self::File { .. })
@@ -128,6 +117,11 @@ impl RegistryError {
     /// Whether the store did not answer, or has no config that can be used: what was known before still counts then.
     pub const fn is_away(&self) -> bool {
         matches!(self, Self::Call { .. } | Self::NoConfig(_) | Self::Config { .. })
+    }
+
+    /// Whether a flag or a file of this host's is to blame.
+    pub const fn is_misconfiguration(&self) -> bool {
+        matches!(self, Self::File { .. } | Self::Certificate { .. })
     }
 
     const fn resync_cause(&self) -> ResyncCause {
@@ -140,18 +134,18 @@ impl RegistryError {
 
 /// The lease table. Connects when it has to, and anew after a failure.
 #[derive(Clone)]
-pub struct Registry {
+pub struct Etcd {
     options: EtcdOptions,
     prefix: Prefix,
     connection: Option<Connection>,
 }
 
-impl Registry {
+impl Etcd {
     /// Checks how etcd is to be reached; asks nothing of it yet.
     ///
     /// # Errors
-    /// [`RegistryError::File`] or [`RegistryError::Certificate`].
-    pub fn new(options: EtcdOptions) -> Result<Self, RegistryError> {
+    /// [`EtcdError::File`] or [`EtcdError::Certificate`].
+    pub fn new(options: EtcdOptions) -> Result<Self, EtcdError> {
         // As flannel: certificates are for who is reached by TLS.
         if options.endpoints.iter().any(|endpoint| connect::is_tls(endpoint)) {
             Tls::read(&options)?;
@@ -165,12 +159,12 @@ impl Registry {
     }
 
     /// A call that needs the leases failed: the next one is made on a fresh connection.
-    fn failed(&mut self, call: &'static str, error: &etcd_client::Error) -> RegistryError {
+    fn failed(&mut self, call: &'static str, error: &etcd_client::Error) -> EtcdError {
         self.refused(call, Permission::WriteLeases, error)
     }
 
     /// The same for a call that needs a certain permission.
-    fn refused(&mut self, call: &'static str, permission: Permission, error: &etcd_client::Error) -> RegistryError {
+    fn refused(&mut self, call: &'static str, permission: Permission, error: &etcd_client::Error) -> EtcdError {
         let kind = connect::kind(error).unwrap_or(ResyncCause::Connection);
         let tls = self.connection.as_ref().and_then(|connection| connection.tls.as_ref());
         let (config_key, leases_key) = (self.config_key(), self.leases_key());
@@ -186,10 +180,10 @@ impl Registry {
         self.ended(call, kind, cause.to_string())
     }
 
-    fn ended(&mut self, call: &'static str, kind: ResyncCause, cause: String) -> RegistryError {
+    fn ended(&mut self, call: &'static str, kind: ResyncCause, cause: String) -> EtcdError {
         let endpoint = self.connection.take().map(|connection| connection.endpoint);
         let endpoints = endpoint.unwrap_or_else(|| self.options.endpoints.join(","));
-        RegistryError::Call { call, endpoints, kind, cause }
+        EtcdError::Call { call, endpoints, kind, cause }
     }
 
     /// A name for the path that config and leases are under; for the same keys it is the same.
@@ -202,12 +196,20 @@ impl Registry {
         self.prefix.key("config")
     }
 
+    /// Config and leases at one revision.
+    ///
+    /// # Errors
+    /// [`EtcdError::Call`].
+    pub async fn snapshot(&mut self) -> Result<Snapshot, EtcdError> {
+        self.table().await.map(Into::into)
+    }
+
     /// Config and leases at one revision. Reads what flannel reads, and nothing else below the prefix: a role may be
     /// confined to that.
     ///
     /// # Errors
-    /// [`RegistryError::Call`].
-    pub async fn snapshot(&mut self) -> Result<Snapshot, RegistryError> {
+    /// [`EtcdError::Call`].
+    async fn table(&mut self) -> Result<Table, EtcdError> {
         let mut kv = self.client().await?.kv_client().max_decoding_message_size(MAX_ANSWER);
         let reads =
             [TxnOp::get(self.config_key(), None), TxnOp::get(self.leases_key(), Some(GetOptions::new().with_prefix()))];
@@ -222,40 +224,40 @@ impl Registry {
         };
         let (revision, cluster_id) =
             response.header().map_or((0, 0), |header| (header.revision(), header.cluster_id()));
-        let mut snapshot = Snapshot { revision, cluster_id, ..Snapshot::default() };
+        let mut table = Table { revision, cluster_id, ..Table::default() };
         for answer in response.op_responses() {
             let TxnOpResponse::Get(answer) = answer else { continue };
             for kv in answer.kvs() {
                 match self.read(kv) {
-                    Read::Config(value) => snapshot.config = Some(value),
-                    Read::Lease(entry) => snapshot.entries.push(entry),
-                    Read::PassedOver(passed_over) => snapshot.passed_over.push(passed_over),
+                    Read::Config(value) => table.config = Some(value),
+                    Read::Lease(lease) => table.leases.push(lease),
+                    Read::PassedOver(passed_over) => table.passed_over.push(passed_over),
                     Read::Foreign => {}
                 }
             }
         }
-        Ok(snapshot)
+        Ok(table)
     }
 
     /// Reads and checks the network configuration.
     ///
     /// # Errors
-    /// [`RegistryError::NoConfig`], [`RegistryError::Config`] or [`RegistryError::Call`].
-    pub async fn network_config(&mut self) -> Result<(NetworkConfig, Vec<u8>), RegistryError> {
+    /// [`EtcdError::NoConfig`], [`EtcdError::Config`] or [`EtcdError::Call`].
+    pub async fn network_config(&mut self) -> Result<(NetworkConfig, Vec<u8>), EtcdError> {
         let response = self.client().await?.get(self.config_key(), None).await;
         let response = response.map_err(|error| self.refused("read the config", Permission::ReadConfig, &error))?;
         let value = response.kvs().first().map(|kv| kv.value().to_vec());
-        let value = value.ok_or_else(|| RegistryError::NoConfig(self.config_key()))?;
+        let value = value.ok_or_else(|| EtcdError::NoConfig(self.config_key()))?;
         Ok((self.parse_config(&value)?, value))
     }
 
     /// Checks the network configuration.
     ///
     /// # Errors
-    /// [`RegistryError::Config`].
-    pub fn parse_config(&self, value: &[u8]) -> Result<NetworkConfig, RegistryError> {
+    /// [`EtcdError::Config`].
+    pub fn parse_config(&self, value: &[u8]) -> Result<NetworkConfig, EtcdError> {
         NetworkConfig::parse(&String::from_utf8_lossy(value))
-            .map_err(|source| RegistryError::Config { key: self.config_key(), source: Box::new(source) })
+            .map_err(|source| EtcdError::Config { key: self.config_key(), source: Box::new(source) })
     }
 
     /// What the leases' keys begin with.
@@ -282,7 +284,7 @@ impl Registry {
             Err(error) => return passed_over(None, error.to_string()),
         };
         match LeaseAttributes::from_json(kv.value()) {
-            Ok(attributes) => Read::Lease(Entry {
+            Ok(attributes) => Read::Lease(Stored {
                 key,
                 attributes,
                 value: kv.value().to_vec(),
@@ -296,10 +298,59 @@ impl Registry {
     }
 }
 
+/// One lease as etcd has it.
+#[derive(Clone, Debug)]
+struct Stored {
+    key: LeaseKey,
+    attributes: LeaseAttributes,
+    /// The value's bytes.
+    value: Vec<u8>,
+    /// The etcd lease that the key goes with; 0 for a key that stays, a reservation.
+    etcd_lease: i64,
+    /// The revision in which the key was created; two keys of one name differ in it.
+    create_revision: i64,
+    /// The revision in which it was last written.
+    mod_revision: i64,
+    /// How often it was written since it was created.
+    version: i64,
+}
+
+impl From<Stored> for Entry {
+    fn from(Stored { key, attributes, etcd_lease, version, .. }: Stored) -> Self {
+        Self { key, name: key.to_string(), attributes, grant: Grant::EtcdLease(etcd_lease), version }
+    }
+}
+
+/// What is below the prefix at one revision.
+#[derive(Default)]
+struct Table {
+    config: Option<Vec<u8>>,
+    leases: Vec<Stored>,
+    passed_over: Vec<PassedOver>,
+    revision: i64,
+    cluster_id: u64,
+}
+
+impl From<Table> for Snapshot {
+    fn from(Table { config, leases, passed_over, revision, cluster_id }: Table) -> Self {
+        let entries = leases.into_iter().map(Into::into).collect();
+        Self { config, entries, passed_over, revision, store_id: format!("{cluster_id:x}") }
+    }
+}
+
+impl Grant {
+    /// The etcd lease; 0 for a reservation.
+    const fn etcd_lease(&self) -> i64 {
+        match self {
+            Self::EtcdLease(lease) => *lease,
+        }
+    }
+}
+
 /// A key below the prefix.
 enum Read {
     Config(Vec<u8>),
-    Lease(Entry),
+    Lease(Stored),
     PassedOver(PassedOver),
     /// Somebody else's.
     Foreign,

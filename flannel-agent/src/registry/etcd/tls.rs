@@ -10,7 +10,7 @@ use tokio_rustls::rustls::{
 };
 
 use super::{
-    EtcdOptions, RegistryError, short_rsa,
+    EtcdError, EtcdOptions, short_rsa,
     verify::{PROVIDER, Verifier},
 };
 
@@ -29,19 +29,19 @@ impl Tls {
     /// Reads the files.
     ///
     /// # Errors
-    /// [`RegistryError::File`] or [`RegistryError::Certificate`].
-    pub(super) fn read(options: &EtcdOptions) -> Result<Self, RegistryError> {
+    /// [`EtcdError::File`] or [`EtcdError::Certificate`].
+    pub(super) fn read(options: &EtcdOptions) -> Result<Self, EtcdError> {
         let (authorities, source) = match &options.ca_file {
             Some(path) => (certificates(path)?, path.display().to_string()),
             None => (rustls_native_certs::load_native_certs().certs, "the authorities of this system".to_owned()),
         };
-        let verifier = Verifier::new(authorities, source.clone()).ok_or_else(|| RegistryError::Certificate {
+        let verifier = Verifier::new(authorities, source.clone()).ok_or_else(|| EtcdError::Certificate {
             subject: source,
             problem: "none is there that can be used; give the one that signed etcd's with --etcd-cafile".to_owned(),
         })?;
         let config = ClientConfig::builder_with_provider(PROVIDER.clone())
             .with_safe_default_protocol_versions()
-            .map_err(|error| RegistryError::Certificate { subject: "TLS".to_owned(), problem: error.to_string() })?
+            .map_err(|error| EtcdError::Certificate { subject: "TLS".to_owned(), problem: error.to_string() })?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier));
         let identity = options.identity.as_ref().map(|(chain, key)| identity(chain, key)).transpose()?;
@@ -58,16 +58,16 @@ impl Tls {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, RegistryError> {
-    fs::read(path).map_err(|source| RegistryError::File { path: path.to_owned(), source })
+fn read(path: &Path) -> Result<Vec<u8>, EtcdError> {
+    fs::read(path).map_err(|source| EtcdError::File { path: path.to_owned(), source })
 }
 
-fn unusable(path: &Path, problem: impl Into<String>) -> RegistryError {
-    RegistryError::Certificate { subject: path.display().to_string(), problem: problem.into() }
+fn unusable(path: &Path, problem: impl Into<String>) -> EtcdError {
+    EtcdError::Certificate { subject: path.display().to_string(), problem: problem.into() }
 }
 
 /// All certificates of a file; what else is in it, or around them, is passed over.
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, RegistryError> {
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, EtcdError> {
     let text = read(path)?;
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
     let certificates = certificates.map_err(|error| unusable(path, format!("its PEM is damaged: {error}")))?;
@@ -79,7 +79,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, RegistryErr
     Ok(certificates)
 }
 
-fn identity(chain: &Path, key: &Path) -> Result<CertifiedKey, RegistryError> {
+fn identity(chain: &Path, key: &Path) -> Result<CertifiedKey, EtcdError> {
     let certificates = certificates(chain)?;
     let text = read(key)?;
     let contains = |needle: &str| text.windows(needle.len()).any(|window| window == needle.as_bytes());

@@ -4,10 +4,10 @@ use etcd_client::{Client, EventType, KeyValue, WatchOptions, WatchResponse, Watc
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-use super::{MAX_ANSWER, Read, Registry, RegistryError};
+use super::{Etcd, EtcdError, MAX_ANSWER, Read, Stored};
 use crate::{
     health::Heartbeat,
-    registry::{ResyncCause, Update},
+    registry::{PassedOver, ResyncCause, Update},
     retry,
 };
 
@@ -16,7 +16,7 @@ const CALL: &str = "watch the leases";
 /// The watch ended.
 struct Gap {
     cause: ResyncCause,
-    error: RegistryError,
+    error: EtcdError,
 }
 
 /// What was seen last.
@@ -26,7 +26,7 @@ struct Position {
     revision: i64,
 }
 
-impl Registry {
+impl Etcd {
     /// Reports the whole table and then every change to it, for ever. Each gap in the changes, whatever its cause, ends
     /// in a fresh snapshot. Returns when nobody receives any more.
     pub async fn watch(mut self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
@@ -60,8 +60,8 @@ impl Registry {
         back_off: &mut retry::BackOff,
         heartbeat: &Heartbeat,
     ) -> Result<(), Gap> {
-        let snapshot = self.snapshot().await.map_err(|error| Gap { cause: error.resync_cause(), error })?;
-        let (cluster_id, revision) = (snapshot.cluster_id, snapshot.revision);
+        let table = self.table().await.map_err(|error| Gap { cause: error.resync_cause(), error })?;
+        let (cluster_id, revision) = (table.cluster_id, table.revision);
         let cause = cause.take().unwrap_or(ResyncCause::Connection);
         let cause = match position.replace(Position { cluster_id, revision }) {
             Some(before) if before.cluster_id != cluster_id => {
@@ -77,7 +77,7 @@ impl Registry {
             }
             _ => cause,
         };
-        if updates.send(Update::Snapshot(snapshot, cause)).await.is_err() {
+        if updates.send(Update::Snapshot(table.into(), cause)).await.is_err() {
             return Ok(());
         }
         let client = self.client().await.map_err(|error| Gap { cause: error.resync_cause(), error })?;
@@ -129,7 +129,7 @@ impl Registry {
     fn put(&self, kv: &KeyValue) -> Option<Update> {
         match self.read(kv) {
             Read::Config(value) => Some(Update::Config(Some(value))),
-            Read::Lease(entry) => Some(Update::Set(Box::new(entry))),
+            Read::Lease(lease) => Some(Update::Set(Box::new(lease.into()))),
             Read::PassedOver(passed_over) => Some(Update::PassedOver(passed_over)),
             Read::Foreign => None,
         }
@@ -139,11 +139,10 @@ impl Registry {
         // A deletion has the key only, so that every lease's is read as one without a usable value.
         match self.read(kv) {
             Read::Config(_) => Some(Update::Config(None)),
-            Read::Lease(entry) => Some(Update::Removed(entry.key, kv.mod_revision())),
-            Read::PassedOver(passed_over) => Some(match passed_over.key {
-                Some(key) => Update::Removed(key, kv.mod_revision()),
-                None => Update::PassedOverRemoved(passed_over.name),
-            }),
+            Read::Lease(Stored { key, .. }) | Read::PassedOver(PassedOver { key: Some(key), .. }) => {
+                Some(Update::Removed { key, name: key.to_string(), revision: kv.mod_revision() })
+            }
+            Read::PassedOver(passed_over) => Some(Update::PassedOverRemoved(passed_over.name)),
             Read::Foreign => {
                 debug!("a key that is not ours was deleted");
                 None

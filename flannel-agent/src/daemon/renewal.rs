@@ -17,27 +17,24 @@ use crate::{
     config::NetworkConfig,
     health::Heartbeat,
     lease::OwnDeletion,
-    registry::{
-        LeaseRequest, OwnLease, Standing,
-        etcd::{Registry, RegistryError},
-    },
+    registry::{LeaseRequest, OwnLease, OwnLeaseState, Registry, RegistryError},
     retry,
 };
 
 /// How long a host waits that found another living one with its address, before it looks whether that is gone.
 pub(super) const CLAIM_PERIOD: Duration = Duration::from_secs(10);
-/// For how long the lease table is waited for, before etcd is asked again.
+/// For how long the lease table is waited for, before the store is asked again.
 const JUDGEMENT_TIME: Duration = Duration::from_secs(15);
 
 /// What becomes of the own lease.
 #[derive(Debug)]
-pub(super) enum TenancyEvent {
+pub(super) enum RenewalEvent {
     /// It is kept for another term.
     Renewed,
     /// Another host claims it, and was answered.
     Claimed,
     /// It ended; another one is being taken.
-    Lost(Standing),
+    Lost(OwnLeaseState),
     /// Another living host has this one's address, and with it the lease.
     Contested(RegistryError),
     /// This one is held from now on. It may be the one before.
@@ -57,7 +54,7 @@ enum End {
     /// Somebody deleted it, and nothing else.
     Revoked,
     /// It is to be taken again, or another.
-    Lost(Standing),
+    Lost(OwnLeaseState),
 }
 
 /// Why no lease can be taken.
@@ -74,7 +71,7 @@ impl From<RegistryError> for Refusal {
 }
 
 /// Who keeps the lease.
-pub(super) struct Tenant {
+pub(super) struct LeaseHolder {
     pub(super) registry: Registry,
     pub(super) request: LeaseRequest,
     /// The lease that this host has, or had last.
@@ -88,24 +85,24 @@ pub(super) struct Tenant {
     pub(super) renew_interval: Duration,
     /// Somebody saw in the table what does not go with holding the lease.
     pub(super) doubt: Arc<Notify>,
-    pub(super) events: mpsc::Sender<TenancyEvent>,
+    pub(super) events: mpsc::Sender<RenewalEvent>,
     pub(super) heartbeat: Heartbeat,
 }
 
-impl Tenant {
+impl LeaseHolder {
     /// Keeps the lease, which the store has or is to be asked for. Returns when there is nothing more to keep, or nobody
     /// to tell.
     pub(super) async fn keep(mut self, mut is_held: bool) {
         loop {
             if !is_held && let Err(differences) = self.take().await {
-                return self.tell(TenancyEvent::OtherConfig(differences)).await;
+                return self.tell(RenewalEvent::OtherConfig(differences)).await;
             }
             match self.hold().await {
                 End::Unheard => return,
-                End::Revoked => return self.tell(TenancyEvent::Revoked).await,
-                End::Lost(standing) => {
-                    self.request.is_contested = matches!(standing, Standing::Contested(_));
-                    self.tell(TenancyEvent::Lost(standing)).await;
+                End::Revoked => return self.tell(RenewalEvent::Revoked).await,
+                End::Lost(state) => {
+                    self.request.is_contested = matches!(state, OwnLeaseState::Contested(_));
+                    self.tell(RenewalEvent::Lost(state)).await;
                 }
             }
             is_held = false;
@@ -124,12 +121,12 @@ impl Tenant {
                 Ok(lease) => {
                     self.request.is_contested = false;
                     self.lease = lease.clone();
-                    self.tell(TenancyEvent::Taken(lease)).await;
+                    self.tell(RenewalEvent::Taken(lease)).await;
                     return Ok(());
                 }
                 Err(Refusal::OtherConfig(differences)) => return Err(differences),
-                Err(Refusal::Registry(error @ RegistryError::Contested { .. })) => {
-                    self.tell(TenancyEvent::Contested(error)).await;
+                Err(Refusal::Registry(error @ RegistryError::Contested(_))) => {
+                    self.tell(RenewalEvent::Contested(error)).await;
                     self.heartbeat.during(sleep(CLAIM_PERIOD)).await;
                 }
                 // Nothing is final: what worked at the start may work again, a certificate that is being replaced for one.
@@ -149,8 +146,8 @@ impl Tenant {
         }
         // None can be taken for the datapath that there is. But one that the store has still is this host's still.
         let mut lease = self.lease.clone();
-        match self.registry.standing(&mut lease, &self.request).await? {
-            Standing::Held | Standing::Claimed => Ok(lease),
+        match self.registry.renew(&mut lease, &self.request).await? {
+            OwnLeaseState::Held | OwnLeaseState::Claimed => Ok(lease),
             _ => Err(Refusal::OtherConfig(self.network.differences(&now))),
         }
     }
@@ -175,28 +172,28 @@ impl Tenant {
                 continue;
             }
             let before = self.lease.clone();
-            match self.registry.standing(&mut self.lease, &self.request).await {
-                Ok(standing @ (Standing::Held | Standing::Claimed)) => {
+            match self.registry.renew(&mut self.lease, &self.request).await {
+                Ok(state @ (OwnLeaseState::Held | OwnLeaseState::Claimed)) => {
                     debug!("lease {} renewed", self.lease.key);
-                    if self.lease.etcd_lease != before.etcd_lease {
-                        self.tell(TenancyEvent::Taken(self.lease.clone())).await;
+                    if !self.lease.has_grant_of(&before) {
+                        self.tell(RenewalEvent::Taken(self.lease.clone())).await;
                     }
-                    let is_claimed = standing == Standing::Claimed;
-                    self.tell(if is_claimed { TenancyEvent::Claimed } else { TenancyEvent::Renewed }).await;
+                    let is_claimed = state == OwnLeaseState::Claimed;
+                    self.tell(if is_claimed { RenewalEvent::Claimed } else { RenewalEvent::Renewed }).await;
                     back_off.reset();
                     delay = self.renew_interval;
                     deletion = None;
                 }
                 // Still gone after all that went with it was looked at.
-                Ok(Standing::Deleted) if deletion == Some(OwnDeletion::Alone) => return End::Revoked,
-                Ok(Standing::Deleted) => {
+                Ok(OwnLeaseState::Deleted) if deletion == Some(OwnDeletion::Alone) => return End::Revoked,
+                Ok(OwnLeaseState::Deleted) => {
                     deletion = self.judged().await;
                     if deletion == Some(OwnDeletion::WithOthers) {
-                        return End::Lost(Standing::Deleted);
+                        return End::Lost(OwnLeaseState::Deleted);
                     }
                     delay = Duration::ZERO;
                 }
-                Ok(standing) => return End::Lost(standing),
+                Ok(state) => return End::Lost(state),
                 Err(error) => {
                     delay = back_off.delay();
                     warn!("{error}; renewing the lease again in {delay:?}");
@@ -209,7 +206,7 @@ impl Tenant {
     /// lease again.
     async fn judged(&self) -> Option<OwnDeletion> {
         let (sender, answer) = oneshot::channel();
-        self.tell(TenancyEvent::Deleted(sender)).await;
+        self.tell(RenewalEvent::Deleted(sender)).await;
         self.heartbeat.during(timeout(JUDGEMENT_TIME, answer)).await.ok()?.ok()
     }
 
@@ -228,7 +225,7 @@ impl Tenant {
         Ok(())
     }
 
-    async fn tell(&self, event: TenancyEvent) {
+    async fn tell(&self, event: RenewalEvent) {
         // Where nobody listens, the process ends.
         let _ended = self.events.send(event).await;
     }

@@ -13,7 +13,7 @@
 //! * **Answer.** The agent that holds the lease sees by its watch that the version is one more than it knows, and writes
 //!   the same twice.
 //! * **Outcome.** Where the revision has changed within [`ANSWER_TIME`], somebody lives: the claimant writes nothing more,
-//!   says so ([`RegistryError::Contested`]), and claims again after a while. Else it goes on as flannel does, on condition
+//!   says so ([`Contested`]), and claims again after a while. Else it goes on as flannel does, on condition
 //!   that the revision is still that of its claim, so that an answer that is late counts too.
 //!
 //! Answers are told from claims by their two writes, so that they can't alternate: a holder that sees one, since it took
@@ -29,11 +29,11 @@ use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::{Read, Registry, RegistryError};
+use super::{Etcd, EtcdError, Read, Stored, Table};
 use crate::{
     config::NetworkConfig,
     lease::{LeaseAttributes, LeaseKey, MacAddress, allocate, is_allocatable},
-    registry::{Entry, LeaseRequest, OwnLease, Snapshot, Standing},
+    registry::{Contested, Grant, LeaseRequest, OwnLease, OwnLeaseState},
 };
 
 /// For how long an answer to a claim is waited for, ...
@@ -45,97 +45,101 @@ const ANSWER_WRITES: usize = 2;
 /// How often an acquisition that lost a race begins again before it is given back to the caller's back-off.
 const ACQUIRE_TRIES: usize = 10;
 
-impl Registry {
+impl Etcd {
     /// Takes a lease: this host's own, else the subnet it had before, else a free one, as flannel does.
     ///
     /// # Errors
-    /// [`RegistryError::OutOfSubnets`], [`RegistryError::LostRaces`] or [`RegistryError::Call`].
-    pub async fn acquire(&mut self, config: &NetworkConfig, request: &LeaseRequest) -> Result<OwnLease, RegistryError> {
+    /// [`EtcdError::OutOfSubnets`], [`EtcdError::LostRaces`] or [`EtcdError::Call`].
+    pub async fn acquire(&mut self, config: &NetworkConfig, request: &LeaseRequest) -> Result<OwnLease, EtcdError> {
         for _ in 0..ACQUIRE_TRIES {
             if let Some(lease) = self.try_acquire(config, request).await? {
                 return Ok(lease);
             }
         }
-        Err(RegistryError::LostRaces)
+        Err(EtcdError::LostRaces)
     }
 
     /// Keeps the lease for another term if it is still this host's, and says how it stands with it. Claims of others are
     /// answered.
     ///
     /// # Errors
-    /// [`RegistryError::Call`].
-    pub async fn standing(&mut self, lease: &mut OwnLease, request: &LeaseRequest) -> Result<Standing, RegistryError> {
+    /// [`EtcdError::Call`].
+    pub async fn renew(&mut self, lease: &mut OwnLease, request: &LeaseRequest) -> Result<OwnLeaseState, EtcdError> {
         let key = self.lease_key(&lease.key);
         let response = self.client().await?.get(key.as_str(), None).await;
         let response = response.map_err(|error| self.failed("read the own lease", &error))?;
         let Some(kv) = response.kvs().first() else {
             // Whose etcd lease still runs, or never did, has had the key deleted by hand. But a store without a config
             // has lost more than that.
-            let is_alive = self.keep_alive(lease.etcd_lease).await?;
-            let has_config = !matches!(self.network_config().await, Err(RegistryError::NoConfig(_)));
-            return Ok(if is_alive && has_config { Standing::Deleted } else { Standing::Expired });
+            let is_alive = self.keep_alive(lease.grant.etcd_lease()).await?;
+            let has_config = !matches!(self.network_config().await, Err(EtcdError::NoConfig(_)));
+            return Ok(if is_alive && has_config { OwnLeaseState::Deleted } else { OwnLeaseState::Expired });
         };
         let value = self.value(request, lease.vtep_mac);
         let entry = match self.read(kv) {
             Read::Lease(entry) => entry,
             // Somebody damaged it. It goes with our etcd lease still, so it is ours to mend.
-            _ if kv.lease() == lease.etcd_lease => {
+            _ if kv.lease() == lease.grant.etcd_lease() => {
                 let conditions = [
                     Compare::mod_revision(kv.key(), CompareOp::Equal, kv.mod_revision()),
-                    Compare::lease(kv.key(), CompareOp::Equal, lease.etcd_lease),
+                    Compare::lease(kv.key(), CompareOp::Equal, lease.grant.etcd_lease()),
                 ];
                 warn!("somebody overwrote our lease of {} with what is none; it is written again", lease.key.subnet);
-                if self.put_if(&conditions, key, value, lease.etcd_lease).await?.is_some() {
+                if self.put_if(&conditions, key, value, lease.grant.etcd_lease()).await?.is_some() {
                     lease.version = kv.version() + 1;
                 }
-                return Ok(if self.keep_alive(lease.etcd_lease).await? { Standing::Held } else { Standing::Expired });
+                return Ok(if self.keep_alive(lease.grant.etcd_lease()).await? {
+                    OwnLeaseState::Held
+                } else {
+                    OwnLeaseState::Expired
+                });
             }
-            _ => return Ok(Standing::Expired),
+            _ => return Ok(OwnLeaseState::Expired),
         };
         if entry.attributes.public_ip != request.public_ip {
-            return Ok(Standing::Taken(entry.attributes.public_ip));
+            return Ok(OwnLeaseState::Taken(entry.attributes.public_ip));
         }
         match entry.attributes.vxlan_data() {
             Ok(data) if data.vtep_mac == lease.vtep_mac => {}
-            Ok(data) => return Ok(Standing::Contested(data.vtep_mac)),
-            Err(_) => return Ok(Standing::Expired),
+            Ok(data) => return Ok(OwnLeaseState::Contested(data.vtep_mac)),
+            Err(_) => return Ok(OwnLeaseState::Expired),
         }
-        if entry.etcd_lease != lease.etcd_lease || entry.value != value.as_bytes() {
+        if entry.etcd_lease != lease.grant.etcd_lease() || entry.value != value.as_bytes() {
             // Ours, but written anew: to be adopted like any that a start finds.
             let request = LeaseRequest { vtep_mac: Some(lease.vtep_mac), ..request.clone() };
-            let Some(adopted) = self.adopt(&request, &entry).await? else { return Ok(Standing::Expired) };
+            let Some(adopted) = self.adopt(&request, &entry).await? else { return Ok(OwnLeaseState::Expired) };
             *lease = adopted;
-            return Ok(Standing::Held);
+            return Ok(OwnLeaseState::Held);
         }
-        if !self.keep_alive(lease.etcd_lease).await? {
-            return Ok(Standing::Expired);
+        if !self.keep_alive(lease.grant.etcd_lease()).await? {
+            return Ok(OwnLeaseState::Expired);
         }
         match entry.version - lease.version {
-            1 if lease.version != 0 => self.answer(lease, &entry).await.map(|()| Standing::Claimed),
+            1 if lease.version != 0 => self.answer(lease, &entry).await.map(|()| OwnLeaseState::Claimed),
             2.. if lease.version != 0 => match self.claim(request, &entry, lease.vtep_mac).await {
                 Ok(Some(_)) => {
                     lease.version = entry.version + 1;
-                    Ok(Standing::Held)
+                    Ok(OwnLeaseState::Held)
                 }
-                Ok(None) => Ok(Standing::Expired),
-                Err(RegistryError::Contested { vtep_mac, .. }) => Ok(Standing::Contested(vtep_mac)),
+                Ok(None) => Ok(OwnLeaseState::Expired),
+                Err(EtcdError::Contested(Contested { vtep_mac, .. })) => Ok(OwnLeaseState::Contested(vtep_mac)),
                 Err(error) => Err(error),
             },
             // Less than it was: the store went back.
             _ => {
                 lease.version = entry.version;
-                Ok(Standing::Held)
+                Ok(OwnLeaseState::Held)
             }
         }
     }
 
     /// Tells whoever claimed the lease that a living host has it.
-    async fn answer(&mut self, lease: &mut OwnLease, claim: &Entry) -> Result<(), RegistryError> {
+    async fn answer(&mut self, lease: &mut OwnLease, claim: &Stored) -> Result<(), EtcdError> {
         let key = self.lease_key(&lease.key);
         let (mut revision, mut version) = (claim.mod_revision, claim.version);
         for _ in 0..ANSWER_WRITES {
             let unchanged = [Compare::mod_revision(key.as_str(), CompareOp::Equal, revision)];
-            let written = self.put_if(&unchanged, key.clone(), claim.value.clone(), lease.etcd_lease).await?;
+            let written = self.put_if(&unchanged, key.clone(), claim.value.clone(), lease.grant.etcd_lease()).await?;
             // Where somebody else wrote meanwhile, the watch tells of it.
             let Some(written) = written else { break };
             (revision, version) = (written, version + 1);
@@ -147,28 +151,28 @@ impl Registry {
     /// Has the lease name another address of this host. `false` where it is not as this host wrote it, and left so.
     ///
     /// # Errors
-    /// [`RegistryError::Call`].
+    /// [`EtcdError::Call`].
     pub async fn announce(
         &mut self,
         lease: &mut OwnLease,
         request: &LeaseRequest,
         public_ip: Ipv4Addr,
-    ) -> Result<bool, RegistryError> {
+    ) -> Result<bool, EtcdError> {
         let key = self.lease_key(&lease.key);
         let before = self.value(request, lease.vtep_mac);
         let unchanged = [
             Compare::value(key.as_str(), CompareOp::Equal, before),
-            Compare::lease(key.as_str(), CompareOp::Equal, lease.etcd_lease),
+            Compare::lease(key.as_str(), CompareOp::Equal, lease.grant.etcd_lease()),
         ];
         let request = LeaseRequest { public_ip, ..request.clone() };
         let value = self.value(&request, lease.vtep_mac);
-        let written = self.put_if(&unchanged, key, value, lease.etcd_lease).await?;
+        let written = self.put_if(&unchanged, key, value, lease.grant.etcd_lease()).await?;
         lease.version += i64::from(written.is_some());
         Ok(written.is_some())
     }
 
     /// Keeps an etcd lease for another term. `false` where etcd no longer has it.
-    async fn keep_alive(&mut self, etcd_lease: i64) -> Result<bool, RegistryError> {
+    async fn keep_alive(&mut self, etcd_lease: i64) -> Result<bool, EtcdError> {
         if etcd_lease == 0 {
             return Ok(true);
         }
@@ -185,13 +189,13 @@ impl Registry {
         &mut self,
         config: &NetworkConfig,
         request: &LeaseRequest,
-    ) -> Result<Option<OwnLease>, RegistryError> {
-        let Snapshot { entries, passed_over, .. } = self.snapshot().await?;
+    ) -> Result<Option<OwnLease>, EtcdError> {
+        let Table { leases: entries, passed_over, .. } = self.table().await?;
         let mut given_up = None;
         let mut named: Vec<_> =
             entries.iter().filter(|entry| entry.attributes.public_ip == request.public_ip).collect();
         // Where another host has the address too, there may be a lease of each.
-        named.sort_by_key(|entry| request.vtep_mac.is_none() || entry.announced_mac() != request.vtep_mac);
+        named.sort_by_key(|entry| request.vtep_mac.is_none() || entry.attributes.announced_mac() != request.vtep_mac);
         for own in named {
             if is_allocatable(config, own.key.subnet) && own.key.ipv6_subnet.is_none() {
                 return self.adopt(request, own).await;
@@ -217,14 +221,14 @@ impl Registry {
         let subnet = previous
             .or_else(|| allocate(config, avoided(), &mut rand::rng()))
             .or_else(|| allocate(config, taken(), &mut rand::rng()))
-            .ok_or(RegistryError::OutOfSubnets(config.network))?;
+            .ok_or(EtcdError::OutOfSubnets(config.network))?;
         self.create(request, subnet.into()).await
     }
 
     /// Goes on with a lease that is this host's already.
-    async fn adopt(&mut self, request: &LeaseRequest, own: &Entry) -> Result<Option<OwnLease>, RegistryError> {
+    async fn adopt(&mut self, request: &LeaseRequest, own: &Stored) -> Result<Option<OwnLease>, EtcdError> {
         // A device that is gone (a reboot) is made again with the MAC that the peers know.
-        let announced = own.announced_mac();
+        let announced = own.attributes.announced_mac();
         let vtep_mac = request.vtep_mac.or(announced).unwrap_or_else(|| MacAddress::random(&mut rand::rng()));
         let value = self.value(request, vtep_mac);
         if !self.keep_alive(own.etcd_lease).await? {
@@ -235,7 +239,7 @@ impl Registry {
         // A reservation stays one. A lease of another term is exchanged for one of ours.
         let has_term = own.etcd_lease == 0 || self.granted(own.etcd_lease).await? == request.ttl;
         if has_term && own.value == value.as_bytes() {
-            return Ok(Some(OwnLease { key: own.key, vtep_mac, etcd_lease: own.etcd_lease, version }));
+            return Ok(Some(OwnLease { key: own.key, vtep_mac, grant: Grant::EtcdLease(own.etcd_lease), version }));
         }
         let etcd_lease = if has_term { own.etcd_lease } else { self.grant(request.ttl).await? };
         let key = self.lease_key(&own.key);
@@ -244,13 +248,18 @@ impl Registry {
             Compare::lease(key.as_str(), CompareOp::Equal, own.etcd_lease),
         ];
         let written = self.put_if(&unchanged, key, value, etcd_lease).await?;
-        Ok(written.map(|_| OwnLease { key: own.key, vtep_mac, etcd_lease, version: version + 1 }))
+        Ok(written.map(|_| OwnLease {
+            key: own.key,
+            vtep_mac,
+            grant: Grant::EtcdLease(etcd_lease),
+            version: version + 1,
+        }))
     }
 
     /// Makes sure that a lease which names this host's address is not held by another. The revision that it has then,
     /// [`None`] where it is gone or another's by now.
-    async fn confirm(&mut self, request: &LeaseRequest, own: &Entry) -> Result<Option<i64>, RegistryError> {
-        match own.announced_mac() {
+    async fn confirm(&mut self, request: &LeaseRequest, own: &Stored) -> Result<Option<i64>, EtcdError> {
+        match own.attributes.announced_mac() {
             Some(mac) if request.is_contested || request.vtep_mac != Some(mac) => self.claim(request, own, mac).await,
             // No vxlan host wrote it, or this one did.
             _ => Ok(Some(own.mod_revision)),
@@ -262,9 +271,9 @@ impl Registry {
     async fn claim(
         &mut self,
         request: &LeaseRequest,
-        own: &Entry,
+        own: &Stored,
         announced: MacAddress,
-    ) -> Result<Option<i64>, RegistryError> {
+    ) -> Result<Option<i64>, EtcdError> {
         let (subnet, public_ip) = (own.key.subnet, request.public_ip);
         info!("the lease of {subnet} names {public_ip} with another MAC, {announced}: asking whether that host lives");
         let key = self.lease_key(&own.key);
@@ -281,8 +290,8 @@ impl Registry {
             }
             return match self.read(kv) {
                 Read::Lease(entry) if entry.attributes.public_ip == public_ip => {
-                    let vtep_mac = entry.announced_mac().unwrap_or(announced);
-                    Err(RegistryError::Contested { public_ip, subnet, vtep_mac })
+                    let vtep_mac = entry.attributes.announced_mac().unwrap_or(announced);
+                    Err(Contested { public_ip, subnet, vtep_mac }.into())
                 }
                 _ => Ok(None),
             };
@@ -291,13 +300,13 @@ impl Registry {
         Ok(Some(claim))
     }
 
-    async fn create(&mut self, request: &LeaseRequest, key: LeaseKey) -> Result<Option<OwnLease>, RegistryError> {
+    async fn create(&mut self, request: &LeaseRequest, key: LeaseKey) -> Result<Option<OwnLease>, EtcdError> {
         let vtep_mac = request.vtep_mac.unwrap_or_else(|| MacAddress::random(&mut rand::rng()));
         let etcd_lease = self.grant(request.ttl).await?;
         let name = self.lease_key(&key);
         let absent = [Compare::version(name.as_str(), CompareOp::Equal, 0)];
         if self.put_if(&absent, name, self.value(request, vtep_mac), etcd_lease).await?.is_some() {
-            return Ok(Some(OwnLease { key, vtep_mac, etcd_lease, version: 1 }));
+            return Ok(Some(OwnLease { key, vtep_mac, grant: Grant::EtcdLease(etcd_lease), version: 1 }));
         }
         // Nothing hangs on it: it ends by itself.
         if let Err(error) = self.client().await?.lease_revoke(etcd_lease).await {
@@ -310,14 +319,14 @@ impl Registry {
         LeaseAttributes::vxlan(request.public_ip, request.vni.get(), vtep_mac).to_json()
     }
 
-    async fn grant(&mut self, ttl: Duration) -> Result<i64, RegistryError> {
+    async fn grant(&mut self, ttl: Duration) -> Result<i64, EtcdError> {
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
         let granted = self.client().await?.lease_grant(seconds, None).await;
         Ok(granted.map_err(|error| self.failed("grant an etcd lease", &error))?.id())
     }
 
     /// The term of an etcd lease.
-    async fn granted(&mut self, etcd_lease: i64) -> Result<Duration, RegistryError> {
+    async fn granted(&mut self, etcd_lease: i64) -> Result<Duration, EtcdError> {
         let answer = self.client().await?.lease_time_to_live(etcd_lease, None).await;
         let answer = answer.map_err(|error| self.failed("read the lease's term", &error))?;
         Ok(Duration::from_secs(u64::try_from(answer.granted_ttl()).unwrap_or(0)))
@@ -330,7 +339,7 @@ impl Registry {
         key: String,
         value: impl Into<Vec<u8>>,
         etcd_lease: i64,
-    ) -> Result<Option<i64>, RegistryError> {
+    ) -> Result<Option<i64>, EtcdError> {
         let options = (etcd_lease != 0).then(|| PutOptions::new().with_lease(etcd_lease));
         let txn = Txn::new().when(conditions).and_then([TxnOp::put(key, value, options)]);
         let response = self.client().await?.txn(txn).await;
@@ -339,7 +348,7 @@ impl Registry {
         Ok(response.succeeded().then_some(revision))
     }
 
-    async fn delete(&mut self, entry: &Entry) -> Result<(), RegistryError> {
+    async fn delete(&mut self, entry: &Stored) -> Result<(), EtcdError> {
         let key = self.lease_key(&entry.key);
         let unchanged = Compare::create_revision(key.as_str(), CompareOp::Equal, entry.create_revision);
         let txn = Txn::new().when([unchanged]).and_then([TxnOp::delete(key, None)]);

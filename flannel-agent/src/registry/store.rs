@@ -1,0 +1,220 @@
+//! What every store does.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::{
+    Contested, LeaseRequest, OwnLease, OwnLeaseState, ResyncCause, Snapshot, Update,
+    etcd::{Etcd, EtcdError, EtcdOptions},
+};
+use crate::{config::NetworkConfig, health::Heartbeat};
+
+/// Which store it is, for texts only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoreKind {
+    /// etcd.
+    #[default]
+    Etcd,
+}
+
+impl fmt::Display for StoreKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Etcd => "etcd",
+        })
+    }
+}
+
+/// How the store is reached.
+#[derive(Clone, Debug)]
+pub enum StoreOptions {
+    /// etcd.
+    Etcd(EtcdOptions),
+}
+
+impl StoreOptions {
+    /// URLs of the servers that this host must reach.
+    pub fn endpoints(self) -> Vec<String> {
+        match self {
+            Self::Etcd(options) => options.endpoints,
+        }
+    }
+}
+
+/// The store could not be used as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// The lease is another's.
+    #[error(transparent)]
+    Contested(#[from] Contested),
+    /// etcd.
+    #[error(transparent)]
+    Etcd(EtcdError),
+}
+
+impl From<EtcdError> for RegistryError {
+    fn from(error: EtcdError) -> Self {
+        match error {
+            EtcdError::Contested(contested) => Self::Contested(contested),
+            error => Self::Etcd(error),
+        }
+    }
+}
+
+impl RegistryError {
+    /// Whether trying again can't help.
+    pub const fn is_final(&self) -> bool {
+        match self {
+            Self::Contested(_) => false,
+            Self::Etcd(error) => error.is_final(),
+        }
+    }
+
+    /// Whether the store did not answer, or has no config that can be used: what was known before still counts then.
+    pub const fn is_away(&self) -> bool {
+        match self {
+            Self::Contested(_) => false,
+            Self::Etcd(error) => error.is_away(),
+        }
+    }
+
+    /// Whether something of this host's own is to blame: a flag, or a file that one names.
+    pub const fn is_misconfiguration(&self) -> bool {
+        match self {
+            Self::Contested(_) => false,
+            Self::Etcd(error) => error.is_misconfiguration(),
+        }
+    }
+}
+
+/// The lease table, in whichever store it is. Connects when it has to, and anew after a failure.
+#[derive(Clone)]
+pub struct Registry {
+    store: Store,
+}
+
+#[derive(Clone)]
+enum Store {
+    Etcd(Etcd),
+}
+
+impl Registry {
+    /// Checks how the store is to be reached; asks nothing of it yet.
+    ///
+    /// # Errors
+    /// [`RegistryError`], where something on this host is not as it should be.
+    pub fn new(options: StoreOptions) -> Result<Self, RegistryError> {
+        let store = match options {
+            StoreOptions::Etcd(options) => Store::Etcd(Etcd::new(options)?),
+        };
+        Ok(Self { store })
+    }
+
+    /// Which store it is.
+    pub const fn kind(&self) -> StoreKind {
+        match &self.store {
+            Store::Etcd(_) => StoreKind::Etcd,
+        }
+    }
+
+    /// A name for this lease table; for the same one it is the same.
+    pub fn identity(&self) -> &str {
+        match &self.store {
+            Store::Etcd(etcd) => etcd.prefix(),
+        }
+    }
+
+    /// Where the network configuration is, for texts.
+    pub fn config_place(&self) -> String {
+        match &self.store {
+            Store::Etcd(_) => StoreKind::Etcd.to_string(),
+        }
+    }
+
+    /// Makes the next call on a fresh connection: one from an address that this host no longer has hangs.
+    pub fn disconnect(&mut self) {
+        match &mut self.store {
+            Store::Etcd(etcd) => etcd.disconnect(),
+        }
+    }
+
+    /// Reads and checks the network configuration. As it is there, it comes with it.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub async fn network_config(&mut self) -> Result<(NetworkConfig, Vec<u8>), RegistryError> {
+        Ok(match &mut self.store {
+            Store::Etcd(etcd) => etcd.network_config().await?,
+        })
+    }
+
+    /// Checks the network configuration.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub fn parse_config(&self, value: &[u8]) -> Result<NetworkConfig, RegistryError> {
+        Ok(match &self.store {
+            Store::Etcd(etcd) => etcd.parse_config(value)?,
+        })
+    }
+
+    /// Takes this host's lease.
+    ///
+    /// # Errors
+    /// [`RegistryError::Contested`] where another living host has it; or what keeps it from being taken.
+    pub async fn acquire(&mut self, config: &NetworkConfig, request: &LeaseRequest) -> Result<OwnLease, RegistryError> {
+        Ok(match &mut self.store {
+            Store::Etcd(etcd) => etcd.acquire(config, request).await?,
+        })
+    }
+
+    /// Keeps the lease for another term where it is still this host's, and says how it stands with it.
+    ///
+    /// # Errors
+    /// [`RegistryError`], where that can't be told.
+    pub async fn renew(
+        &mut self,
+        lease: &mut OwnLease,
+        request: &LeaseRequest,
+    ) -> Result<OwnLeaseState, RegistryError> {
+        Ok(match &mut self.store {
+            Store::Etcd(etcd) => etcd.renew(lease, request).await?,
+        })
+    }
+
+    /// Has the lease name another address of this host. `false` where it is not as this host wrote it, and left so.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub async fn announce(
+        &mut self,
+        lease: &mut OwnLease,
+        request: &LeaseRequest,
+        public_ip: std::net::Ipv4Addr,
+    ) -> Result<bool, RegistryError> {
+        Ok(match &mut self.store {
+            Store::Etcd(etcd) => etcd.announce(lease, request, public_ip).await?,
+        })
+    }
+
+    /// Network configuration and leases at one moment.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub async fn snapshot(&mut self) -> Result<Snapshot, RegistryError> {
+        Ok(match &mut self.store {
+            Store::Etcd(etcd) => etcd.snapshot().await?,
+        })
+    }
+
+    /// Reports the whole table and then every change to it, for ever. Each gap in the changes, whatever its cause, ends
+    /// in a fresh snapshot. Returns when nobody receives any more.
+    pub async fn watch(self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
+        match self.store {
+            Store::Etcd(etcd) => etcd.watch(cause, updates, heartbeat).await,
+        }
+    }
+}
