@@ -96,11 +96,6 @@ fn what_is_refused_is_named_as_it_was_written() {
     for (arguments, message) in [
         (&["-ifac=eth0"][..], "unknown flag -ifac (did you mean -iface?); flannel-agent --help lists them"),
         (
-            &["-kube-subnet-mgr"],
-            "-kube-subnet-mgr: leases from the Kubernetes API are not supported by this agent; leave it out, or set it to \
-             false, for leases from etcd",
-        ),
-        (
             &["--public-ipv6=fd00::1"],
             "--public-ipv6: IPv6 between hosts is not supported by this agent; leave it out, or empty",
         ),
@@ -156,7 +151,7 @@ fn a_variable_that_can_t_be_used_is_said_and_passed_over() {
     for said in [
         "invalid value \"nonsense\" for FLANNELD_PUBLIC_IP: expected an IPv4 address, as in 192.168.64.1; going on without it",
         "invalid value \"5s\" for FLANNELD_IPTABLES_RESYNC: expected a number from 1 to 4294967295; going on without it",
-        "FLANNELD_KUBE_API_URL has no effect without leases from the Kubernetes API, as with flannel",
+        "FLANNELD_KUBE_API_URL has no effect without --kube-subnet-mgr, as with flannel",
     ] {
         assert!(log.contains(said), "{said}: {log}");
     }

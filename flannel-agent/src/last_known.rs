@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::{
     atomic_file::{self, WriteError},
     lease::Peer,
-    registry::OwnLease,
+    registry::{HostAddresses, OwnLease},
 };
 
 const SUFFIX: &str = ".leases";
@@ -31,6 +31,9 @@ pub struct LastKnown {
     pub prefix: String,
     /// The address that this host was published with.
     pub public_ip: Ipv4Addr,
+    /// What the store said of this host's addresses.
+    #[serde(default, skip_serializing_if = "HostAddresses::is_empty")]
+    pub host: HostAddresses,
     /// The network configuration as the store had it.
     pub config: String,
     /// This host's lease.
@@ -67,14 +70,14 @@ impl LastKnown {
         atomic_file::write(&Self::path(run_dir, vni), self.render().as_bytes(), 0o600)
     }
 
-    /// What this host last knew of that prefix under that address. A file that is damaged is said and passed over.
-    pub fn find(run_dir: &Path, prefix: &str, public_ip: Ipv4Addr) -> Option<Self> {
+    /// What this host last knew of that lease table, and that is as wanted. A file that is damaged is said and passed over.
+    pub fn find(run_dir: &Path, prefix: &str, is_wanted: impl Fn(&Self) -> bool) -> Option<Self> {
         let files = fs::read_dir(run_dir).into_iter().flatten().flatten().map(|entry| entry.path());
         let files = files.filter(|path| path.to_string_lossy().ends_with(SUFFIX));
         let known = files.filter_map(|path| {
             Self::read(&path).inspect_err(|error| warn!("{} is passed over: {error}", path.display())).ok()
         });
-        known.into_iter().find(|known| known.prefix == prefix && known.public_ip == public_ip)
+        known.into_iter().find(|known| known.prefix == prefix && is_wanted(known))
     }
 
     fn read(path: &Path) -> Result<Self, Unusable> {
@@ -113,6 +116,7 @@ mod tests {
         LastKnown {
             prefix: "/coreos.com/network".to_owned(),
             public_ip: [192, 168, 64, 1].into(),
+            host: HostAddresses::default(),
             config: r#"{"Network": "10.5.0.0/16"}"#.to_owned(),
             lease: serde_json::from_str(lease).expect("lease"),
             peers: BTreeMap::from([(subnet(2), peer)]),
@@ -128,11 +132,13 @@ mod tests {
             known.render().contains(r#""lease":{"key":"10.5.1.0-24","vtepMac":"02:00:00:00:00:01","etcdLease":7}"#)
         );
         known.write(directory.path(), Vni::DEFAULT).expect("written");
-        let find = |prefix: &str, last| LastKnown::find(directory.path(), prefix, [192, 168, 64, last].into());
+        let find = |prefix: &str, last| {
+            LastKnown::find(directory.path(), prefix, |known| known.public_ip == Ipv4Addr::new(192, 168, 64, last))
+        };
         assert_eq!(find("/coreos.com/network", 1), Some(known));
         assert_eq!(find("/other", 1), None);
         assert_eq!(find("/coreos.com/network", 2), None);
-        assert_eq!(LastKnown::find(&directory.path().join("none"), "/other", [1, 2, 3, 4].into()), None);
+        assert_eq!(LastKnown::find(&directory.path().join("none"), "/other", |_| true), None);
     }
 
     proptest! {

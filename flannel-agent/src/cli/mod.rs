@@ -1,12 +1,14 @@
 //! The command line: flannel's flags and `FLANNELD_*` variables (flannel: main.go), and ours beside them.
 //!
 //! * `arguments` — from Go's form of flags, and from variables, to clap's
+//! * `kubernetes` — flags of leases from Kubernetes
 //! * `flannels` — flags of flannel's for what this agent does not have
 //! * `error` — what is wrong with a command line
 
 mod arguments;
 mod error;
 mod flannels;
+mod kubernetes;
 
 use std::{
     ffi::OsString,
@@ -144,6 +146,9 @@ pub struct Cli {
     /// Log of the eBPF programs, for debugging
     #[arg(long, value_enum, default_value_t)]
     pub bpf_log_level: BpfLogLevel,
+    /// Leases from Kubernetes
+    #[command(flatten)]
+    kubernetes: kubernetes::KubernetesFlags,
     /// What flannel has and this agent does not
     #[command(flatten)]
     flannels: flannels::FlannelFlags,
@@ -257,7 +262,8 @@ impl Cli {
             }
             _ => {}
         }
-        let without_effect = self.flannels.without_effect().map(|(name, why)| format!("{} {why}", written(name)));
+        let without_effect = self.kubernetes.without_effect().chain(self.flannels.without_effect());
+        let without_effect = without_effect.map(|(name, why)| format!("{} {why}", written(name)));
         self.notices.extend(without_effect);
         if given.iter().rfind(|flag| flag.name == "etcd-prefix").is_some_and(|flag| flag.value.is_empty()) {
             self.notices.push(format!(
@@ -303,7 +309,11 @@ impl Cli {
 
     /// How the store is reached.
     pub fn store(&self) -> StoreOptions {
-        StoreOptions::Etcd(self.etcd())
+        if self.kubernetes.kube_subnet_mgr {
+            StoreOptions::Kubernetes(self.kubernetes.options())
+        } else {
+            StoreOptions::Etcd(self.etcd())
+        }
     }
 
     /// The term of the lease.
@@ -354,6 +364,7 @@ impl Cli {
             patterns: self.iface_regex.clone(),
             can_reach: self.iface_can_reach,
             public_ip: self.public_ip,
+            published: None,
         }
     }
 

@@ -274,10 +274,6 @@ fn what_is_refused_is_quoted_as_it_was_written() {
             "invalid value \"ftp://x\" for -etcd-endpoints: the endpoint \"ftp://x\" has the scheme \"ftp\"; expected http://HOST:PORT, https://HOST:PORT or HOST:PORT",
         ),
         (
-            &["-kube-subnet-mgr"],
-            "-kube-subnet-mgr: leases from the Kubernetes API are not supported by this agent; leave it out, or set it to false, for leases from etcd",
-        ),
-        (
             &["--public-ipv6=fd00::1"],
             "--public-ipv6: IPv6 between hosts is not supported by this agent; leave it out, or empty",
         ),
@@ -292,8 +288,8 @@ fn what_is_refused_is_quoted_as_it_was_written() {
     for (args, message) in cases {
         assert_eq!(refusal(args), message, "{args:?}");
     }
-    let error = parse(&[], &[("FLANNELD_KUBE_SUBNET_MGR", "true")]).expect_err("refused").to_string();
-    assert!(error.starts_with("FLANNELD_KUBE_SUBNET_MGR: leases from the Kubernetes API are not supported"), "{error}");
+    let kubernetes = parse(&[], &[("FLANNELD_KUBE_SUBNET_MGR", "true")]).expect("taken");
+    assert!(matches!(kubernetes.store(), StoreOptions::Kubernetes(_)));
 }
 
 #[test]
@@ -301,7 +297,7 @@ fn what_has_no_effect_is_said() {
     assert_eq!(
         notices(&["-kube-api-url=https://x", "-vmodule=vxlan=4"]),
         [
-            "-kube-api-url has no effect without leases from the Kubernetes API, as with flannel",
+            "-kube-api-url has no effect without --kube-subnet-mgr, as with flannel",
             "-vmodule has no effect: it names source files of flannel's; more is logged with --v",
         ]
     );

@@ -32,7 +32,7 @@ use crate::{
     conntrack::Liberal,
     control::{Pending, Reply, Request},
     dataplane::Dataplane,
-    device::{Changed, DeviceEvent, Netlink, external::External, vxlan::VxlanDevice},
+    device::{Changed, DeviceEvent, Netlink, external::{External, Selection}, vxlan::VxlanDevice},
     health::{self, Health},
     lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
@@ -86,6 +86,8 @@ pub(super) struct Agent<'a> {
     pub(super) inspected: Inspected,
     pub(super) xdp: xdp::Choice,
     pub(super) network: NetworkConfig,
+    /// The rule that the external interface is chosen by.
+    pub(super) selection: Selection,
     pub(super) external: External,
     pub(super) device: VxlanDevice,
     /// The lease that the datapath is made for.

@@ -193,7 +193,7 @@ impl Agent<'_> {
     /// Finds the external interface again, by the rule that it was chosen by. Where anything about it is different, all
     /// that depends on it is brought in step.
     pub(super) async fn follow_external(&mut self) {
-        let found = self.netlink.external_interface_again(&self.cli.selection(), &self.external).await;
+        let found = self.netlink.external_interface_again(&self.selection, &self.external).await;
         let found = match found {
             Ok(found) => found,
             Err(error) => return self.miss_external(&error),

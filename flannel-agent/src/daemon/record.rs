@@ -18,7 +18,7 @@ use crate::{
     escape::control_characters,
     last_known::LastKnown,
     lease::LeaseTable,
-    registry::{OwnLease, PassedOver, Registry, RegistryError, ResyncCause, Snapshot, StoreKind},
+    registry::{HostAddresses, OwnLease, PassedOver, Registry, RegistryError, ResyncCause, Snapshot, StoreKind},
     repair::Repair,
     status::{
         API_VERSION, BypassStatus, DriftStatus, EndsStatus, HeldPeer, LeaseState, LeaseStatus, RoutesStatus,
@@ -35,6 +35,7 @@ pub(super) struct Record {
     run_dir: PathBuf,
     vni: Vni,
     store: String,
+    host: HostAddresses,
     /// Where the network config is.
     config_place: String,
     /// The network config that the datapath is made for, as the store had it.
@@ -84,6 +85,7 @@ impl Record {
     pub(super) fn new(
         cli: &Cli,
         registry: &Registry,
+        host: HostAddresses,
         network: &NetworkConfig,
         config: Vec<u8>,
         external: &External,
@@ -97,6 +99,7 @@ impl Record {
             run_dir: cli.run_dir.clone(),
             vni: device.vni,
             store: registry.identity().to_owned(),
+            host,
             config_place: registry.config_place(),
             config: String::from_utf8_lossy(&config).into_owned(),
             reviewed: Vec::new(),
@@ -367,6 +370,7 @@ impl Record {
         let known = std::mem::take(&mut self.leases_are_due).then(|| LastKnown {
             prefix: self.store.clone(),
             public_ip: self.status.public_ip,
+            host: self.host,
             config: self.config.clone(),
             lease: own.clone(),
             peers: table.iter().map(|(subnet, peer)| (*subnet, *peer)).collect(),

@@ -82,7 +82,8 @@ pub(super) struct LeaseHolder {
     pub(super) unnamed: watch::Receiver<BTreeSet<Ipv4Net>>,
     /// The config that the datapath is made for.
     pub(super) network: NetworkConfig,
-    pub(super) renew_interval: Duration,
+    /// [`None`] where it has no term.
+    pub(super) renew_interval: Option<Duration>,
     /// Somebody saw in the table what does not go with holding the lease.
     pub(super) doubt: Arc<Notify>,
     pub(super) events: mpsc::Sender<RenewalEvent>,
@@ -157,9 +158,26 @@ impl LeaseHolder {
         let mut back_off = retry::BackOff::default();
         let mut delay = self.renew_interval;
         let mut deletion = None;
+        let mut is_complete = false;
         loop {
+            if !is_complete {
+                match self.registry.complete().await {
+                    Ok(()) => is_complete = true,
+                    Err(error) => {
+                        let sooner = back_off.delay();
+                        warn!("{error}; saying again in {sooner:?} that this host is ready");
+                        delay = Some(delay.map_or(sooner, |delay| delay.min(sooner)));
+                    }
+                }
+            }
+            let due = async {
+                match delay {
+                    Some(delay) => sleep(delay).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
-                () = self.heartbeat.during(sleep(delay)) => {}
+                () = self.heartbeat.during(due) => {}
                 () = self.doubt.notified() => {}
                 Ok(()) = self.public_ip.changed() => {}
                 () = self.events.closed() => return End::Unheard,
@@ -167,8 +185,9 @@ impl LeaseHolder {
             self.heartbeat.beat();
             // First: a lease that names the address before looks like another host's.
             if let Err(error) = self.announce().await {
-                delay = back_off.delay();
-                warn!("{error}; announcing this host's other address again in {delay:?}");
+                let again = back_off.delay();
+                warn!("{error}; announcing this host's other address again in {again:?}");
+                delay = Some(again);
                 continue;
             }
             let before = self.lease.clone();
@@ -191,12 +210,13 @@ impl LeaseHolder {
                     if deletion == Some(OwnDeletion::WithOthers) {
                         return End::Lost(OwnLeaseState::Deleted);
                     }
-                    delay = Duration::ZERO;
+                    delay = Some(Duration::ZERO);
                 }
                 Ok(state) => return End::Lost(state),
                 Err(error) => {
-                    delay = back_off.delay();
-                    warn!("{error}; renewing the lease again in {delay:?}");
+                    let again = back_off.delay();
+                    warn!("{error}; renewing the lease again in {again:?}");
+                    delay = Some(again);
                 }
             }
         }

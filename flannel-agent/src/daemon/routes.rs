@@ -20,6 +20,7 @@ use crate::{
         overlay_route::{ForeignNextHops, KernelPeer, OverlayRoutes},
     },
     lease::PeerChange,
+    registry::Registry,
     repair::Repair,
     routes::{self, Choice, Obstacle, RoutesFlag, Routing},
     status::RoutesStatus,
@@ -63,11 +64,11 @@ pub(super) struct RouteState {
 }
 
 impl RouteState {
-    pub(super) fn new(cli: &Cli, network: &NetworkConfig) -> Self {
+    pub(super) fn new(cli: &Cli, registry: &Registry, network: &NetworkConfig) -> Self {
         let (sender, scans) = mpsc::channel(1);
         Self {
             flag: cli.routes,
-            endpoints: cli.store().endpoints(),
+            endpoints: registry.endpoints(),
             prefixes: routes::shared_prefixes(network),
             etcd: Vec::new(),
             host: HostRoutes::default(),

@@ -12,10 +12,10 @@ use super::{
     endings::{Endings, follow_links},
     inspection::Inspected,
     record::Record,
+    renewal::LeaseHolder,
     restrictions::{Observer, Restrictions},
     routes::RouteState,
     start::Prepared,
-    renewal::LeaseHolder,
 };
 use crate::{
     cleanup,
@@ -62,7 +62,20 @@ async fn make<'a>(
     features: Features,
     health: &Health,
 ) -> Result<Agent<'a>, DaemonError> {
-    let Prepared { registry, network, config, external, device, request, lease, known, snapshot, lock: _ } = prepared;
+    let Prepared {
+        registry,
+        host,
+        selection,
+        network,
+        config,
+        external,
+        device,
+        request,
+        lease,
+        known,
+        snapshot,
+        lock: _,
+    } = prepared;
     let endpoint = Endpoint {
         external: external.clone(),
         port: device.port,
@@ -94,14 +107,15 @@ async fn make<'a>(
         other_since: None,
         is_subnet_env_incomplete: false,
         rules: Keeper::new(cli.packet_rules.resync()),
-        routes: RouteState::new(cli, &network),
+        routes: RouteState::new(cli, &registry, &network),
         underlay: Underlay::new(endpoint),
         table: LeaseTable::new(known, cli.guard_grace()),
-        record: Record::new(cli, &registry, &network, config, &external, &device, &lease, lease_state),
+        record: Record::new(cli, &registry, host, &network, config, &external, &device, &lease, lease_state),
         restrictions: Restrictions::new(cli.bypass, features.tcx),
         inspected: Inspected::default(),
         xdp,
         network,
+        selection,
         external,
         device,
         own: lease.clone(),
@@ -147,7 +161,7 @@ async fn make<'a>(
     agent.sweep(&link).await;
     info!("{} carries {} to {} peers", link.name, agent.own.key.subnet, agent.dataplane.peers.len());
 
-    let renew_interval = cli.renew_interval()?;
+    let renew_interval = registry.renew_interval(cli.renew_interval()?);
     let network = agent.network.clone();
     let heartbeat = health.heartbeat("lease");
     let (public_ip, unnamed) = (followed_ip, followed_unnamed);

@@ -14,11 +14,15 @@ use super::{DaemonError, record, renewal::CLAIM_PERIOD};
 use crate::{
     cli::Cli,
     config::NetworkConfig,
-    device::{Netlink, external::External, vxlan::VxlanDevice},
+    device::{
+        Netlink,
+        external::{External, Selection},
+        vxlan::VxlanDevice,
+    },
     last_known::LastKnown,
     lease::{MacAddress, Peer},
     lock::Lock,
-    registry::{Contested, LeaseRequest, OwnLease, Registry, RegistryError, Snapshot, StoreKind},
+    registry::{Contested, HostAddresses, LeaseRequest, OwnLease, Registry, RegistryError, Snapshot, StoreKind},
     retry,
     status::{self, LeaseState, LeaseStatus},
     subnet_env,
@@ -27,6 +31,10 @@ use crate::{
 /// What the datapath is made from.
 pub(super) struct Prepared {
     pub(super) registry: Registry,
+    /// What the store says of this host's addresses, ...
+    pub(super) host: HostAddresses,
+    /// ... and the rule that the external interface was chosen by.
+    pub(super) selection: Selection,
     pub(super) network: NetworkConfig,
     /// As the store has it.
     pub(super) config: Vec<u8>,
@@ -44,13 +52,19 @@ pub(super) struct Prepared {
 
 /// Waits for network config and lease. Touches nothing on the host.
 pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, DaemonError> {
-    // Looked for first: it needs no store, and a wrong flag should be known at once.
-    let external = netlink.external_interface(&cli.selection()).await?;
+    let mut registry = Registry::new(cli.store())?;
+    let host = host_addresses(cli, &mut registry).await?;
+    let selection = Selection {
+        public_ip: host.public_ip.or(cli.selection().public_ip),
+        published: host.published,
+        ..cli.selection()
+    };
+    // Before anything is asked of etcd: a wrong flag should be known at once.
+    let external = netlink.external_interface(&selection).await?;
     info!(
         "external interface {} with address {}, published as {}",
         external.link.name, external.address, external.public_ip
     );
-    let mut registry = Registry::new(cli.store())?;
     let known = last_known(cli, &registry, external.public_ip);
 
     // Trying again can wait where there is something to go on with.
@@ -95,7 +109,20 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
                 warn!("DirectRouting is not used: packets to peers on the same link are encapsulated too");
             }
             let snapshot = Some(snapshot);
-            Ok(Prepared { registry, network, config, external, device, request, lease, known, snapshot, lock })
+            Ok(Prepared {
+                registry,
+                host,
+                selection,
+                network,
+                config,
+                external,
+                device,
+                request,
+                lease,
+                known,
+                snapshot,
+                lock,
+            })
         }
         (Err(DaemonError::Registry(error)), Some((known, network))) if error.is_away() => {
             let LastKnown { config, lease, peers, .. } = known;
@@ -112,7 +139,20 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
             };
             let config = config.into_bytes();
             let (known, snapshot, lock) = (peers, None, None);
-            Ok(Prepared { registry, network, config, external, device, request, lease, known, snapshot, lock })
+            Ok(Prepared {
+                registry,
+                host,
+                selection,
+                network,
+                config,
+                external,
+                device,
+                request,
+                lease,
+                known,
+                snapshot,
+                lock,
+            })
         }
         (Err(error), _) => Err(error),
     }
@@ -145,9 +185,22 @@ impl Waiting<'_> {
     }
 }
 
+/// What the store says of this host's addresses; where it is away, what it said to this host's last agent.
+async fn host_addresses(cli: &Cli, registry: &mut Registry) -> Result<HostAddresses, RegistryError> {
+    let known = LastKnown::find(&cli.run_dir, registry.identity(), |_| true);
+    let is_final = |error: &RegistryError| error.is_final() || known.is_some() && error.is_away();
+    match (retry::until_ok(async || registry.host_addresses().await, is_final).await, &known) {
+        (Err(error), Some(known)) if error.is_away() => {
+            warn!("{error}; going on with what was last known of this host's addresses");
+            Ok(known.host)
+        }
+        (result, _) => result,
+    }
+}
+
 /// What this host's last agent knew, where it can still be used.
 fn last_known(cli: &Cli, registry: &Registry, public_ip: Ipv4Addr) -> Option<(LastKnown, NetworkConfig)> {
-    let known = LastKnown::find(&cli.run_dir, registry.identity(), public_ip)?;
+    let known = LastKnown::find(&cli.run_dir, registry.identity(), |known| known.public_ip == public_ip)?;
     match registry.parse_config(known.config.as_bytes()) {
         Ok(network) => Some((known, network)),
         Err(error) => {

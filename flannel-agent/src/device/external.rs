@@ -23,9 +23,16 @@ pub struct Selection {
     pub can_reach: Option<Ipv4Addr>,
     /// The address to publish.
     pub public_ip: Option<Ipv4Addr>,
+    /// The address that is published in its place, and says nothing of the interface.
+    pub published: Option<Ipv4Addr>,
 }
 
 impl Selection {
+    /// What is published of a host with this address.
+    fn publish(&self, address: Ipv4Addr) -> Ipv4Addr {
+        self.published.or(self.public_ip).unwrap_or(address)
+    }
+
     /// Whether the operator named none.
     const fn is_default_route(&self) -> bool {
         self.interfaces.is_empty() && self.patterns.is_empty() && self.can_reach.is_none() && self.public_ip.is_none()
@@ -93,7 +100,7 @@ impl Netlink {
         if link.mtu == 0 {
             return Err(SelectError::NoMatch(format!("{} has no MTU", link.name)));
         }
-        Ok(External { public_ip: selection.public_ip.unwrap_or(address), link, address })
+        Ok(External { public_ip: selection.publish(address), link, address })
     }
 
     /// Chooses again, where there was a choice before. The link stays chosen, by number or, made anew, by name, as long as it
@@ -112,11 +119,7 @@ impl Netlink {
         let same = same.or_else(|| links.iter().find(|link| link.name == before.link.name));
         let Some(link) = same.filter(|link| link.mtu > 0) else { return self.external_interface(selection).await };
         let addresses = self.addresses().await?;
-        let of = |address: Ipv4Addr| External {
-            public_ip: selection.public_ip.unwrap_or(address),
-            link: link.clone(),
-            address,
-        };
+        let of = |address: Ipv4Addr| External { public_ip: selection.publish(address), link: link.clone(), address };
         let has_published = selection.public_ip == Some(before.address);
         if addresses.iter().any(|(owner, ip)| *ip == before.address && (*owner == link.index || has_published)) {
             return Ok(of(before.address));

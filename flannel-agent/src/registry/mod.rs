@@ -2,11 +2,13 @@
 //!
 //! * `store` — what every store does, as [`Registry`]
 //! * [`etcd`] — the one that does it in etcd
+//! * [`kubernetes`] — the one that does it in the nodes of a Kubernetes cluster
 //! * `resync` — why the whole table was read again
 //!
 //! What only one store has is private to this room: nobody else knows which it is.
 
 pub mod etcd;
+pub mod kubernetes;
 mod resync;
 mod store;
 
@@ -144,7 +146,8 @@ pub struct OwnLease {
 impl OwnLease {
     /// Whether an entry is this lease as it was taken, and nobody wrote it since.
     pub fn is_as_written(&self, entry: &Entry) -> bool {
-        entry.key == self.key && entry.grant == self.grant && entry.version == self.version
+        let is_same = entry.key == self.key && entry.grant == self.grant && entry.version == self.version;
+        is_same && entry.attributes.announced_mac() == Some(self.vtep_mac)
     }
 
     /// Whether the store knows both by the same.
@@ -159,6 +162,27 @@ impl OwnLease {
 enum Grant {
     /// The etcd lease that the key goes with; 0 for a reservation, which needs no renewal.
     EtcdLease(i64),
+    /// The uid of the node that has the podCIDR.
+    NodeUid(String),
+}
+
+/// What the store says of this host's addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct HostAddresses {
+    /// Counts as `--public-ip`, also where that is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub public_ip: Option<Ipv4Addr>,
+    /// Is published in the place of the address that would be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub published: Option<Ipv4Addr>,
+}
+
+impl HostAddresses {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Another host has this one's address, and lives.

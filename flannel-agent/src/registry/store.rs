@@ -1,13 +1,14 @@
 //! What every store does.
 
-use std::fmt;
+use std::{fmt, net::Ipv4Addr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::{
-    Contested, LeaseRequest, OwnLease, OwnLeaseState, ResyncCause, Snapshot, Update,
+    Contested, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState, ResyncCause, Snapshot, Update,
     etcd::{Etcd, EtcdError, EtcdOptions},
+    kubernetes::{Kubernetes, KubernetesError, KubernetesOptions},
 };
 use crate::{config::NetworkConfig, health::Heartbeat};
 
@@ -18,12 +19,15 @@ pub enum StoreKind {
     /// etcd.
     #[default]
     Etcd,
+    /// Kubernetes.
+    Kubernetes,
 }
 
 impl fmt::Display for StoreKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Etcd => "etcd",
+            Self::Kubernetes => "Kubernetes",
         })
     }
 }
@@ -33,15 +37,8 @@ impl fmt::Display for StoreKind {
 pub enum StoreOptions {
     /// etcd.
     Etcd(EtcdOptions),
-}
-
-impl StoreOptions {
-    /// URLs of the servers that this host must reach.
-    pub fn endpoints(self) -> Vec<String> {
-        match self {
-            Self::Etcd(options) => options.endpoints,
-        }
-    }
+    /// Kubernetes.
+    Kubernetes(KubernetesOptions),
 }
 
 /// The store could not be used as asked.
@@ -53,6 +50,9 @@ pub enum RegistryError {
     /// etcd.
     #[error(transparent)]
     Etcd(EtcdError),
+    /// Kubernetes.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
 }
 
 impl From<EtcdError> for RegistryError {
@@ -70,6 +70,7 @@ impl RegistryError {
         match self {
             Self::Contested(_) => false,
             Self::Etcd(error) => error.is_final(),
+            Self::Kubernetes(error) => error.is_final(),
         }
     }
 
@@ -78,6 +79,7 @@ impl RegistryError {
         match self {
             Self::Contested(_) => false,
             Self::Etcd(error) => error.is_away(),
+            Self::Kubernetes(error) => error.is_away(),
         }
     }
 
@@ -86,6 +88,7 @@ impl RegistryError {
         match self {
             Self::Contested(_) => false,
             Self::Etcd(error) => error.is_misconfiguration(),
+            Self::Kubernetes(error) => error.is_misconfiguration(),
         }
     }
 }
@@ -98,7 +101,8 @@ pub struct Registry {
 
 #[derive(Clone)]
 enum Store {
-    Etcd(Etcd),
+    Etcd(Box<Etcd>),
+    Kubernetes(Box<Kubernetes>),
 }
 
 impl Registry {
@@ -108,7 +112,8 @@ impl Registry {
     /// [`RegistryError`], where something on this host is not as it should be.
     pub fn new(options: StoreOptions) -> Result<Self, RegistryError> {
         let store = match options {
-            StoreOptions::Etcd(options) => Store::Etcd(Etcd::new(options)?),
+            StoreOptions::Etcd(options) => Store::Etcd(Box::new(Etcd::new(options)?)),
+            StoreOptions::Kubernetes(options) => Store::Kubernetes(Box::new(Kubernetes::new(options)?)),
         };
         Ok(Self { store })
     }
@@ -117,6 +122,7 @@ impl Registry {
     pub const fn kind(&self) -> StoreKind {
         match &self.store {
             Store::Etcd(_) => StoreKind::Etcd,
+            Store::Kubernetes(_) => StoreKind::Kubernetes,
         }
     }
 
@@ -124,6 +130,7 @@ impl Registry {
     pub fn identity(&self) -> &str {
         match &self.store {
             Store::Etcd(etcd) => etcd.prefix(),
+            Store::Kubernetes(kubernetes) => kubernetes.identity(),
         }
     }
 
@@ -131,6 +138,45 @@ impl Registry {
     pub fn config_place(&self) -> String {
         match &self.store {
             Store::Etcd(_) => StoreKind::Etcd.to_string(),
+            Store::Kubernetes(kubernetes) => kubernetes.config_place(),
+        }
+    }
+
+    /// URLs of the servers that this host must reach.
+    pub fn endpoints(&self) -> Vec<String> {
+        match &self.store {
+            Store::Etcd(etcd) => etcd.endpoints().to_vec(),
+            Store::Kubernetes(kubernetes) => vec![kubernetes.url().to_owned()],
+        }
+    }
+
+    /// What it says of this host's addresses, before anything is chosen by them.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub async fn host_addresses(&mut self) -> Result<HostAddresses, RegistryError> {
+        Ok(match &mut self.store {
+            Store::Etcd(_) => HostAddresses::default(),
+            Store::Kubernetes(kubernetes) => kubernetes.host_addresses().await?,
+        })
+    }
+
+    /// How often the lease is to be renewed, where it has a term; `asked` is what the operator asked for.
+    pub const fn renew_interval(&self, asked: Duration) -> Option<Duration> {
+        match &self.store {
+            Store::Etcd(_) => Some(asked),
+            Store::Kubernetes(_) => None,
+        }
+    }
+
+    /// Says that packets of this host's pods can flow, where somebody waits for that.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub async fn complete(&mut self) -> Result<(), RegistryError> {
+        match &mut self.store {
+            Store::Etcd(_) => Ok(()),
+            Store::Kubernetes(kubernetes) => Ok(kubernetes.complete().await?),
         }
     }
 
@@ -138,6 +184,7 @@ impl Registry {
     pub fn disconnect(&mut self) {
         match &mut self.store {
             Store::Etcd(etcd) => etcd.disconnect(),
+            Store::Kubernetes(kubernetes) => kubernetes.disconnect(),
         }
     }
 
@@ -148,6 +195,7 @@ impl Registry {
     pub async fn network_config(&mut self) -> Result<(NetworkConfig, Vec<u8>), RegistryError> {
         Ok(match &mut self.store {
             Store::Etcd(etcd) => etcd.network_config().await?,
+            Store::Kubernetes(kubernetes) => kubernetes.network_config()?,
         })
     }
 
@@ -158,6 +206,7 @@ impl Registry {
     pub fn parse_config(&self, value: &[u8]) -> Result<NetworkConfig, RegistryError> {
         Ok(match &self.store {
             Store::Etcd(etcd) => etcd.parse_config(value)?,
+            Store::Kubernetes(kubernetes) => kubernetes.parse_config(value)?,
         })
     }
 
@@ -168,6 +217,7 @@ impl Registry {
     pub async fn acquire(&mut self, config: &NetworkConfig, request: &LeaseRequest) -> Result<OwnLease, RegistryError> {
         Ok(match &mut self.store {
             Store::Etcd(etcd) => etcd.acquire(config, request).await?,
+            Store::Kubernetes(kubernetes) => kubernetes.acquire(config, request).await?,
         })
     }
 
@@ -182,6 +232,7 @@ impl Registry {
     ) -> Result<OwnLeaseState, RegistryError> {
         Ok(match &mut self.store {
             Store::Etcd(etcd) => etcd.renew(lease, request).await?,
+            Store::Kubernetes(kubernetes) => kubernetes.renew(lease, request).await?,
         })
     }
 
@@ -193,10 +244,11 @@ impl Registry {
         &mut self,
         lease: &mut OwnLease,
         request: &LeaseRequest,
-        public_ip: std::net::Ipv4Addr,
+        public_ip: Ipv4Addr,
     ) -> Result<bool, RegistryError> {
         Ok(match &mut self.store {
             Store::Etcd(etcd) => etcd.announce(lease, request, public_ip).await?,
+            Store::Kubernetes(kubernetes) => kubernetes.announce(lease, request, public_ip).await?,
         })
     }
 
@@ -207,6 +259,7 @@ impl Registry {
     pub async fn snapshot(&mut self) -> Result<Snapshot, RegistryError> {
         Ok(match &mut self.store {
             Store::Etcd(etcd) => etcd.snapshot().await?,
+            Store::Kubernetes(kubernetes) => kubernetes.snapshot().await?,
         })
     }
 
@@ -215,6 +268,7 @@ impl Registry {
     pub async fn watch(self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
         match self.store {
             Store::Etcd(etcd) => etcd.watch(cause, updates, heartbeat).await,
+            Store::Kubernetes(kubernetes) => kubernetes.watch(cause, updates, heartbeat).await,
         }
     }
 }

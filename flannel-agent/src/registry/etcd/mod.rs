@@ -153,6 +153,11 @@ impl Etcd {
         Ok(Self { prefix: Prefix::new(&options.prefix), options, connection: None })
     }
 
+    /// URLs.
+    pub fn endpoints(&self) -> &[String] {
+        &self.options.endpoints
+    }
+
     /// Makes the next call on a fresh connection: one from an address that this host no longer has hangs.
     pub fn disconnect(&mut self) {
         self.connection = None;
@@ -343,6 +348,8 @@ impl Grant {
     const fn etcd_lease(&self) -> i64 {
         match self {
             Self::EtcdLease(lease) => *lease,
+            // Of no lease that was taken from etcd.
+            Self::NodeUid(_) => 0,
         }
     }
 }

@@ -1,0 +1,383 @@
+//! Calls to the API server: with credentials that are read again, on connections that are noticed to be dead, and with
+//! errors that name verb, resource and subresource.
+
+use std::{error::Error as StdError, fmt, time::Duration};
+
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyDataStream, BodyExt as _, LengthLimitError, Limited};
+use hyper_util::{
+    client::legacy::{Builder, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use kube::{
+    Client, Config,
+    client::{Body, ConfigExt as _},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+use tokio::time::timeout;
+use tower::{BoxError, ServiceBuilder};
+
+use super::{Kubernetes, KubernetesError, KubernetesOptions};
+use crate::registry::ResyncCause;
+
+/// For how long a connection may take to be made, ...
+const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// ... the API server to begin its answer, ...
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+/// ... and the answer to come, a chunk of the list for one.
+const BODY_TIME: Duration = Duration::from_secs(30);
+/// A connection that is quiet is tested after so long, so often, and given up after so many tests.
+const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(5), 2);
+/// What an answer may be in size: five hundred nodes of the 1.5 MiB that etcd takes.
+const MAX_ANSWER: usize = 1 << 30;
+/// An API server that asks for patience gets no more at once than this.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(10);
+/// Of what a server says beside a status, no more is told on.
+const MOST_TOLD: usize = 300;
+
+const METADATA_ONLY: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json";
+const STRATEGIC_MERGE: &str = "application/strategic-merge-patch+json";
+
+/// What is asked for, in the words that a role allows it by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Call<'a> {
+    pub(super) verb: &'static str,
+    /// With its subresource.
+    pub(super) resource: &'static str,
+    /// Of which object; empty for all.
+    pub(super) name: &'a str,
+}
+
+impl fmt::Display for Call<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { verb, resource, name } = self;
+        write!(f, "{verb} {resource}")?;
+        if name.is_empty() { Ok(()) } else { write!(f, " {name}") }
+    }
+}
+
+/// The object that an error comes with (Kubernetes: metav1.Status).
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Status {
+    pub(super) code: u16,
+    pub(super) message: String,
+    details: Option<StatusDetails>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct StatusDetails {
+    retry_after_seconds: u64,
+}
+
+/// Where the API server is, as this host is told.
+#[derive(Clone, Debug)]
+pub(super) enum Access {
+    /// A file, and the URL that counts in the place of its own.
+    Kubeconfig(Box<Kubeconfig>, Option<http::Uri>),
+    /// Nothing but a URL.
+    Url(http::Uri),
+    /// What every pod is given.
+    InCluster,
+}
+
+impl Access {
+    /// As flannel finds it (client-go: tools/clientcmd, BuildConfigFromFlags).
+    pub(super) fn find(options: &KubernetesOptions) -> Result<Self, KubernetesError> {
+        let url = options.api_url.as_ref().map(|url| {
+            let parsed: Option<http::Uri> = url.parse().ok();
+            let parsed =
+                parsed.filter(|url| url.host().is_some() && matches!(url.scheme_str(), Some("http" | "https")));
+            parsed.ok_or_else(|| KubernetesError::Url(url.clone()))
+        });
+        let url = url.transpose()?;
+        match (&options.kubeconfig, url) {
+            (Some(path), url) => {
+                let problem = |problem: String| KubernetesError::Kubeconfig { path: path.clone(), problem };
+                let kubeconfig = Kubeconfig::read_from(path).map_err(|error| problem(causes(&error)))?;
+                Ok(Self::Kubeconfig(Box::new(kubeconfig), url))
+            }
+            (None, Some(url)) => Ok(Self::Url(url)),
+            (None, None) => {
+                Config::incluster().map_err(|error| KubernetesError::NotInCluster(causes(&error)))?;
+                Ok(Self::InCluster)
+            }
+        }
+    }
+
+    /// Read anew each time: tokens and certificates are renewed.
+    async fn config(&self, options: &KubernetesOptions) -> Result<Config, KubernetesError> {
+        match self {
+            Self::Kubeconfig(before, url) => {
+                let path = options.kubeconfig.clone().unwrap_or_default();
+                // One that is being replaced counts as it was.
+                let now = Kubeconfig::read_from(&path).unwrap_or_else(|_| (**before).clone());
+                let config = Config::from_custom_kubeconfig(now, &KubeConfigOptions::default()).await;
+                let mut config =
+                    config.map_err(|error| KubernetesError::Kubeconfig { path, problem: causes(&error) })?;
+                if let Some(url) = url {
+                    config.cluster_url = url.clone();
+                }
+                Ok(config)
+            }
+            Self::Url(url) => Ok(Config::new(url.clone())),
+            Self::InCluster => Config::incluster().map_err(|error| KubernetesError::NotInCluster(causes(&error))),
+        }
+    }
+
+    /// The URL, as far as it can be told without asking anybody.
+    pub(super) fn url(&self) -> String {
+        let url = match self {
+            Self::Kubeconfig(_, Some(url)) | Self::Url(url) => Some(url.to_string()),
+            Self::Kubeconfig(kubeconfig, None) => server(kubeconfig),
+            Self::InCluster => Config::incluster().ok().map(|config| config.cluster_url.to_string()),
+        };
+        url.unwrap_or_default().trim_end_matches('/').to_owned()
+    }
+}
+
+/// The server of a kubeconfig's current context.
+fn server(kubeconfig: &Kubeconfig) -> Option<String> {
+    let current = kubeconfig.current_context.as_ref()?;
+    let context = kubeconfig.contexts.iter().find(|context| context.name == *current)?.context.as_ref()?;
+    let cluster = kubeconfig.clusters.iter().find(|cluster| cluster.name == context.cluster)?;
+    cluster.cluster.as_ref()?.server.clone()
+}
+
+impl Kubernetes {
+    async fn client(&mut self) -> Result<Client, KubernetesError> {
+        if let Some(client) = &self.client {
+            return Ok(client.clone());
+        }
+        let config = self.access.config(&self.options).await?;
+        let unusable = |error: kube::Error| KubernetesError::Credentials(causes(&error));
+        let mut connector = HttpConnector::new();
+        connector.enforce_http(false);
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT_TIME));
+        connector.set_keepalive(Some(KEEP_ALIVE.0));
+        connector.set_keepalive_interval(Some(KEEP_ALIVE.1));
+        connector.set_keepalive_retries(Some(KEEP_ALIVE.2));
+        let provider = tokio_rustls::rustls::crypto::aws_lc_rs::default_provider();
+        // Where there is one already, it is the same.
+        let _present = provider.install_default();
+        let connector = config.rustls_https_connector_with_connector(connector).map_err(unusable)?;
+        let service = ServiceBuilder::new()
+            .layer(config.base_uri_layer())
+            .option_layer(config.auth_layer().map_err(unusable)?)
+            .layer(config.extra_headers_layer().map_err(unusable)?)
+            .map_err(BoxError::from)
+            .service(Builder::new(TokioExecutor::new()).build::<_, Body>(connector));
+        let client = Client::new(service, config.default_namespace);
+        self.client = Some(client.clone());
+        Ok(client)
+    }
+
+    /// Reads an object, or a list.
+    pub(super) async fn get<T: DeserializeOwned>(&mut self, call: Call<'_>, path: &str) -> Result<T, KubernetesError> {
+        let answer =
+            self.send(call, request(Method::GET, path, header::ACCEPT, "application/json", Vec::new())).await?;
+        self.read(call, answer).await
+    }
+
+    /// Writes what a strategic merge patch says.
+    pub(super) async fn patch(&mut self, call: Call<'_>, path: &str, patch: &Value) -> Result<(), KubernetesError> {
+        let body = patch.to_string().into_bytes();
+        let answer = self.send(call, request(Method::PATCH, path, header::CONTENT_TYPE, STRATEGIC_MERGE, body)).await?;
+        let _node: serde::de::IgnoredAny = self.read(call, answer).await?;
+        Ok(())
+    }
+
+    /// Begins a watch of metadata.
+    pub(super) async fn watch_lines(&mut self, call: Call<'_>, path: &str) -> Result<Lines, KubernetesError> {
+        let answer = self.send(call, request(Method::GET, path, header::ACCEPT, METADATA_ONLY, Vec::new())).await?;
+        Ok(Lines { body: answer.into_body().into_data_stream(), buffer: Vec::new(), searched: 0 })
+    }
+
+    async fn send(
+        &mut self,
+        call: Call<'_>,
+        request: Result<Request<Body>, http::Error>,
+    ) -> Result<Response<Body>, KubernetesError> {
+        let request = request.map_err(|error| self.failed(call, &error))?;
+        let client = self.client().await?;
+        let answer = match timeout(ANSWER_TIME, client.send(request)).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => return Err(self.failed(call, &error)),
+            Err(_) => {
+                return Err(self.ended(call, ResyncCause::Connection, format!("no answer within {ANSWER_TIME:?}")));
+            }
+        };
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let (code, patience) = (answer.status(), retry_after(answer.headers()));
+        let text = timeout(ANSWER_TIME, Limited::new(answer.into_body(), 1 << 20).collect()).await;
+        let text = text.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+        let status: Status = serde_json::from_slice(&text).unwrap_or_else(|_| Status {
+            message: String::from_utf8_lossy(&text).trim().chars().take(MOST_TOLD).collect(),
+            ..Status::default()
+        });
+        let told = status.details.as_ref().map(|details| Duration::from_secs(details.retry_after_seconds));
+        if matches!(code, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+            && let Some(patience) = patience.or(told)
+        {
+            tokio::time::sleep(patience.min(LONGEST_PATIENCE)).await;
+        }
+        Err(self.refused(call, code.as_u16(), &status.message))
+    }
+
+    async fn read<T: DeserializeOwned>(
+        &mut self,
+        call: Call<'_>,
+        answer: Response<Body>,
+    ) -> Result<T, KubernetesError> {
+        let body = match timeout(BODY_TIME, Limited::new(answer.into_body(), MAX_ANSWER).collect()).await {
+            Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => {
+                return Err(self.ended(
+                    call,
+                    ResyncCause::Connection,
+                    format!("an answer of more than {MAX_ANSWER} bytes"),
+                ));
+            }
+            Ok(Err(error)) => {
+                let cause = format!("the answer was cut off: {}", causes(&*error));
+                return Err(self.ended(call, ResyncCause::Connection, cause));
+            }
+            Err(_) => {
+                let cause = format!("the answer did not come within {BODY_TIME:?}");
+                return Err(self.ended(call, ResyncCause::Connection, cause));
+            }
+        };
+        let parsed = serde_json::from_slice(&body);
+        parsed.map_err(|error| {
+            self.ended(call, ResyncCause::Connection, format!("the answer is not understood: {error}"))
+        })
+    }
+
+    fn failed(&mut self, call: Call<'_>, error: &(dyn StdError + 'static)) -> KubernetesError {
+        let cause = causes(error);
+        let hint = if cause.contains("UnknownIssuer") || cause.contains("unknown issuer") {
+            ": another authority signed the API server's certificate than the one that is given; check \
+             certificate-authority in the kubeconfig, or the service account's ca.crt"
+        } else {
+            ""
+        };
+        self.ended(call, ResyncCause::Connection, cause + hint)
+    }
+
+    /// What a status means for the call that it answers.
+    pub(super) fn refused(&mut self, call: Call<'_>, code: u16, message: &str) -> KubernetesError {
+        let Call { verb, resource, .. } = call;
+        let (kind, cause) = match code {
+            401 => (
+                ResyncCause::Unauthenticated,
+                format!(
+                    "the API server does not know who asks (401, {message}): the token has expired, or is another \
+                     cluster's; check the kubeconfig, or the service account's token"
+                ),
+            ),
+            403 => (
+                ResyncCause::Unauthenticated,
+                format!(
+                    "forbidden (403, {message}): give the agent's service account a ClusterRole with the verb {verb} on {resource}"
+                ),
+            ),
+            404 => return KubernetesError::NotFound { call: call.to_string(), url: self.url.clone() },
+            410 => (
+                ResyncCause::Compacted,
+                format!("the API server no longer has the changes since then (410, {message})"),
+            ),
+            429 => (ResyncCause::Cancelled, format!("the API server asks for patience (429, {message})")),
+            code => (ResyncCause::Cancelled, format!("it failed ({code}, {message})")),
+        };
+        self.ended(call, kind, cause)
+    }
+
+    /// A call failed: the next one is made on a fresh connection, with credentials that are read again.
+    pub(super) fn ended(&mut self, call: Call<'_>, kind: ResyncCause, cause: String) -> KubernetesError {
+        self.client = None;
+        KubernetesError::Call { call: call.to_string(), url: self.url.clone(), kind, cause }
+    }
+}
+
+fn request(
+    method: Method,
+    path: &str,
+    name: header::HeaderName,
+    value: &str,
+    body: Vec<u8>,
+) -> Result<Request<Body>, http::Error> {
+    let request = Request::builder().method(method).uri(path).header(name, value);
+    request.header(header::USER_AGENT, concat!("flannel-agent/", env!("CARGO_PKG_VERSION"))).body(Body::from(body))
+}
+
+/// In seconds; a date is not what API servers write.
+fn retry_after(headers: &header::HeaderMap) -> Option<Duration> {
+    headers.get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok().map(Duration::from_secs)
+}
+
+/// An error with all that caused it, in one line.
+fn causes(error: &(dyn StdError + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        source = error.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The lines of an answer that goes on.
+pub(super) struct Lines {
+    body: BodyDataStream<Body>,
+    buffer: Vec<u8>,
+    /// How much of it has no end of a line.
+    searched: usize,
+}
+
+/// Why there is no further line.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LineError {
+    #[error("the stream was cut off: {0}")]
+    Broken(String),
+    #[error("the stream ended within a line")]
+    Truncated,
+    #[error("a line has more than {} bytes", MAX_LINE)]
+    Length,
+}
+
+/// Longer than an object can be.
+const MAX_LINE: usize = 16 << 20;
+
+impl Lines {
+    /// The next one; [`None`] where the server ended the stream. Can be cancelled without loss.
+    pub(super) async fn next(&mut self) -> Result<Option<Vec<u8>>, LineError> {
+        use futures_util::StreamExt as _;
+        loop {
+            if let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let rest = self.buffer.split_off(self.searched + end + 1);
+                let line = std::mem::replace(&mut self.buffer, rest);
+                self.searched = 0;
+                return Ok(Some(line));
+            }
+            self.searched = self.buffer.len();
+            if self.searched > MAX_LINE {
+                return Err(LineError::Length);
+            }
+            match self.body.next().await {
+                Some(Ok(part)) => self.buffer.extend_from_slice(&part),
+                Some(Err(error)) => return Err(LineError::Broken(causes(&error))),
+                None if self.buffer.iter().all(u8::is_ascii_whitespace) => return Ok(None),
+                None => return Err(LineError::Truncated),
+            }
+        }
+    }
+}

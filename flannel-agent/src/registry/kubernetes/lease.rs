@@ -1,0 +1,172 @@
+//! This host's own lease: the podCIDR that somebody else gives its node, and the annotations that say how it is reached.
+//! It has no term, and nobody renews it.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use serde_json::json;
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use super::{
+    Kubernetes, KubernetesError,
+    annotations::Announcement,
+    client::Call,
+    node::{Node, Pod},
+};
+use crate::{
+    config::NetworkConfig,
+    lease::{LeaseAttributes, LeaseKey, MacAddress},
+    registry::{Grant, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState},
+};
+
+/// The least time between two writes of the annotations: another agent may believe that they are its own.
+const WRITE_PERIOD: Duration = Duration::from_secs(5);
+
+impl Kubernetes {
+    /// This host's node: the one that is named, or the pod's.
+    pub(super) async fn own_name(&mut self) -> Result<String, KubernetesError> {
+        if let Some(name) = &self.node_name {
+            return Ok(name.clone());
+        }
+        // Checked at the start.
+        let (namespace, pod) = self.options.pod.clone().unwrap_or_default();
+        let call = Call { verb: "get", resource: "pods", name: &format!("{namespace}/{pod}") };
+        let found: Pod = self.get(call, &format!("/api/v1/namespaces/{namespace}/pods/{pod}")).await?;
+        let name = found.spec.node_name;
+        if name.is_empty() {
+            return Err(KubernetesError::Unscheduled { namespace, pod });
+        }
+        info!("this host is the node {name}");
+        self.node_name = Some(name.clone());
+        Ok(name)
+    }
+
+    /// A node, whole.
+    pub(super) async fn node(&mut self, name: &str) -> Result<Node, KubernetesError> {
+        self.get(Call { verb: "get", resource: "nodes", name }, &format!("/api/v1/nodes/{name}")).await
+    }
+
+    async fn own_node(&mut self) -> Result<(String, Node), KubernetesError> {
+        let name = self.own_name().await?;
+        match self.node(&name).await {
+            Err(KubernetesError::NotFound { url, .. }) => Err(KubernetesError::NoNode { name, url }),
+            node => Ok((name, node?)),
+        }
+    }
+
+    /// What the node's annotations say of this host's addresses.
+    pub async fn host_addresses(&mut self) -> Result<HostAddresses, KubernetesError> {
+        let (name, mut node) = self.own_node().await?;
+        let announcement = self.names.read(node.metadata.annotations.take().unwrap_or_default());
+        let usable = |what: &str, address: Option<Result<Ipv4Addr, &str>>| match address? {
+            Ok(address) => Some(address),
+            Err(text) => {
+                warn!(
+                    "the annotation {}{what} of the node {name} is no IPv4 address and is not used: {text:.64?}",
+                    self.names.prefix()
+                );
+                None
+            }
+        };
+        Ok(HostAddresses {
+            public_ip: usable("node-public-ip", announcement.node_public_ip()),
+            published: usable("public-ip-overwrite", announcement.overwrite()),
+        })
+    }
+
+    /// Takes the podCIDR as this host's lease, and has the node announce it.
+    pub async fn acquire(
+        &mut self,
+        config: &NetworkConfig,
+        request: &LeaseRequest,
+    ) -> Result<OwnLease, KubernetesError> {
+        let (name, mut node) = self.own_node().await?;
+        let invalid = |source| KubernetesError::PodCidr { name: name.clone(), source };
+        let key = node.spec.lease_key().map_err(invalid)?;
+        let key = key.ok_or_else(|| KubernetesError::NoPodCidr(name.clone()))?;
+        if !config.network.contains(&key.subnet) {
+            return Err(KubernetesError::OutsideNetwork { network: config.network, subnet: key.subnet, name });
+        }
+        let now = self.names.read(node.metadata.annotations.take().unwrap_or_default());
+        // A device that is gone (a reboot) is made again with the MAC that the peers know.
+        let vtep_mac = request.vtep_mac.or_else(|| now.vtep_mac());
+        let vtep_mac = vtep_mac.unwrap_or_else(|| MacAddress::random(&mut rand::rng()));
+        self.write(&name, &now, request, vtep_mac).await?;
+        Ok(OwnLease { key, vtep_mac, grant: Grant::NodeUid(node.metadata.uid), version: 0 })
+    }
+
+    /// Looks whether the node is still the one whose podCIDR this host has, and announces it as it should.
+    pub async fn renew(
+        &mut self,
+        lease: &mut OwnLease,
+        request: &LeaseRequest,
+    ) -> Result<OwnLeaseState, KubernetesError> {
+        let (name, mut node) = match self.own_node().await {
+            Err(KubernetesError::NoNode { .. }) => return Ok(OwnLeaseState::Expired),
+            node => node?,
+        };
+        let key: Option<LeaseKey> = node.spec.lease_key().ok().flatten();
+        if key != Some(lease.key) || lease.grant != Grant::NodeUid(node.metadata.uid) {
+            return Ok(OwnLeaseState::Expired);
+        }
+        let now = self.names.read(node.metadata.annotations.take().unwrap_or_default());
+        if self.write(&name, &now, request, lease.vtep_mac).await? {
+            warn!("somebody changed the annotations of the node {name}; they are written again");
+        }
+        Ok(OwnLeaseState::Held)
+    }
+
+    /// Has the node name another address of this host.
+    pub async fn announce(
+        &mut self,
+        lease: &OwnLease,
+        request: &LeaseRequest,
+        public_ip: Ipv4Addr,
+    ) -> Result<bool, KubernetesError> {
+        let (name, mut node) = self.own_node().await?;
+        let now = self.names.read(node.metadata.annotations.take().unwrap_or_default());
+        let request = LeaseRequest { public_ip, ..request.clone() };
+        self.write(&name, &now, &request, lease.vtep_mac).await?;
+        Ok(true)
+    }
+
+    /// Writes what differs. `false` where nothing does.
+    async fn write(
+        &mut self,
+        name: &str,
+        now: &Announcement,
+        request: &LeaseRequest,
+        vtep_mac: MacAddress,
+    ) -> Result<bool, KubernetesError> {
+        let attributes = LeaseAttributes::vxlan(request.public_ip, request.vni.get(), vtep_mac);
+        let Some(patch) = self.names.patch(now, &attributes) else { return Ok(false) };
+        if let Some(written) = self.written {
+            sleep_until(written + WRITE_PERIOD).await;
+        }
+        let call = Call { verb: "patch", resource: "nodes/status", name };
+        self.patch(call, &format!("/api/v1/nodes/{name}/status"), &patch).await?;
+        self.written = Some(Instant::now());
+        Ok(true)
+    }
+
+    /// Tells the scheduler that packets of this node's pods can flow.
+    pub async fn complete(&mut self) -> Result<(), KubernetesError> {
+        if !self.options.set_node_network_unavailable {
+            return Ok(());
+        }
+        let name = self.own_name().await?;
+        let now = Time(Timestamp::now());
+        let condition = json!({
+            "type": "NetworkUnavailable",
+            "status": "False",
+            "lastHeartbeatTime": now,
+            "lastTransitionTime": now,
+            "reason": "FlannelIsUp",
+            "message": "Flannel is running on this node",
+        });
+        let patch = json!({ "status": { "conditions": [condition] } });
+        let call = Call { verb: "patch", resource: "nodes/status", name: &name };
+        self.patch(call, &format!("/api/v1/nodes/{name}/status"), &patch).await
+    }
+}

@@ -1,0 +1,245 @@
+//! Following the nodes: one list in chunks, then a watch of their metadata. A watch that ends as it should goes on where
+//! it was; every other gap ends in a fresh list.
+
+use std::time::Duration;
+
+use rand::RngExt as _;
+use serde::Deserialize;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+use tracing::{debug, warn};
+
+use super::{
+    Kubernetes, KubernetesError,
+    client::{Call, Status},
+    node::{Metadata, Node, NodeList},
+    nodes::{Nodes, revision},
+};
+use crate::{
+    health::Heartbeat,
+    registry::{ResyncCause, Snapshot, Update},
+    retry,
+};
+
+/// How many nodes one part of the list has.
+const CHUNK: usize = 500;
+/// For how many seconds a watch is asked for; each for another, so that not all agents begin anew at once (as client-go).
+const WATCH_SECONDS: std::ops::Range<u64> = 300..600;
+/// How much longer it may take to end.
+const OVERTIME: Duration = Duration::from_secs(30);
+/// A watch that ends sooner, without a word, is none.
+const SHORTEST: Duration = Duration::from_secs(1);
+/// How often the file with the network config is looked at.
+const CONFIG_PERIOD: Duration = Duration::from_secs(5);
+
+const LIST: Call<'_> = Call { verb: "list", resource: "nodes", name: "" };
+const WATCH: Call<'_> = Call { verb: "watch", resource: "nodes", name: "" };
+
+/// One line of a watch (Kubernetes: metav1.WatchEvent).
+#[derive(Deserialize)]
+struct Event {
+    #[serde(rename = "type")]
+    kind: String,
+    object: Box<serde_json::value::RawValue>,
+}
+
+/// Why a watch is over.
+enum Over {
+    /// Nobody receives any more.
+    Unheard,
+    /// The server ended it.
+    Ended,
+}
+
+impl Kubernetes {
+    /// Network config and nodes.
+    pub async fn snapshot(&mut self) -> Result<Snapshot, KubernetesError> {
+        Ok(self.list().await?.0)
+    }
+
+    async fn list(&mut self) -> Result<(Snapshot, Nodes, String), KubernetesError> {
+        let own = self.own_name().await?;
+        let mut nodes = Nodes::new(self.names.clone(), &own);
+        let mut next = String::new();
+        let version = loop {
+            let path = format!("/api/v1/nodes?limit={CHUNK}{next}");
+            let NodeList { metadata, items } = self.get(LIST, &path).await?;
+            nodes.extend(items);
+            match metadata.next.filter(|next| !next.is_empty()) {
+                Some(token) => next = format!("&continue={}", escape(&token)),
+                None => break metadata.resource_version,
+            }
+        };
+        let (entries, passed_over) = nodes.table();
+        let config = self.read_config().ok();
+        let snapshot =
+            Snapshot { config, entries, passed_over, revision: revision(&version), store_id: self.url.clone() };
+        Ok((snapshot, nodes, version))
+    }
+
+    /// Reports all nodes and then every change to them, for ever. Returns when nobody receives any more.
+    pub async fn watch(mut self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
+        let mut back_off = retry::BackOff::default();
+        let mut before = 0;
+        // Why the next list is read. The first failure after one explains the gap.
+        let mut cause = Some(cause);
+        loop {
+            heartbeat.beat();
+            let error = match self.follow(&updates, &mut cause, &mut before, &mut back_off, &heartbeat).await {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            let delay = back_off.delay();
+            warn!("the watch on the nodes ended: {error}; a fresh one begins in {delay:?}");
+            cause.get_or_insert(error.resync_cause());
+            if updates.send(Update::Away(error.to_string())).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    async fn follow(
+        &mut self,
+        updates: &mpsc::Sender<Update>,
+        cause: &mut Option<ResyncCause>,
+        before: &mut i64,
+        back_off: &mut retry::BackOff,
+        heartbeat: &Heartbeat,
+    ) -> Result<(), KubernetesError> {
+        let (snapshot, mut nodes, mut version) = heartbeat.during(self.list()).await?;
+        let mut cause = cause.take().unwrap_or(ResyncCause::Connection);
+        if std::mem::replace(before, snapshot.revision) > snapshot.revision {
+            warn!("Kubernetes went back to revision {}: its data is gone, or a backup was restored", snapshot.revision);
+            cause = ResyncCause::RolledBack;
+        }
+        if updates.send(Update::Snapshot(snapshot, cause)).await.is_err() {
+            return Ok(());
+        }
+        loop {
+            let begun = Instant::now();
+            match self.watch_once(updates, &mut nodes, &mut version, back_off, heartbeat).await? {
+                Over::Unheard => return Ok(()),
+                Over::Ended => debug!("the watch on the nodes is over and goes on at {version}"),
+            }
+            *before = revision(&version);
+            if begun.elapsed() < SHORTEST {
+                return Err(self.ended(WATCH, ResyncCause::Connection, "the server ended it at once".to_owned()));
+            }
+        }
+    }
+
+    async fn watch_once(
+        &mut self,
+        updates: &mpsc::Sender<Update>,
+        nodes: &mut Nodes,
+        version: &mut String,
+        back_off: &mut retry::BackOff,
+        heartbeat: &Heartbeat,
+    ) -> Result<Over, KubernetesError> {
+        let seconds = rand::rng().random_range(WATCH_SECONDS);
+        let path = format!(
+            "/api/v1/nodes?watch=true&allowWatchBookmarks=true&resourceVersion={}&timeoutSeconds={seconds}",
+            escape(version)
+        );
+        let mut lines = heartbeat.during(self.watch_lines(WATCH, &path)).await?;
+        back_off.reset();
+        let end = Instant::now() + Duration::from_secs(seconds) + OVERTIME;
+        let mut config = interval(CONFIG_PERIOD);
+        config.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let next = tokio::select! {
+                next = heartbeat.during(timeout(end.saturating_duration_since(Instant::now()), lines.next())) => next,
+                () = updates.closed() => return Ok(Over::Unheard),
+                _ = config.tick() => {
+                    let now = self.read_config().ok();
+                    if now != self.seen_config {
+                        self.seen_config.clone_from(&now);
+                        if updates.send(Update::Config(now)).await.is_err() {
+                            return Ok(Over::Unheard);
+                        }
+                    }
+                    continue;
+                }
+            };
+            let line = match next {
+                Ok(Ok(Some(line))) => line,
+                Ok(Ok(None)) => return Ok(Over::Ended),
+                Ok(Err(error)) => return Err(self.ended(WATCH, ResyncCause::Connection, error.to_string())),
+                Err(_) => {
+                    let cause = "the server did not end it in time".to_owned();
+                    return Err(self.ended(WATCH, ResyncCause::Connection, cause));
+                }
+            };
+            for update in heartbeat.during(self.read_event(nodes, version, &line)).await? {
+                if updates.send(update).await.is_err() {
+                    return Ok(Over::Unheard);
+                }
+            }
+        }
+    }
+
+    async fn read_event(
+        &mut self,
+        nodes: &mut Nodes,
+        version: &mut String,
+        line: &[u8],
+    ) -> Result<Vec<Update>, KubernetesError> {
+        let unclear = |error: serde_json::Error| format!("an event is not understood: {error}");
+        let event: Result<Event, _> = serde_json::from_slice(line).map_err(unclear);
+        let event = event.map_err(|cause| self.ended(WATCH, ResyncCause::Cancelled, cause))?;
+        if event.kind == "ERROR" {
+            let Status { code, message, .. } = serde_json::from_str(event.object.get()).unwrap_or_default();
+            return Err(self.refused(WATCH, code, &message));
+        }
+        let object: Result<Node, _> = serde_json::from_str(event.object.get()).map_err(unclear);
+        let Node { metadata, spec } = object.map_err(|cause| self.ended(WATCH, ResyncCause::Cancelled, cause))?;
+        let seen = metadata.resource_version.clone();
+        let updates = match event.kind.as_str() {
+            "ADDED" | "MODIFIED" if nodes.needs_spec(&metadata) => {
+                // A server that knows no metadata sends the node whole.
+                let key = match spec.lease_key() {
+                    Ok(None) => self.fetch(&metadata).await?,
+                    key => Some(key.map_err(|error| error.to_string())),
+                };
+                nodes.set(metadata, key)
+            }
+            "ADDED" | "MODIFIED" => nodes.set(metadata, None),
+            "DELETED" => nodes.remove(&metadata),
+            _ => Vec::new(),
+        };
+        // Last: what was not taken in comes again.
+        *version = seen;
+        Ok(updates)
+    }
+
+    /// The podCIDRs of a node that is new. [`None`] where it is gone again, or another of its name is there.
+    async fn fetch(
+        &mut self,
+        metadata: &Metadata,
+    ) -> Result<Option<Result<Option<crate::lease::LeaseKey>, String>>, KubernetesError> {
+        match self.node(&metadata.name).await {
+            Ok(node) if node.metadata.uid == metadata.uid => {
+                Ok(Some(node.spec.lease_key().map_err(|error| error.to_string())))
+            }
+            Ok(_) | Err(KubernetesError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// For a query (RFC 3986, section 2.1).
+fn escape(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => escaped.push(byte.into()),
+            // Writing to a text does not fail.
+            _ => drop(write!(escaped, "%{byte:02X}")),
+        }
+    }
+    escaped
+}
