@@ -9,6 +9,7 @@
 //!
 //! It runs programs and depends on no other crate of the project, so that it builds on a machine that has nothing yet.
 
+pub mod api_server;
 pub mod bench;
 pub mod chaos;
 pub mod check;

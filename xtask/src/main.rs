@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::{bench, chaos, check, fuzz, run, setup, test, vm};
+use xtask::{api_server, bench, chaos, check, fuzz, run, setup, test, vm};
 
 /// The project's commands.
 #[derive(Parser)]
@@ -33,6 +33,8 @@ enum Command {
     Chaos(chaos::Options),
     /// Measure against the kernel's own vxlan path
     Bench(bench::Options),
+    /// A double of the Kubernetes API server, which lab and tests start
+    ApiServer(api_server::Options),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Chaos(options) => chaos::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::ApiServer(options) => api_server::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

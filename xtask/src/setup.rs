@@ -63,6 +63,8 @@ pub(crate) const BUILD_ONLY: [&str; 3] = ["protoc", "cc", "c++"];
 /// `cargo xtask vm`, whose kernels make no difference to it.
 const DOCKER: [(&str, &str); 4] =
     [("dockerd", "docker.io"), ("docker", "docker.io"), ("docker-init", "docker.io"), ("containerd", "containerd")];
+/// What tests of the Kubernetes store look at the API server with.
+const KUBECTL: (&str, &str) = ("kubectl", "kubernetes-client");
 /// What is in a container, and needs no libraries there. (The file tells it from the package `busybox`, which does.)
 const BUSYBOX: (&str, &str) = ("/usr/share/doc/busybox-static", "busybox-static");
 
@@ -147,6 +149,7 @@ fn ensure_packages(further: Vec<&'static str>) -> Result<()> {
 /// Those of what only the tests call that are not there.
 fn packages_of_tests() -> Vec<&'static str> {
     let mut packages = packages_of(&DOCKER);
+    packages.extend(packages_of(&[KUBECTL]));
     if !Path::new(BUSYBOX.0).exists() {
         packages.push(BUSYBOX.1);
     }

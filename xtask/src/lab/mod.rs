@@ -13,6 +13,7 @@
 //!
 //! Everything is made with `ip`, and gone when the [`Lab`] is dropped.
 
+mod api_server;
 pub mod capture;
 pub mod cni;
 mod host;
@@ -33,6 +34,7 @@ use anyhow::{Context as _, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 pub use self::{
+    api_server::{ApiServer, User},
     host::{Host, Pod, Subnet},
     kernel_vxlan::KernelVxlan,
     lock::Lock,
@@ -102,6 +104,14 @@ impl Lab {
     /// Where it does not come up.
     pub fn store(&self) -> Result<Store> {
         Store::start(&self.underlay, address(GATEWAY), &self.directory)
+    }
+
+    /// Starts an API server on the underlay: the double, or the real one.
+    ///
+    /// # Errors
+    /// Where it does not come up.
+    pub fn api_server(&self) -> Result<ApiServer> {
+        ApiServer::start(&self.underlay, address(GATEWAY), &self.directory, &[])
     }
 
     /// Connects a host, with the address `192.168.64.<number>`.
