@@ -20,6 +20,7 @@
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`large_packets`] — every size, whole or segmented, on small frames and large
 //! * [`kernels`] — what differs from kernel to kernel, and the verifier's work on each
+//! * [`api_server`] — the protocol of the Kubernetes store, on the double of its server
 //! * [`certificates`] — TLS to the store
 //! * [`etcd_roles`] — users and roles in the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
@@ -65,6 +66,7 @@
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
+mod api_server;
 mod attacks;
 mod bad_input;
 mod bypass;

@@ -4,14 +4,14 @@
 //!
 //! # Layout
 //!
-//! * [`serving`] — from a request to its answer
-//! * [`request`], [`answer`], [`status`] — what is asked for, what is sent back, and in which words it is refused
-//! * [`resources`] — which there are, and discovery
-//! * [`access`] — tokens and roles
-//! * [`objects`] — the objects, their revisions and their past
-//! * [`listing`], [`watching`], [`patch`], [`strategy`] — the verbs that take more than a look
-//! * [`nodes`] — nodes by the thousand
-//! * [`faults`] — what only the double does: faults, and counters
+//! * `serving` — from a request to its answer
+//! * `request`, `answer`, `status` — what is asked for, what is sent back, and in which words it is refused
+//! * `resources` — which there are, and discovery
+//! * `access` — tokens and roles
+//! * `objects` — the objects, their revisions and their past
+//! * `listing`, `watching`, `patch`, `strategy` — the verbs that take more than a look
+//! * `nodes` — nodes by the thousand
+//! * `faults` — what only the double does: faults, and counters
 //!
 //! # The paths of the double's own
 //!

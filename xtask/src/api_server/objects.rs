@@ -105,12 +105,13 @@ struct Inner {
 }
 
 impl Objects {
-    /// Reads what a server before wrote into the folder. The past is known from then on only, as after a start of the real
-    /// one.
+    /// Reads what a server before wrote into the folder. As after a start of the real one, which writes objects of its own
+    /// first, the past is known from a revision on that is newer than any that clients know: whoever watched has to list
+    /// again.
     pub(super) fn open(directory: &Path) -> Result<Self> {
         let path = directory.join("journal");
         let mut objects = BTreeMap::new();
-        let mut revision = 1;
+        let mut revision = 0;
         let mut complete = 0;
         if path.exists() {
             let mut file = BufReader::new(File::open(&path).with_context(|| format!("open {path:?}"))?);
@@ -122,6 +123,7 @@ impl Objects {
                 line.clear();
             }
         }
+        revision += 1;
         let journal = OpenOptions::new().create(true).append(true).open(&path);
         let journal = journal.with_context(|| format!("open {path:?}"))?;
         journal.set_len(complete)?;
@@ -341,10 +343,10 @@ mod tests {
 
         let objects = Objects::open(directory.path()).unwrap();
         let (revision, all) = objects.now();
-        assert_eq!((revision, all.len()), (4, 1));
+        assert_eq!((revision, all.len()), (5, 1));
         assert_eq!(all.values().next().unwrap().value()["x"], "é");
-        assert_eq!(objects.since(3).unwrap_err(), 4);
-        assert_eq!(put(&objects, "c", Some(json!({}))), 5);
+        assert_eq!(objects.since(4).unwrap_err(), 5);
+        assert_eq!(put(&objects, "c", Some(json!({}))), 6);
         drop(objects);
         assert_eq!(Objects::open(directory.path()).unwrap().now().1.len(), 2);
     }

@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn the_first_form_that_there_is_is_taken() {
-        let of = |accept| Form::negotiate(Some(accept)).ok();
+        let of = |accept: &str| Form::negotiate(Some(accept)).ok();
         let partial = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
         assert_eq!(of(partial), Some(Form::Partial));
         assert_eq!(of(&format!("application/vnd.kubernetes.protobuf, {partial}")), Some(Form::Partial));

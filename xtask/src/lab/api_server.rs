@@ -335,7 +335,7 @@ impl ApiServer {
         let token = fs::read_to_string(self.token_file(user)).unwrap_or_default();
         let mut curl = self.command("curl");
         curl.args(["-sS", "--connect-timeout", "10", "--cacert"]).arg(self.authority());
-        curl.args(["-H", &format!("Authorization: Bearer {token}")]).arg(format!("{}{path}", self.endpoint()));
+        curl.args(["-H", &format!("Authorization: Bearer {}", token.trim())]).arg(format!("{}{path}", self.endpoint()));
         curl
     }
 
