@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value, json, value::RawValue};
 use tokio::sync::watch;
 
 use super::resources::Resource;
@@ -42,7 +42,8 @@ pub(super) struct Object {
 }
 
 impl Object {
-    /// From its text, to which its type is added. The text is an object without a type.
+    /// From its text, to which its type is added. The text is an object without a type, and
+    /// its metadata come first.
     pub(super) fn new(resource: &Resource, key: Key, revision: u64, untyped: &str) -> Self {
         let head = format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",", resource.kind, resource.api_version());
         let text = format!("{head}{}", untyped.trim_start_matches('{'));
@@ -59,13 +60,14 @@ impl Object {
         &self.text[self.typed..]
     }
 
-    /// Its metadata, as JSON.
+    /// Its metadata, as JSON. What comes behind it is not read: of thousands of nodes that takes seconds.
     pub(super) fn partial(&self) -> Bytes {
         let make = || {
-            let metadata = self.value()["metadata"].take();
-            json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": metadata})
-                .to_string()
-                .into()
+            let metadata = self.untyped().strip_prefix(b"\"metadata\":").unwrap_or_default();
+            let mut values = serde_json::Deserializer::from_slice(metadata).into_iter::<&RawValue>();
+            let metadata = values.next().and_then(Result::ok).map_or("{}", RawValue::get);
+            let head = "{\"kind\":\"PartialObjectMetadata\",\"apiVersion\":\"meta.k8s.io/v1\",\"metadata\":";
+            format!("{head}{metadata}}}").into()
         };
         self.partial.get_or_init(make).clone()
     }
