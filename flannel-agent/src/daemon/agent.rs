@@ -32,7 +32,11 @@ use crate::{
     conntrack::Liberal,
     control::{Pending, Reply, Request},
     dataplane::Dataplane,
-    device::{Changed, DeviceEvent, Netlink, external::{External, Selection}, vxlan::VxlanDevice},
+    device::{
+        Changed, DeviceEvent, Netlink,
+        external::{External, Selection},
+        vxlan::VxlanDevice,
+    },
     health::{self, Health},
     lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
