@@ -115,9 +115,9 @@ fn what_is_refused_is_named_as_it_was_written() {
         assert_eq!(result.status.code(), Some(2), "{arguments:?}");
         assert_eq!(String::from_utf8_lossy(&result.stderr), format!("error: {message}\n"));
     }
-    let by_variable = run(&[], &[("FLANNELD_KUBE_SUBNET_MGR", "true")]);
+    let by_variable = run(&[], &[("FLANNELD_PUBLIC_IPV6", "fd00::1")]);
     assert_eq!(by_variable.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&by_variable.stderr).starts_with("error: FLANNELD_KUBE_SUBNET_MGR: leases from"));
+    assert!(String::from_utf8_lossy(&by_variable.stderr).starts_with("error: FLANNELD_PUBLIC_IPV6: IPv6 between"));
 }
 
 #[test]
