@@ -3,16 +3,20 @@
 use std::{
     net::{SocketAddrV4, UdpSocket},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use xtask::lab::Pod;
 
 use crate::{calls::SERVER_PORT, sockets::socket_in};
+
+/// For several seconds in which nobody reads, on a busy machine.
+const RECEIVE_BUFFER: usize = 8 << 20;
 
 type Arrived = Arc<Mutex<Vec<(u32, Instant)>>>;
 
@@ -20,6 +24,8 @@ type Arrived = Arc<Mutex<Vec<(u32, Instant)>>>;
 pub struct Stream {
     stop: Arc<AtomicBool>,
     sender: JoinHandle<u32>,
+    /// How many were sent, once the sender has ended.
+    sent: Arc<OnceLock<u32>>,
     receivers: Vec<(JoinHandle<()>, Arrived)>,
 }
 
@@ -42,14 +48,15 @@ impl Stream {
     }
 
     fn start_at(from: &Pod, asked: SocketAddrV4, receivers: &[&Pod], port: u16) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::<OnceLock<u32>>::default());
         let receivers = receivers.iter().map(|to| {
             let listening = socket_in(&to.netns, SocketAddrV4::new(to.address, port));
             listening.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            setsockopt(&listening, RcvBufForce, &RECEIVE_BUFFER).unwrap();
             let arrived = Arrived::default();
             let receiver = thread::spawn({
-                let (stop, arrived) = (Arc::clone(&stop), Arc::clone(&arrived));
-                move || receive(&listening, &stop, &arrived)
+                let (sent, arrived) = (Arc::clone(&sent), Arc::clone(&arrived));
+                move || receive(&listening, &sent, &arrived)
             });
             (receiver, arrived)
         });
@@ -68,7 +75,7 @@ impl Stream {
                 number
             }
         });
-        Self { stop, sender, receivers }
+        Self { stop, sender, sent, receivers }
     }
 
     /// For how long none has arrived.
@@ -97,6 +104,7 @@ impl Stream {
     pub fn end_each(self) -> (u32, Vec<Vec<(u32, Instant)>>) {
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.sender.join().unwrap();
+        self.sent.set(sent).unwrap();
         let arrived = self.receivers.into_iter().map(|(receiver, arrived)| {
             receiver.join().unwrap();
             std::mem::take(&mut *arrived.lock().unwrap())
@@ -105,14 +113,18 @@ impl Stream {
     }
 }
 
-fn receive(socket: &UdpSocket, stop: &AtomicBool, arrived: &Mutex<Vec<(u32, Instant)>>) {
+/// Until nothing comes for a while after the last was sent; where some are missing, for longer.
+fn receive(socket: &UdpSocket, sent: &OnceLock<u32>, arrived: &Mutex<Vec<(u32, Instant)>>) {
     let mut number = [0; 4];
+    let mut late = 0;
     loop {
         match socket.recv(&mut number) {
             Ok(_) => arrived.lock().unwrap().push((u32::from_be_bytes(number), Instant::now())),
-            // Nothing more for a while.
-            Err(_) if stop.load(Ordering::Relaxed) => return,
-            Err(_) => {}
+            Err(_) => match sent.get() {
+                Some(sent) if late == 5 || arrived.lock().unwrap().len() >= *sent as usize => return,
+                Some(_) => late += 1,
+                None => {}
+            },
         }
     }
 }
