@@ -153,3 +153,40 @@ fn a_limit_on_pods_of_flannels_holds() {
     world.wait_connected(0, 1);
     assert_limited(&world, false);
 }
+
+/// A rule says which packets it is about; all others go on as fast as they were.
+#[test]
+fn a_limit_for_one_port_or_address_is_none_for_others() {
+    let mut world = World::with_agents(2);
+    world.hosts[0].add_pod().unwrap();
+    world.wait_pods(0);
+    world.wait_connected(0, 1);
+    let [one, two] = [0, 1].map(|pod| &world.hosts[0].pods[pod]);
+    let to = &world.hosts[1].pods[0];
+    for (matched, named) in
+        [(format!("udp dport {}", Stream::PORT + 1), "a port"), (format!("ip saddr {}", two.address), "an address")]
+    {
+        // The first of them is met by neither.
+        let free = Stream::start(one, to);
+        let limited = Stream::start_on(two, to, Stream::PORT + 1);
+        wait_for("both streams", SOON, || free.count() > 1500 && limited.count() > 1500).unwrap();
+        let rules = LIMIT.replace("oifname \"flannel.1\"", &format!("oifname \"flannel.1\" {matched}"));
+        world.hosts[0].netns.feed("nft -f -", &rules).unwrap();
+        let subject = "nft inet limits forward handle 2: limit rate";
+        world.wait_status(0, subject, |status| status["bypass"]["restrictions"].to_string().contains(subject));
+        let known = Instant::now();
+        wait_for("a second", SOON, || known.elapsed().as_secs() >= 1).unwrap();
+        let fast = world.counter(0, "pod_encapsulated");
+        wait_for("three seconds", SOON, || known.elapsed().as_secs() >= 3).unwrap();
+        let fast = world.counter(0, "pod_encapsulated") - fast;
+        let in_two_seconds = |stream: Stream| {
+            let (_, arrived) = stream.end_each();
+            let second = arrived[0].iter().filter(|(_, at)| *at > known).map(|(_, at)| (*at - known).as_secs());
+            second.filter(|second| *second == 1 || *second == 2).count()
+        };
+        let (free, limited) = (in_two_seconds(free), in_two_seconds(limited));
+        assert!((100..=300).contains(&limited), "{named}: {limited} of 2,000");
+        assert!(free > 1000 && fast > free as u64 / 2, "{named}: {free} arrived, {fast} past the stack");
+        world.hosts[0].netns.exec("nft delete table inet limits").unwrap();
+    }
+}

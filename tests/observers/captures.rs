@@ -11,10 +11,10 @@ use nix::{
     net::if_::if_nametoindex,
     sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socket, sockopt::RcvBufForce},
 };
-use xtask::lab::Netns;
+use xtask::{lab::Netns, process::Process, progress::wait_for};
 
 use super::{Exchange, Served, check};
-use crate::sockets::within;
+use crate::{sockets::within, world::SOON};
 
 /// For a few thousand packets.
 const BUFFER_LEN: usize = 8 << 20;
@@ -96,4 +96,36 @@ fn a_capture_on_the_overlays_device_shows_each_packet() {
 #[test]
 fn a_capture_on_all_devices_shows_each_packet_on_each() {
     check_capture("any", 6);
+}
+
+/// What runs on hosts all day is nobody who looks: a DHCP client's socket on the external interface, LLDP's on all devices.
+#[test]
+fn sockets_for_other_protocols_cost_no_speed() {
+    let world = Served::ByUs.world(1);
+    let host = &world.hosts[0];
+    let exchange = Exchange::new(&host.pods[0], &world.hosts[1].pods[0]);
+    exchange.wait_bypassed(&world, 0);
+    let directory = world.lab.directory();
+    let listen = |name: &str, arguments: &[&str]| {
+        let mut command = host.netns.command("tcpdump");
+        command.args(["-Z", "root", "-n", "-l"]).args(arguments);
+        let process = Process::start(&mut command, &directory.join(name)).unwrap();
+        wait_for(name, SOON, || process.log().contains("listening on")).unwrap();
+        process
+    };
+    let others = [
+        listen("dhcp", &["-i", "eth0", "udp dst port 68"]),
+        listen("lldp", &["-i", "any", "ether proto 0x88cc"]),
+        listen("dhcp-overlay", &["-i", "flannel.1", "udp dst port 67 or udp dst port 68"]),
+    ];
+    // One that does look is found meanwhile: the others have been looked at by then.
+    let all = listen("all", &["-i", "pod1"]);
+    world.wait_status(0, "the capture", |status| {
+        let found = status["bypass"]["restrictions"].as_array().unwrap().iter();
+        let found: Vec<_> = found.filter(|restriction| restriction["kind"] != "helper").collect();
+        found.len() == 1 && found[0].to_string().contains("pod1")
+    });
+    drop(all);
+    exchange.wait_bypassed(&world, 0);
+    drop(others);
 }

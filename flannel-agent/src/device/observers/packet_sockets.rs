@@ -26,8 +26,8 @@ const IPV4: u16 = 0x0800;
 const BY_FAMILY: u16 = 20;
 const SHOW_FILTER: u32 = 0x20;
 const FILTER: u16 = 7;
-/// `struct packet_diag_req`, and `struct packet_diag_msg`.
-const REQUEST_LEN: usize = 16;
+/// `struct packet_diag_req`, and `struct packet_diag_msg` (linux/packet_diag.h).
+const REQUEST_LEN: usize = 20;
 const MESSAGE_LEN: usize = 16;
 
 /// A packet socket that takes IPv4 packets of a device, or of all.
