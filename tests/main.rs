@@ -21,6 +21,7 @@
 //! * [`large_packets`] — every size, whole or segmented, on small frames and large
 //! * [`kernels`] — what differs from kernel to kernel, and the verifier's work on each
 //! * [`api_server`] — the protocol of the Kubernetes store, on the double of its server
+//! * [`kubernetes`] — leases from there
 //! * [`certificates`] — TLS to the store
 //! * [`etcd_roles`] — users and roles in the store
 //! * [`bypass`] — flows past the host's stack, with netfilter's consent
@@ -98,6 +99,7 @@ mod inputs;
 mod inspection;
 mod interoperation;
 mod kernels;
+mod kubernetes;
 mod large_packets;
 mod leases;
 mod lifecycle;

@@ -1,4 +1,5 @@
-//! A lab for a test: hosts on an underlay, a real etcd, the agent that `cargo xtask test` built.
+//! A lab for a test: hosts on an underlay, a store (a real etcd where nothing else is said), the agent that
+//! `cargo xtask test` built.
 
 use std::{
     path::PathBuf,
@@ -22,10 +23,22 @@ const ANY_SUBNET: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxla
 /// For what is to happen soon.
 pub const SOON: Duration = Duration::from_secs(20);
 
+/// A store of leases, as an agent is told of it.
+pub trait LeaseStore {
+    /// Starts the agent on a host, with leases from here; it is not ready yet.
+    fn start_agent(&self, host: &mut Host, arguments: &[&str]);
+}
+
+impl LeaseStore for Store {
+    fn start_agent(&self, host: &mut Host, arguments: &[&str]) {
+        host.start_agent(&agent(), self, arguments).unwrap();
+    }
+}
+
 /// Everything of one test. The fields go in this order.
-pub struct World {
+pub struct World<S = Store> {
     pub hosts: Vec<Host>,
-    pub store: Store,
+    pub store: S,
     pub lab: Lab,
     _directory: TempDir,
 }
@@ -46,16 +59,31 @@ impl World {
     }
 
     pub fn without_config(hosts: u8) -> Self {
-        let (name, directory) = names();
-        let lab = Lab::new(&name, directory.path()).unwrap();
-        let store = lab.store().unwrap();
-        let hosts = (1..=hosts).map(|number| lab.host(&format!("node{number}"), number).unwrap()).collect();
-        Self { hosts, store, lab, _directory: directory }
+        Self::in_store(hosts, |lab| lab.store().unwrap())
     }
 
     /// Hosts with a ready agent and a pod each.
     pub fn with_agents(hosts: u8) -> Self {
         Self::new(hosts).ready(&[])
+    }
+
+    /// The lease of a host: the last part of its key, and the value.
+    pub fn lease_of(&self, host: usize) -> (String, String) {
+        let address = format!("\"{}\"", self.hosts[host].address);
+        let leases = self.store.list(&format!("{PREFIX}/subnets/")).unwrap();
+        let (key, value) = leases.into_iter().find(|(_, value)| value.contains(&address)).unwrap();
+        (key.rsplit('/').next().unwrap().to_owned(), value)
+    }
+}
+
+impl<S: LeaseStore> World<S> {
+    /// An underlay with a store that is made on it, and hosts without an agent.
+    pub fn in_store(hosts: u8, store: impl FnOnce(&Lab) -> S) -> Self {
+        let (name, directory) = names();
+        let lab = Lab::new(&name, directory.path()).unwrap();
+        let store = store(&lab);
+        let hosts = (1..=hosts).map(|number| lab.host(&format!("node{number}"), number).unwrap()).collect();
+        Self { hosts, store, lab, _directory: directory }
     }
 
     /// Starts the agent on all hosts, gives each a pod once it is ready, and waits for that one's programs.
@@ -101,7 +129,7 @@ impl World {
 
     /// Starts the agent on a host; it is not ready yet.
     pub fn start(&mut self, host: usize, arguments: &[&str]) {
-        self.hosts[host].start_agent(&agent(), &self.store, arguments).unwrap();
+        self.store.start_agent(&mut self.hosts[host], arguments);
     }
 
     /// A command of the agent on a host.
@@ -136,14 +164,6 @@ impl World {
         let (packets, bytes) = row(label).unwrap();
         let (left_packets, left_bytes) = row(&format!("{label}_neighbour")).unwrap_or_default();
         (packets + left_packets, bytes + left_bytes)
-    }
-
-    /// The lease of a host: the last part of its key, and the value.
-    pub fn lease_of(&self, host: usize) -> (String, String) {
-        let address = format!("\"{}\"", self.hosts[host].address);
-        let leases = self.store.list(&format!("{PREFIX}/subnets/")).unwrap();
-        let (key, value) = leases.into_iter().find(|(_, value)| value.contains(&address)).unwrap();
-        (key.rsplit('/').next().unwrap().to_owned(), value)
     }
 
     /// Waits until the agent of a host has said something.
