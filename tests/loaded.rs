@@ -85,7 +85,7 @@ pub fn enter(netns: &Path) {
 
 fn load(pins: &Path) -> Dataplane {
     let network = NetworkConfig::parse(r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#).unwrap();
-    let capacity = Capacity::of(&network);
+    let capacity = Capacity::of(network.network, network.subnet_len);
     let config = Config {
         bypass_time: 1_000_000_000,
         network: 0x0a05_0000,

@@ -39,7 +39,7 @@ fn with_dataplane(test: impl FnOnce(&World, &mut Dataplane) + Send) {
         (link(&host.netns, "eth0"), link(&host.netns, "flannel.1"), link(&host.netns, "pod1"));
     let subnet = host.subnet().unwrap().gateway.to_bits() - 1;
     let network = NetworkConfig::parse(CONFIG).unwrap();
-    let capacity = Capacity::of(&network);
+    let capacity = Capacity::of(network.network, network.subnet_len);
     let config = Config {
         bypass_time: 1_000_000_000,
         network: u32::from(Ipv4Addr::new(10, 5, 0, 0)),

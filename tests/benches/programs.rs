@@ -263,7 +263,7 @@ fn know(dataplane: &mut Dataplane, peers: u32) {
 
 fn load(pins: &Path, count: u32, ifindex: u32) -> Dataplane {
     let network = NetworkConfig::parse(r#"{"Network": "10.0.0.0/8", "Backend": {"Type": "vxlan"}}"#).unwrap();
-    let capacity = Capacity::of(&network);
+    let capacity = Capacity::of(network.network, network.subnet_len);
     let config = Config {
         bypass_time: 1_000_000_000,
         network: 0x0a00_0000,

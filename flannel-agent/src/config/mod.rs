@@ -92,6 +92,13 @@ const BACKEND_KEYS: [&str; 24] = [
     "AccessKeySecret",
 ];
 
+/// kube-controller-manager's length of a node's podCIDR where nothing is said (`--node-cidr-mask-size`).
+const ASSIGNED_LEN: u8 = 24;
+
+type Address = Option<Ipv4Addr>;
+/// Their length, the first, the last, and whether one of these two was given.
+type Subnets = Result<(u8, Ipv4Addr, Ipv4Addr, bool), ConfigError>;
+
 /// The smallest MTU of an underlay whose overlay still has the 68 bytes that IPv4 requires (RFC 791).
 const MIN_MTU: u32 = 68 + vxlan::OVERHEAD as u32;
 
@@ -101,6 +108,26 @@ impl NetworkConfig {
     /// # Errors
     /// The first rule that it breaks.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
+        Self::parse_with(json, |network, len, min, max| {
+            let subnet_len = subnet_len(network, len)?;
+            let (first, last) = subnet_range(network, subnet_len, min, max)?;
+            Ok((subnet_len, first, last, min.is_some() || max.is_some()))
+        })
+    }
+
+    /// The same where others assign the subnets: SubnetLen, SubnetMin and SubnetMax have no effect, and any Network will do,
+    /// as with flannel (pkg/subnet/config.go).
+    ///
+    /// # Errors
+    /// The first rule that it breaks.
+    pub fn parse_assigned(json: &str) -> Result<Self, ConfigError> {
+        Self::parse_with(json, |_, _, _, _| Ok((ASSIGNED_LEN, Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, false)))
+    }
+
+    fn parse_with(
+        json: &str,
+        subnets: impl FnOnce(Ipv4Net, i64, Address, Address) -> Subnets,
+    ) -> Result<Self, ConfigError> {
         let object = Object::parse(json, "")?;
         if object.boolean("EnableIPv6")? == Some(true) {
             return Err(ConfigError::Unsupported("EnableIPv6"));
@@ -114,9 +141,7 @@ impl NetworkConfig {
         let min = object.address("SubnetMin", "10.5.1.0")?;
         let max = object.address("SubnetMax", "10.5.255.0")?;
         let network = network.ok_or_else(|| ConfigError::NoNetwork { hint: misspelt(&object, "Network") })?;
-        let subnet_len = subnet_len(network, len)?;
-        let has_subnet_range = min.is_some() || max.is_some();
-        let (subnet_min, subnet_max) = subnet_range(network, subnet_len, min, max)?;
+        let (subnet_len, subnet_min, subnet_max, has_subnet_range) = subnets(network, len, min, max)?;
         let backend = object.json("Backend");
         let backend = backend.ok_or_else(|| ConfigError::NoBackend { hint: misspelt(&object, "Backend") })?;
         let backend = VxlanConfig::from_json(backend)?;

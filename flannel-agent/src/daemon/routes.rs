@@ -286,7 +286,7 @@ impl Agent<'_> {
 impl Agent<'_> {
     /// Takes away what a flannel that ran here before made for its peers.
     pub(super) async fn sweep(&self, link: &Link) {
-        let NetworkConfig { network, subnet_len, .. } = self.network;
+        let (network, subnet_len) = (self.network.network, self.own.key.subnet.prefix_len());
         let leases: HashSet<Ipv4Addr> = self.table.iter().map(|(subnet, _)| subnet.network()).collect();
         // Also of leases that are over by now.
         let is_on_grid = |address: Ipv4Addr| {

@@ -181,11 +181,13 @@ pub(super) fn load(
     lease: &OwnLease,
 ) -> Result<Dataplane, DaemonError> {
     let subnet = lease.key.subnet;
-    let capacity = Capacity::of(network);
+    // Those of others have it too, but for a few.
+    let subnet_len = subnet.prefix_len();
+    let capacity = Capacity::of(network.network, subnet_len);
     let config = Config {
         bypass_time: cli.bypass_time().as_nanos() as u64,
         network: network.network.network().to_bits(),
-        slot_shift: 32 - u32::from(network.subnet_len),
+        slot_shift: 32 - u32::from(subnet_len),
         slots: capacity.slots,
         subnet: subnet.network().to_bits(),
         subnet_mask: subnet.netmask().to_bits(),

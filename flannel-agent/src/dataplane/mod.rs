@@ -53,12 +53,13 @@ use flannel_common::{
 pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
 pub use forget::{Forgetter, Left};
 pub use held::Repaired;
+use ipnet::Ipv4Net;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
 pub use xdp::XdpMode;
 
 use self::{held::Place, restrict::Variant};
-use crate::{bypass::Plan, config::NetworkConfig, privileges::permission_hint};
+use crate::{bypass::Plan, privileges::permission_hint};
 
 /// The programs, as compiled from `flannel-ebpf` by the build script.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel"));
@@ -188,10 +189,10 @@ pub struct Capacity {
 }
 
 impl Capacity {
-    /// What a network needs: a slot for each subnet, and twice as many VTEPs, since a changed peer gets a new entry
-    /// before the old one is given up.
-    pub fn of(network: &NetworkConfig) -> Self {
-        let bits = u32::from(network.subnet_len - network.network.prefix_len());
+    /// What a network needs whose subnets have a length: a slot for each, and twice as many VTEPs, since a changed peer gets
+    /// a new entry before the old one is given up.
+    pub fn of(network: Ipv4Net, subnet_len: u8) -> Self {
+        let bits = u32::from(subnet_len.saturating_sub(network.prefix_len()));
         let slots = 1u32.checked_shl(bits).filter(|slots| *slots <= MAX_SLOTS).unwrap_or(0);
         // At least a thousand for peers outside the grid; at most what a cluster can have (10 MiB).
         Self { slots, vteps: (2 * slots).clamp(1 << 10, 1 << 17) }
