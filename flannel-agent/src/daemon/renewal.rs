@@ -143,11 +143,11 @@ impl LeaseHolder {
         self.request.avoid.clone_from(&self.unnamed.borrow_and_update());
         let (now, _) = self.registry.network_config().await?;
         if now == self.network {
-            return Ok(self.registry.acquire(&self.network, &self.request).await?);
+            return Ok(self.heartbeat.during(self.registry.acquire(&self.network, &self.request)).await?);
         }
         // None can be taken for the datapath that there is. But one that the store has still is this host's still.
         let mut lease = self.lease.clone();
-        match self.registry.renew(&mut lease, &self.request).await? {
+        match self.heartbeat.during(self.registry.renew(&mut lease, &self.request)).await? {
             OwnLeaseState::Held | OwnLeaseState::Claimed => Ok(lease),
             _ => Err(Refusal::OtherConfig(self.network.differences(&now))),
         }
@@ -161,7 +161,7 @@ impl LeaseHolder {
         let mut is_complete = false;
         loop {
             if !is_complete {
-                match self.registry.complete().await {
+                match self.heartbeat.during(self.registry.complete()).await {
                     Ok(()) => is_complete = true,
                     Err(error) => {
                         let sooner = back_off.delay();
@@ -191,7 +191,7 @@ impl LeaseHolder {
                 continue;
             }
             let before = self.lease.clone();
-            match self.registry.renew(&mut self.lease, &self.request).await {
+            match self.heartbeat.during(self.registry.renew(&mut self.lease, &self.request)).await {
                 Ok(state @ (OwnLeaseState::Held | OwnLeaseState::Claimed)) => {
                     debug!("lease {} renewed", self.lease.key);
                     if !self.lease.has_grant_of(&before) {
@@ -237,7 +237,7 @@ impl LeaseHolder {
             return Ok(());
         }
         self.registry.disconnect();
-        if self.registry.announce(&mut self.lease, &self.request, public_ip).await? {
+        if self.heartbeat.during(self.registry.announce(&mut self.lease, &self.request, public_ip)).await? {
             info!("the lease {} names {public_ip} from now on", self.lease.key);
         }
         // Where it was not as it should be, how it stands with it is looked at next.

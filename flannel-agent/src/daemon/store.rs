@@ -210,7 +210,7 @@ impl Agent<'_> {
 
     /// Whether an entry is this host's lease as it was taken, and nobody wrote it since.
     fn is_held(&self, entry: &Entry) -> bool {
-        self.is_own(entry) && self.own.is_as_written(entry)
+        self.is_own(entry) && self.own.is_as_written(entry) && entry.peer(self.device.vni).is_ok()
     }
 
     /// The table says something that does not go with holding the lease. Only where it is held: whoever is taking

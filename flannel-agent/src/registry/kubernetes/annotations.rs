@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     go_values,
-    lease::{LeaseAttributes, MacAddress},
+    lease::{LeaseAttributes, MacAddress, VxlanData},
 };
 
 /// What flannel writes for a node that it serves; anything else is none of its nodes.
@@ -125,9 +125,9 @@ impl Announcement {
         })
     }
 
-    /// The MAC that it announces.
+    /// The MAC that it announces, whatever else it says.
     pub(super) fn vtep_mac(&self) -> Option<MacAddress> {
-        self.attributes().ok()?.announced_mac()
+        serde_json::from_str::<VxlanData>(self.backend_data.as_deref()?).ok().map(|data| data.vtep_mac)
     }
 
     /// The address that is published in the place of the host's own; or the text that is none.

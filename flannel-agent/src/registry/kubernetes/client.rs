@@ -4,22 +4,23 @@
 use std::{error::Error as StdError, fmt, time::Duration};
 
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyDataStream, BodyExt as _, LengthLimitError, Limited};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Builder, connect::HttpConnector},
-    rt::TokioExecutor,
+    rt::{TokioExecutor, TokioTimer},
 };
 use kube::{
     Client, Config,
     client::{Body, ConfigExt as _},
-    config::{KubeConfigOptions, Kubeconfig},
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio::time::timeout;
+use tokio_rustls::rustls::{crypto::aws_lc_rs, pki_types::ServerName};
 use tower::{BoxError, ServiceBuilder};
 
-use super::{Kubernetes, KubernetesError, KubernetesOptions};
+use super::{Kubernetes, KubernetesError, lines::Lines};
 use crate::registry::ResyncCause;
 
 /// For how long a connection may take to be made, ...
@@ -28,8 +29,12 @@ const CONNECT_TIME: Duration = Duration::from_secs(5);
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// ... and the answer to come, a chunk of the list for one.
 const BODY_TIME: Duration = Duration::from_secs(30);
-/// A connection that is quiet is tested after so long, so often, and given up after so many tests.
-const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(5), 2);
+/// A connection that is quiet is tested after so long, and given up where nothing comes back for so long. (As the one to
+/// etcd: the kernel answers for a server that hangs, so that HTTP/2 has to ask.)
+const PING_AFTER: Duration = Duration::from_secs(10);
+const PING_TIME: Duration = Duration::from_secs(5);
+/// Of one that speaks no HTTP/2 only the kernel's tests tell.
+const KEEP_ALIVE_RETRIES: u32 = 2;
 /// What an answer may be in size: five hundred nodes of the 1.5 MiB that etcd takes.
 const MAX_ANSWER: usize = 1 << 30;
 /// An API server that asks for patience gets no more at once than this.
@@ -73,105 +78,13 @@ struct StatusDetails {
     retry_after_seconds: u64,
 }
 
-/// Where the API server is, as this host is told.
-#[derive(Clone, Debug)]
-pub(super) enum Access {
-    /// A file, and the URL that counts in the place of its own.
-    Kubeconfig(Box<Kubeconfig>, Option<http::Uri>),
-    /// Nothing but a URL.
-    Url(http::Uri),
-    /// What every pod is given.
-    InCluster,
-}
-
-impl Access {
-    /// As flannel finds it (client-go: tools/clientcmd, BuildConfigFromFlags).
-    pub(super) fn find(options: &KubernetesOptions) -> Result<Self, KubernetesError> {
-        let url = options.api_url.as_ref().map(|url| {
-            let parsed: Option<http::Uri> = url.parse().ok();
-            let parsed =
-                parsed.filter(|url| url.host().is_some() && matches!(url.scheme_str(), Some("http" | "https")));
-            parsed.ok_or_else(|| KubernetesError::Url(url.clone()))
-        });
-        let url = url.transpose()?;
-        match (&options.kubeconfig, url) {
-            (Some(path), url) => {
-                let problem = |problem: String| KubernetesError::Kubeconfig { path: path.clone(), problem };
-                let kubeconfig = Kubeconfig::read_from(path).map_err(|error| problem(causes(&error)))?;
-                Ok(Self::Kubeconfig(Box::new(kubeconfig), url))
-            }
-            (None, Some(url)) => Ok(Self::Url(url)),
-            (None, None) => {
-                Config::incluster().map_err(|error| KubernetesError::NotInCluster(causes(&error)))?;
-                Ok(Self::InCluster)
-            }
-        }
-    }
-
-    /// Read anew each time: tokens and certificates are renewed.
-    async fn config(&self, options: &KubernetesOptions) -> Result<Config, KubernetesError> {
-        match self {
-            Self::Kubeconfig(before, url) => {
-                let path = options.kubeconfig.clone().unwrap_or_default();
-                // One that is being replaced counts as it was.
-                let now = Kubeconfig::read_from(&path).unwrap_or_else(|_| (**before).clone());
-                let config = Config::from_custom_kubeconfig(now, &KubeConfigOptions::default()).await;
-                let mut config =
-                    config.map_err(|error| KubernetesError::Kubeconfig { path, problem: causes(&error) })?;
-                if let Some(url) = url {
-                    config.cluster_url = url.clone();
-                }
-                Ok(config)
-            }
-            Self::Url(url) => Ok(Config::new(url.clone())),
-            Self::InCluster => Config::incluster().map_err(|error| KubernetesError::NotInCluster(causes(&error))),
-        }
-    }
-
-    /// The URL, as far as it can be told without asking anybody.
-    pub(super) fn url(&self) -> String {
-        let url = match self {
-            Self::Kubeconfig(_, Some(url)) | Self::Url(url) => Some(url.to_string()),
-            Self::Kubeconfig(kubeconfig, None) => server(kubeconfig),
-            Self::InCluster => Config::incluster().ok().map(|config| config.cluster_url.to_string()),
-        };
-        url.unwrap_or_default().trim_end_matches('/').to_owned()
-    }
-}
-
-/// The server of a kubeconfig's current context.
-fn server(kubeconfig: &Kubeconfig) -> Option<String> {
-    let current = kubeconfig.current_context.as_ref()?;
-    let context = kubeconfig.contexts.iter().find(|context| context.name == *current)?.context.as_ref()?;
-    let cluster = kubeconfig.clusters.iter().find(|cluster| cluster.name == context.cluster)?;
-    cluster.cluster.as_ref()?.server.clone()
-}
-
 impl Kubernetes {
     async fn client(&mut self) -> Result<Client, KubernetesError> {
         if let Some(client) = &self.client {
             return Ok(client.clone());
         }
-        let config = self.access.config(&self.options).await?;
-        let unusable = |error: kube::Error| KubernetesError::Credentials(causes(&error));
-        let mut connector = HttpConnector::new();
-        connector.enforce_http(false);
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_TIME));
-        connector.set_keepalive(Some(KEEP_ALIVE.0));
-        connector.set_keepalive_interval(Some(KEEP_ALIVE.1));
-        connector.set_keepalive_retries(Some(KEEP_ALIVE.2));
-        let provider = tokio_rustls::rustls::crypto::aws_lc_rs::default_provider();
-        // Where there is one already, it is the same.
-        let _present = provider.install_default();
-        let connector = config.rustls_https_connector_with_connector(connector).map_err(unusable)?;
-        let service = ServiceBuilder::new()
-            .layer(config.base_uri_layer())
-            .option_layer(config.auth_layer().map_err(unusable)?)
-            .layer(config.extra_headers_layer().map_err(unusable)?)
-            .map_err(BoxError::from)
-            .service(Builder::new(TokioExecutor::new()).build::<_, Body>(connector));
-        let client = Client::new(service, config.default_namespace);
+        let unusable = |error: BoxError| KubernetesError::Credentials(causes(&*error));
+        let client = connect(self.access.config()?).map_err(unusable)?;
         self.client = Some(client.clone());
         Ok(client)
     }
@@ -194,7 +107,7 @@ impl Kubernetes {
     /// Begins a watch of metadata.
     pub(super) async fn watch_lines(&mut self, call: Call<'_>, path: &str) -> Result<Lines, KubernetesError> {
         let answer = self.send(call, request(Method::GET, path, header::ACCEPT, METADATA_ONLY, Vec::new())).await?;
-        Ok(Lines { body: answer.into_body().into_data_stream(), buffer: Vec::new(), searched: 0 })
+        Ok(Lines::new(answer.into_body()))
     }
 
     async fn send(
@@ -217,10 +130,17 @@ impl Kubernetes {
         let (code, patience) = (answer.status(), retry_after(answer.headers()));
         let text = timeout(ANSWER_TIME, Limited::new(answer.into_body(), 1 << 20).collect()).await;
         let text = text.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
-        let status: Status = serde_json::from_slice(&text).unwrap_or_else(|_| Status {
-            message: String::from_utf8_lossy(&text).trim().chars().take(MOST_TOLD).collect(),
-            ..Status::default()
-        });
+        let status: Status = match serde_json::from_slice(&text) {
+            Ok(status) => status,
+            Err(_) => {
+                let message: String = String::from_utf8_lossy(&text).trim().chars().take(MOST_TOLD).collect();
+                if code == StatusCode::NOT_FOUND {
+                    let cause = format!("what answers is no API server (404, {message}); check its URL");
+                    return Err(self.ended(call, ResyncCause::Connection, cause));
+                }
+                Status { message, ..Status::default() }
+            }
+        };
         let told = status.details.as_ref().map(|details| Duration::from_secs(details.retry_after_seconds));
         if matches!(code, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
             && let Some(patience) = patience.or(told)
@@ -305,6 +225,37 @@ impl Kubernetes {
     }
 }
 
+/// Makes nothing yet but what the first call is sent by.
+fn connect(config: Config) -> Result<Client, BoxError> {
+    let mut connector = HttpConnector::new();
+    connector.enforce_http(false);
+    connector.set_nodelay(true);
+    connector.set_connect_timeout(Some(CONNECT_TIME));
+    connector.set_keepalive(Some(PING_AFTER));
+    connector.set_keepalive_interval(Some(PING_TIME));
+    connector.set_keepalive_retries(Some(KEEP_ALIVE_RETRIES));
+    // Where there is one already, it is the same.
+    let _present = aws_lc_rs::default_provider().install_default();
+    let mut https = HttpsConnectorBuilder::new().with_tls_config(config.rustls_client_config()?).https_or_http();
+    if let Some(name) = &config.tls_server_name {
+        https = https.with_server_name_resolver(FixedServerNameResolver::new(ServerName::try_from(name.clone())?));
+    }
+    let connections = Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .pool_timer(TokioTimer::new())
+        .http2_keep_alive_interval(PING_AFTER)
+        .http2_keep_alive_timeout(PING_TIME)
+        .http2_keep_alive_while_idle(true)
+        .build::<_, Body>(https.enable_all_versions().wrap_connector(connector));
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(connections);
+    Ok(Client::new(service, config.default_namespace))
+}
+
 fn request(
     method: Method,
     path: &str,
@@ -322,7 +273,7 @@ fn retry_after(headers: &header::HeaderMap) -> Option<Duration> {
 }
 
 /// An error with all that caused it, in one line.
-fn causes(error: &(dyn StdError + 'static)) -> String {
+pub(super) fn causes(error: &(dyn StdError + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -333,51 +284,4 @@ fn causes(error: &(dyn StdError + 'static)) -> String {
         source = error.source();
     }
     text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// The lines of an answer that goes on.
-pub(super) struct Lines {
-    body: BodyDataStream<Body>,
-    buffer: Vec<u8>,
-    /// How much of it has no end of a line.
-    searched: usize,
-}
-
-/// Why there is no further line.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum LineError {
-    #[error("the stream was cut off: {0}")]
-    Broken(String),
-    #[error("the stream ended within a line")]
-    Truncated,
-    #[error("a line has more than {} bytes", MAX_LINE)]
-    Length,
-}
-
-/// Longer than an object can be.
-const MAX_LINE: usize = 16 << 20;
-
-impl Lines {
-    /// The next one; [`None`] where the server ended the stream. Can be cancelled without loss.
-    pub(super) async fn next(&mut self) -> Result<Option<Vec<u8>>, LineError> {
-        use futures_util::StreamExt as _;
-        loop {
-            if let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
-                let rest = self.buffer.split_off(self.searched + end + 1);
-                let line = std::mem::replace(&mut self.buffer, rest);
-                self.searched = 0;
-                return Ok(Some(line));
-            }
-            self.searched = self.buffer.len();
-            if self.searched > MAX_LINE {
-                return Err(LineError::Length);
-            }
-            match self.body.next().await {
-                Some(Ok(part)) => self.buffer.extend_from_slice(&part),
-                Some(Err(error)) => return Err(LineError::Broken(causes(&error))),
-                None if self.buffer.iter().all(u8::is_ascii_whitespace) => return Ok(None),
-                None => return Err(LineError::Truncated),
-            }
-        }
-    }
 }

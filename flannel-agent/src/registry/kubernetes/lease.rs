@@ -4,6 +4,7 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use serde::Deserialize;
 use serde_json::json;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
@@ -12,7 +13,7 @@ use super::{
     Kubernetes, KubernetesError,
     annotations::Announcement,
     client::Call,
-    node::{Node, Pod},
+    node::{Metadata, Node, Pod, Spec},
 };
 use crate::{
     config::NetworkConfig,
@@ -22,6 +23,40 @@ use crate::{
 
 /// The least time between two writes of the annotations: another agent may believe that they are its own.
 const WRITE_PERIOD: Duration = Duration::from_secs(5);
+
+/// Type, status and reason of the condition that flannel sets.
+const CONDITION: (&str, &str, &str) = ("NetworkUnavailable", "False", "FlannelIsUp");
+
+/// This host's node, with what counts of no other.
+#[derive(Debug, Deserialize)]
+struct OwnNode {
+    metadata: Metadata,
+    #[serde(default)]
+    spec: Spec,
+    #[serde(default)]
+    status: OwnStatus,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct OwnStatus {
+    conditions: Vec<Condition>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+    reason: String,
+}
+
+impl Condition {
+    fn is_flannels(&self) -> bool {
+        (self.kind.as_str(), self.status.as_str(), self.reason.as_str()) == CONDITION
+    }
+}
 
 impl Kubernetes {
     /// This host's node: the one that is named, or the pod's.
@@ -47,12 +82,15 @@ impl Kubernetes {
         self.get(Call { verb: "get", resource: "nodes", name }, &format!("/api/v1/nodes/{name}")).await
     }
 
-    async fn own_node(&mut self) -> Result<(String, Node), KubernetesError> {
+    async fn own_node(&mut self) -> Result<(String, OwnNode), KubernetesError> {
         let name = self.own_name().await?;
-        match self.node(&name).await {
-            Err(KubernetesError::NotFound { url, .. }) => Err(KubernetesError::NoNode { name, url }),
-            node => Ok((name, node?)),
-        }
+        let call = Call { verb: "get", resource: "nodes", name: &name };
+        let node: OwnNode = match self.get(call, &format!("/api/v1/nodes/{name}")).await {
+            Err(KubernetesError::NotFound { url, .. }) => return Err(KubernetesError::NoNode { name, url }),
+            node => node?,
+        };
+        self.is_complete = node.status.conditions.iter().any(Condition::is_flannels);
+        Ok((name, node))
     }
 
     /// What the node's annotations say of this host's addresses.
@@ -150,23 +188,25 @@ impl Kubernetes {
         Ok(true)
     }
 
-    /// Tells the scheduler that packets of this node's pods can flow.
+    /// Tells the scheduler that packets of this node's pods can flow, where it does not know from an agent before.
     pub async fn complete(&mut self) -> Result<(), KubernetesError> {
-        if !self.options.set_node_network_unavailable {
+        if !self.options.set_node_network_unavailable || self.is_complete {
             return Ok(());
         }
         let name = self.own_name().await?;
         let now = Time(Timestamp::now());
         let condition = json!({
-            "type": "NetworkUnavailable",
-            "status": "False",
+            "type": CONDITION.0,
+            "status": CONDITION.1,
             "lastHeartbeatTime": now,
             "lastTransitionTime": now,
-            "reason": "FlannelIsUp",
+            "reason": CONDITION.2,
             "message": "Flannel is running on this node",
         });
         let patch = json!({ "status": { "conditions": [condition] } });
         let call = Call { verb: "patch", resource: "nodes/status", name: &name };
-        self.patch(call, &format!("/api/v1/nodes/{name}/status"), &patch).await
+        self.patch(call, &format!("/api/v1/nodes/{name}/status"), &patch).await?;
+        self.is_complete = true;
+        Ok(())
     }
 }

@@ -4,22 +4,33 @@
 //! a file. Unlike flannel's, changes are followed by their metadata only, nothing is listed again in steady state, and a
 //! node that is deleted and made anew is another one.
 
+mod access;
 mod annotations;
 mod client;
 mod lease;
+mod lines;
 mod node;
 mod nodes;
 mod watch;
 
-use std::{io, path::PathBuf};
+use std::{
+    fs::OpenOptions,
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
 
 use ipnet::Ipv4Net;
+use nix::fcntl::OFlag;
 use tokio::time::Instant;
 
+use self::{access::Access, annotations::Names};
 pub use self::{annotations::InvalidPrefix, node::InvalidPodCidr};
-use self::{annotations::Names, client::Access};
 use super::ResyncCause;
 use crate::config::{ConfigError, NetworkConfig};
+
+/// As large as a ConfigMap can be.
+const MAX_CONFIG: u64 = 1 << 20;
 
 /// How Kubernetes is reached, and which node this host is.
 #[derive(Clone, Debug)]
@@ -206,6 +217,8 @@ pub struct Kubernetes {
     node_name: Option<String>,
     /// When annotations were written last.
     written: Option<Instant>,
+    /// Whether the node says that packets of its pods can flow.
+    is_complete: bool,
     /// The network config as it was told of last.
     seen_config: Option<Vec<u8>>,
 }
@@ -220,11 +233,21 @@ impl Kubernetes {
         if options.node_name.is_none() && options.pod.is_none() {
             return Err(KubernetesError::NoNodeName);
         }
-        let access = Access::find(&options)?;
-        let url = access.url();
+        let (access, url) = Access::find(&options)?;
         let identity = format!("{url} {}", names.prefix());
         let node_name = options.node_name.clone();
-        Ok(Self { options, names, access, url, identity, client: None, node_name, written: None, seen_config: None })
+        Ok(Self {
+            options,
+            names,
+            access,
+            url,
+            identity,
+            client: None,
+            node_name,
+            written: None,
+            is_complete: false,
+            seen_config: None,
+        })
     }
 
     /// A name for cluster and annotations.
@@ -260,18 +283,33 @@ impl Kubernetes {
 
     fn read_config(&self) -> Result<Vec<u8>, KubernetesError> {
         let path = &self.options.net_config;
-        // Of a ConfigMap, it is a symbolic link.
-        std::fs::read(path).map_err(|source| KubernetesError::NoConfig { path: path.clone(), source })
+        read_file(path).map_err(|source| KubernetesError::NoConfig { path: path.clone(), source })
     }
 
-    /// Checks the network config.
+    /// Checks the network config. Which subnets there are is not its business here, as with flannel.
     ///
     /// # Errors
     /// [`KubernetesError::Config`].
     pub fn parse_config(&self, value: &[u8]) -> Result<NetworkConfig, KubernetesError> {
-        NetworkConfig::parse(&String::from_utf8_lossy(value)).map_err(|source| KubernetesError::Config {
+        NetworkConfig::parse_assigned(&String::from_utf8_lossy(value)).map_err(|source| KubernetesError::Config {
             path: self.options.net_config.clone(),
             source: Box::new(source),
         })
     }
+}
+
+/// Of a ConfigMap, it is a symbolic link. What is no file might never end, and its opening wait for somebody.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
+    match file.metadata()?.file_type() {
+        kind if kind.is_file() => {}
+        kind if kind.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+        _ => return Err(io::Error::other("it is no file")),
+    }
+    let mut content = Vec::new();
+    file.by_ref().take(MAX_CONFIG + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_CONFIG {
+        return Err(io::Error::other(format!("it has more than {MAX_CONFIG} bytes")));
+    }
+    Ok(content)
 }
