@@ -9,7 +9,7 @@ use xtask::{lab::PREFIX, process::Process};
 use crate::world::{CONFIG, SOON, World, agent, is_answered};
 
 /// Waits for the end of a host's agent; its exit code and the line that it ended with.
-pub fn end_of(world: &mut World, host: usize) -> (Option<i32>, String) {
+pub fn end_of<S>(world: &mut World<S>, host: usize) -> (Option<i32>, String) {
     let agent = world.hosts[host].agent.as_mut().unwrap();
     let status = agent.wait(SOON).unwrap();
     (status.code(), agent.log().lines().last().unwrap_or_default().to_owned())

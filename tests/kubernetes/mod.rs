@@ -3,6 +3,18 @@
 //! the controller manager make them.
 //!
 //! What only the double can do is behind [`on_double`], which says what was not run.
+//!
+//! * [`lease`] — this host's own: the podCIDR, and what the node announces
+//! * [`access`] — who asks, where, and what they may
+//! * [`network_config`] — the file
+//! * [`faults`] — an API server in trouble
+//! * [`bad_input`] — one line for each, and nothing half-made
+
+mod access;
+mod bad_input;
+mod faults;
+mod lease;
+mod network_config;
 
 use std::{fs, path::PathBuf, process::Command};
 
@@ -10,9 +22,10 @@ use serde_json::{Value, json};
 use xtask::{
     lab::{ApiServer, Host, User},
     process::Process,
+    progress::wait_for,
 };
 
-use crate::world::{LeaseStore, World, agent};
+use crate::world::{LeaseStore, SOON, World, agent};
 
 /// What flannel's annotations begin with.
 pub const PREFIX: &str = "flannel.alpha.coreos.com/";
@@ -42,7 +55,8 @@ impl Kubernetes {
     /// The agent on a host, with leases from Kubernetes, and nothing that says where that is and who asks.
     pub fn agent_command(&self, host: &Host) -> Command {
         let mut command = host.agent_command(&agent());
-        for variable in ["NODE_NAME", "POD_NAME", "POD_NAMESPACE", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"] {
+        for variable in ["NODE_NAME", "POD_NAME", "POD_NAMESPACE", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"]
+        {
             command.env_remove(variable);
         }
         command.arg("--kube-subnet-mgr").arg("--net-config-path").arg(&self.net_conf);
@@ -119,18 +133,10 @@ impl Cluster {
         self.wait_status(host, &format!("{count} peers"), |status| status["peers"] == count);
     }
 
-    /// Waits until a host has announced itself, and returns its VTEP's MAC.
-    pub fn wait_announced(&self, host: usize) -> String {
-        let name = &self.hosts[host].name;
-        let mut mac = None;
-        let waited = xtask::progress::wait_for("an announcement", crate::world::SOON, || {
-            let data = self.annotation(name, "backend-data").unwrap_or_default();
-            let data: Value = serde_json::from_str(&data).unwrap_or_default();
-            mac = data["VtepMAC"].as_str().map(str::to_owned);
-            mac.is_some()
-        });
-        waited.unwrap();
-        mac.unwrap_or_default()
+    /// Waits until an annotation of flannel's is so.
+    pub fn wait_annotation(&self, name: &str, suffix: &str, value: &str) {
+        let waited = wait_for(suffix, SOON, || self.annotation(name, suffix).as_deref() == Some(value));
+        assert!(waited.is_ok(), "{suffix} is not {value:?}: {}", self.node(name)["metadata"]["annotations"]);
     }
 
     /// Makes a node as a kubelet and the controller manager leave it; without podCIDRs, as before the latter saw it.
@@ -213,9 +219,7 @@ impl Cluster {
 
 /// A whole node.
 pub fn node(name: &str, pod_cidrs: &[&str]) -> Value {
-    let condition = |kind: &str, status: &str, reason: &str| {
-        json!({"type": kind, "status": status, "reason": reason, "message": reason})
-    };
+    let condition = |kind: &str, status: &str, reason: &str| json!({"type": kind, "status": status, "reason": reason, "message": reason});
     let resources = json!({"cpu": "8", "memory": "32386352Ki", "ephemeral-storage": "101430960Ki", "pods": "110"});
     let mut node = json!({
         "apiVersion": "v1", "kind": "Node",
