@@ -282,7 +282,7 @@ fn a_node_that_is_made_again_with_another_pod_cidr_moves_its_host() {
     .unwrap();
     wait_held(&cluster, 0);
     assert_eq!(device_mac(&cluster, 0), mac);
-    assert!(cluster.annotation("node1", "backend-data").unwrap().contains(&mac));
+    assert_eq!(cluster.wait_announced(0), mac);
     // A new pod there, and the pod of before elsewhere.
     let subnet = cluster.hosts[0].subnet().unwrap();
     cluster.hosts[0].pods.clear();

@@ -133,6 +133,20 @@ impl Cluster {
         self.wait_status(host, &format!("{count} peers"), |status| status["peers"] == count);
     }
 
+    /// Waits until a host has announced itself, and returns its VTEP's MAC.
+    pub fn wait_announced(&self, host: usize) -> String {
+        let name = &self.hosts[host].name;
+        let mut mac = None;
+        let waited = wait_for("an announcement", SOON, || {
+            let data = self.annotation(name, "backend-data").unwrap_or_default();
+            let data: Value = serde_json::from_str(&data).unwrap_or_default();
+            mac = data["VtepMAC"].as_str().map(str::to_owned);
+            mac.is_some()
+        });
+        waited.unwrap();
+        mac.unwrap_or_default()
+    }
+
     /// Waits until an annotation of flannel's is so.
     pub fn wait_annotation(&self, name: &str, suffix: &str, value: &str) {
         let waited = wait_for(suffix, SOON, || self.annotation(name, suffix).as_deref() == Some(value));
