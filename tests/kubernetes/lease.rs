@@ -3,9 +3,9 @@
 use std::fs;
 
 use serde_json::{Value, json};
-use xtask::progress::wait_for;
+use xtask::{lab::User, progress::wait_for};
 
-use super::{Cluster, PREFIX, on_double};
+use super::{Cluster, PREFIX, on_double, start};
 use crate::{
     bad_input::end_of,
     world::{SOON, is_answered},
@@ -285,8 +285,10 @@ fn a_node_that_is_made_again_with_another_pod_cidr_moves_its_host() {
     assert_eq!(cluster.wait_announced(0), mac);
     // A new pod there, and the pod of before elsewhere.
     let subnet = cluster.hosts[0].subnet().unwrap();
+    for link in ["pod1", "cni0"] {
+        cluster.hosts[0].netns.ip(&format!("link delete {link}")).unwrap();
+    }
     cluster.hosts[0].pods.clear();
-    cluster.hosts[0].netns.ip("link delete cni0").unwrap();
     cluster.hosts[0].add_pod_in(&subnet).unwrap();
     cluster.wait_connected(0, 1);
 
@@ -323,6 +325,28 @@ fn announcements_that_somebody_damaged_are_written_again() {
         // Nobody repeats 200 KiB.
         assert!(cluster.hosts[0].agent.as_ref().unwrap().log().len() < 64 << 10);
     });
+}
+
+#[test]
+fn two_agents_with_one_node_name_say_so() {
+    let mut cluster = Cluster::with_nodes(2);
+    cluster.start(0, &[]);
+    cluster.hosts[0].wait_ready().unwrap();
+    wait_held(&cluster, 0);
+    let mut command = cluster.store.agent_command(&cluster.hosts[1]);
+    command.arg("--kubeconfig-file").arg(cluster.store.server.kubeconfig(User::AGENT)).env("NODE_NAME", "node1");
+    start(&mut cluster.hosts[1], &mut command);
+    cluster.hosts[1].wait_ready().unwrap();
+    // The second has taken over the MAC, as after a reboot.
+    let mac = device_mac(&cluster, 0);
+    for (host, other) in [(0, 2), (1, 1)] {
+        let said = format!(
+            "another host, with the address 192.168.64.{other} and the MAC {mac}, announces itself as the node node1: two \
+             agents must not have one NODE_NAME"
+        );
+        cluster.wait_log(host, &said);
+        cluster.wait_log(host, "the annotations are written again, at most once in 20s");
+    }
 }
 
 #[test]

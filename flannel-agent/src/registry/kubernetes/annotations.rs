@@ -130,6 +130,15 @@ impl Announcement {
         serde_json::from_str::<VxlanData>(self.backend_data.as_deref()?).ok().map(|data| data.vtep_mac)
     }
 
+    /// The host of this overlay that it announces, where that is another than the one of these attributes.
+    pub(super) fn rival(&self, own: &LeaseAttributes) -> Option<(Ipv4Addr, MacAddress)> {
+        let announced = self.attributes().ok().filter(|_| self.is_managed)?;
+        let (theirs, ours) = (announced.vxlan_data().ok()?, own.vxlan_data().ok()?);
+        let is_rival =
+            theirs.vni == ours.vni && (announced.public_ip, theirs.vtep_mac) != (own.public_ip, ours.vtep_mac);
+        is_rival.then_some((announced.public_ip, theirs.vtep_mac))
+    }
+
     /// The address that is published in the place of the host's own; or the text that is none.
     pub(super) fn overwrite(&self) -> Option<Result<Ipv4Addr, &str>> {
         self.public_ip_overwrite.as_deref().map(address)

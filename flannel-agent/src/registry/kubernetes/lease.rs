@@ -21,8 +21,10 @@ use crate::{
     registry::{Grant, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState},
 };
 
-/// The least time between two writes of the annotations: another agent may believe that they are its own.
-const WRITE_PERIOD: Duration = Duration::from_secs(5);
+/// The least time between two writes of the annotations. Where what is found is another host's, its agent believes that
+/// the node is its own: then it is longer each time, so that peers do not turn to and fro between the two.
+pub(super) const WRITE_PERIOD: Duration = Duration::from_secs(5);
+const LONGEST_PERIOD: Duration = Duration::from_secs(300);
 
 /// Type, status and reason of the condition that flannel sets.
 const CONDITION: (&str, &str, &str) = ("NetworkUnavailable", "False", "FlannelIsUp");
@@ -149,6 +151,15 @@ impl Kubernetes {
             return Ok(OwnLeaseState::Expired);
         }
         let now = self.names.read(node.metadata.annotations.take().unwrap_or_default());
+        let own = LeaseAttributes::vxlan(request.public_ip, request.vni.get(), lease.vtep_mac);
+        if let Some((public_ip, vtep_mac)) = now.rival(&own) {
+            self.write_period = (self.write_period * 2).min(LONGEST_PERIOD);
+            warn!(
+                "another host, with the address {public_ip} and the MAC {vtep_mac}, announces itself as the node {name}: two \
+                 agents must not have one NODE_NAME; the annotations are written again, at most once in {:?}",
+                self.write_period
+            );
+        }
         if self.write(&name, &now, request, lease.vtep_mac).await? {
             warn!("somebody changed the annotations of the node {name}; they are written again");
         }
@@ -180,7 +191,7 @@ impl Kubernetes {
         let attributes = LeaseAttributes::vxlan(request.public_ip, request.vni.get(), vtep_mac);
         let Some(patch) = self.names.patch(now, &attributes) else { return Ok(false) };
         if let Some(written) = self.written {
-            sleep_until(written + WRITE_PERIOD).await;
+            sleep_until(written + self.write_period).await;
         }
         let call = Call { verb: "patch", resource: "nodes/status", name };
         self.patch(call, &format!("/api/v1/nodes/{name}/status"), &patch).await?;

@@ -18,6 +18,7 @@ use std::{
     io::{self, Read as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use ipnet::Ipv4Net;
@@ -217,6 +218,8 @@ pub struct Kubernetes {
     node_name: Option<String>,
     /// When annotations were written last.
     written: Option<Instant>,
+    /// How long after that they are written again.
+    write_period: Duration,
     /// Whether the node says that packets of its pods can flow.
     is_complete: bool,
     /// The network config as it was told of last.
@@ -245,6 +248,7 @@ impl Kubernetes {
             client: None,
             node_name,
             written: None,
+            write_period: lease::WRITE_PERIOD,
             is_complete: false,
             seen_config: None,
         })
