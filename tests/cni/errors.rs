@@ -4,7 +4,7 @@ use std::{fs, path::Path, process::Command};
 
 use serde_json::json;
 use xtask::{
-    lab::{Netns, PREFIX},
+    lab::{Netns, PREFIX, cni::POD_ANNOTATIONS},
     process::output,
 };
 
@@ -79,6 +79,19 @@ fn a_request_that_is_none() {
         let mut conf = conf.clone();
         conf["delegate"] = delegate;
         runtime.run("flannel", &good, conf.to_string().as_bytes()).failed(code, words);
+    }
+    // Before anything is made.
+    for (key, value, words) in [
+        ("bypass", json!("no"), "bypass is \"no\", and can be \"off\" or \"auto\""),
+        (
+            "runtimeConfig",
+            json!({ POD_ANNOTATIONS: { "flannel.alpha.coreos.com/bypass": "On" } }),
+            "the pod's annotation flannel.alpha.coreos.com/bypass is \"On\"",
+        ),
+    ] {
+        let mut conf = conf.clone();
+        conf[key] = value;
+        runtime.run("flannel", &good, conf.to_string().as_bytes()).failed(7, words);
     }
     for (netns, code, words) in
         [("/run/netns/no-such", 3, "does not exist"), ("/etc/hostname", 4, "CNI_NETNS: it is not a network namespace")]

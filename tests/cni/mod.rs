@@ -14,7 +14,11 @@ use std::{fs, net::SocketAddrV4, os::unix::fs::PermissionsExt as _};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
-use xtask::{lab::PREFIX, progress::wait_for, transfer::tcp_transfer};
+use xtask::{
+    lab::{PREFIX, cni::POD_ANNOTATIONS},
+    progress::wait_for,
+    transfer::tcp_transfer,
+};
 
 use self::runtime::{Expected as _, Runtime, delegates, pod};
 use crate::{
@@ -44,20 +48,47 @@ esac"#,
     runtime.script("newest", &script);
 }
 
-#[test]
-fn a_pod_whose_network_says_so_takes_the_stack() {
-    let world = world(2);
-    let mut runtimes: Vec<_> = world.hosts.iter().map(Runtime::new).collect();
-    runtimes[0].set("bypass", json!("off"));
-    let (one, _) = pod(&runtimes[0], &world.hosts[0], "c1");
-    let (two, _) = pod(&runtimes[1], &world.hosts[1], "c1");
+/// Sends bulk TCP between two pods of the first kind and one of another host's. Whether the first bypass the stack.
+fn bypasses(world: &World, runtimes: &[Runtime], id: &str) -> bool {
+    let (one, result) = pod(&runtimes[0], &world.hosts[0], id);
+    let (two, _) = pod(&runtimes[1], &world.hosts[1], id);
     wait_for("pods", SOON, || is_answered(&one.netns, &two.address.to_string())).unwrap();
-    world.wait_status(0, "the setting", |status| status["bypass"]["restrictions"][0]["kind"] == "setting");
+    let veth = result["interfaces"][1]["name"].as_str().unwrap();
+    let links = world.hosts[0].netns.ip_json(&format!("link show {veth}")).unwrap();
+    let is_set = links[0]["ifalias"] == "bypass=off";
+    if is_set {
+        world.wait_status(0, "the setting", |status| {
+            let all = status["bypass"]["restrictions"].as_array().unwrap();
+            all.iter().any(|one| one["kind"] == "setting" && one["subject"] == format!("bypass=off on {veth}"))
+        });
+    }
     let counters = |host| ["pod_encapsulated", "delivered"].map(|label| world.counter(host, label));
     let before = [counters(0), counters(1)];
     tcp_transfer(&one.netns, &two.netns, two.address, 1, world.lab.directory()).unwrap();
-    assert_eq!(counters(0), before[0]);
-    assert!(counters(1)[1] > before[1][1] + 100, "the other host's pod passes by");
+    let after = [counters(0), counters(1)];
+    assert!(after[1][1] > before[1][1] + 100, "the other host's pod bypasses the stack");
+    let is_bypassed = after[0] != before[0];
+    assert_eq!(is_bypassed, !is_set, "{id}: {before:?} {after:?}");
+    is_bypassed
+}
+
+#[test]
+fn a_pod_whose_network_or_annotation_says_so_takes_the_stack() {
+    let world = world(2);
+    let mut runtimes: Vec<_> = world.hosts.iter().map(Runtime::new).collect();
+    runtimes[0].set("bypass", json!("off"));
+    assert!(!bypasses(&world, &runtimes, "network"));
+    let annotated = |value: &str| json!({ "example.com/a": "b", "flannel.alpha.coreos.com/bypass": value });
+    // A runtime tells it nobody who does not ask.
+    runtimes[0].annotations = annotated("auto");
+    assert!(!bypasses(&world, &runtimes, "unasked"));
+    runtimes[0].set("capabilities", json!({ POD_ANNOTATIONS: true }));
+    assert!(bypasses(&world, &runtimes, "auto"));
+    runtimes[0].set("bypass", json!(null));
+    runtimes[0].annotations = annotated("off");
+    assert!(!bypasses(&world, &runtimes, "annotated"));
+    runtimes[0].annotations = json!({ "example.com/a": "b" });
+    assert!(bypasses(&world, &runtimes, "others"));
 }
 
 #[test]

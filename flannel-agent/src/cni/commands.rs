@@ -39,6 +39,7 @@ pub(super) fn run(request: &Request) -> Result<Vec<u8>, Error> {
 fn add(request: &Request, attachment: &Attachment, netns: &Path) -> Result<Vec<u8>, Error> {
     let Request { network, path, .. } = request;
     let (conf, delegate) = delegation(request)?;
+    let takes_stack = network.takes_stack()?;
     // The delegate's DEL, by which a failed ADD is undone, would take an interface away that somebody else made.
     if netns::has_interface(netns, &attachment.ifname)? {
         return Err(Error::InterfaceExists { ifname: attachment.ifname.clone(), netns: netns.to_owned() });
@@ -58,7 +59,7 @@ fn add(request: &Request, attachment: &Attachment, netns: &Path) -> Result<Vec<u
             let _kept = kept.remove();
         }
     })?;
-    if network.takes_stack() {
+    if takes_stack {
         leave_to_stack(&result)?;
     }
     Ok(result)
@@ -139,6 +140,7 @@ fn status(request: &Request) -> Result<(), Error> {
     let not_ready = |error: Error| Error::NotReady(error.to_string());
     let subnet = SubnetFile::read(&request.network.subnet_file).map_err(|error| not_ready(error.into()))?;
     let (conf, delegate) = delegation(request).map_err(not_ready)?;
+    let _takes_stack = request.network.takes_stack()?;
     let run_dir = request.network.subnet_file.parent().unwrap_or(Path::new("/"));
     agent_status(run_dir, &subnet)?;
     delegate.run(Operation::Status, &conf).map(drop)

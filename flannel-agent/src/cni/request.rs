@@ -17,6 +17,12 @@ const IFNAMSIZ: usize = 16;
 /// Where GC finds what is to stay; the second name is one that the specification once had by mistake.
 const VALID_ATTACHMENTS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
 
+/// The capability of plugins that are told a pod's annotations, as containerd (internal/cri/server/sandbox_run.go) and CRI-O
+/// (ocicni) know it.
+const POD_ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+/// A pod's word on the bypass.
+const ANNOTATION: &str = "flannel.alpha.coreos.com/bypass";
+
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -73,7 +79,7 @@ pub struct Network {
     pub ipam: Option<Map<String, Value>>,
     /// What the runtime says of this container, such as port mappings.
     pub runtime_config: Option<Map<String, Value>>,
-    /// `off`: what the container sends and receives is left to the host's stack.
+    /// `off`: what the container sends and receives is left to the host's stack. `auto`: it is not, which is the default.
     pub bypass: Option<String>,
     /// The result of ADD.
     pub prev_result: Option<Value>,
@@ -106,11 +112,33 @@ fn data_dir() -> PathBuf {
 }
 
 impl Network {
-    /// Whether the container's packets are to be left to the host's stack: by the network's configuration, or by what the runtime
-    /// says of this container.
-    pub fn takes_stack(&self) -> bool {
-        let of_container = self.runtime_config.as_ref().and_then(|config| config.get("bypass")?.as_str());
-        of_container.or(self.bypass.as_deref()) == Some("off")
+    /// Whether the container's packets are to be left to the host's stack: by the pod's annotation, by what else the runtime
+    /// says of this container, or by the network's configuration; who says something comes first in this order.
+    ///
+    /// # Errors
+    /// [`Error::Network`] where one of them says something else than `off` or `auto`.
+    pub fn takes_stack(&self) -> Result<bool, Error> {
+        let of_runtime = |key: &str| self.runtime_config.as_ref()?.get(key);
+        let annotation = of_runtime(POD_ANNOTATIONS).and_then(|annotations| annotations.get(ANNOTATION)?.as_str());
+        let of_container = of_runtime("bypass").and_then(Value::as_str);
+        let settings = [
+            (annotation, "the pod's annotation flannel.alpha.coreos.com/bypass"),
+            (of_container, "runtimeConfig.bypass"),
+            (self.bypass.as_deref(), "bypass"),
+        ];
+        let mut said = None;
+        for (value, whose) in settings {
+            let takes_stack = match value {
+                None => continue,
+                Some("off") => true,
+                Some("auto") => false,
+                Some(other) => {
+                    return Err(Error::Network(format!("{whose} is {other:?}, and can be \"off\" or \"auto\"")));
+                }
+            };
+            said.get_or_insert(takes_stack);
+        }
+        Ok(said.unwrap_or_default())
     }
 }
 
@@ -330,6 +358,41 @@ mod tests {
             let conf = format!(r#"{{"name":"cbr0","cniVersion":"{version}"}}"#);
             let result = request(operation, "c1", "eth0", &conf);
             assert_eq!(result.err().map(|error| error.code()), code, "{operation:?} {version}");
+        }
+    }
+
+    #[test]
+    fn who_is_left_to_the_stack() {
+        let takes_stack = |text: &str| {
+            let network = Network::parse(format!(r#"{{"name":"n"{text}}}"#).as_bytes()).expect("valid");
+            network.takes_stack().map_err(|error| (error.code(), error.to_string()))
+        };
+        let annotated =
+            |value: &str| format!(r#","runtimeConfig":{{"{POD_ANNOTATIONS}":{{"a/b":"c","{ANNOTATION}":"{value}"}}}}"#);
+        let told = |value: &str| format!(r#","runtimeConfig":{{"bypass":"{value}"}}"#);
+        let network = |value: &str| format!(r#","bypass":"{value}""#);
+        for (text, expected) in [
+            (String::new(), false),
+            (annotated("off"), true),
+            (told("off"), true),
+            (network("off"), true),
+            (network("auto"), false),
+            (network("off") + &annotated("auto"), false),
+            (network("off") + &told("auto"), false),
+            (network("auto") + &annotated("off"), true),
+            (format!(r#","bypass":"off","runtimeConfig":{{"{POD_ANNOTATIONS}":{{"a/b":"auto"}}}}"#), true),
+            (format!(r#","runtimeConfig":{{"{POD_ANNOTATIONS}":null}}"#), false),
+        ] {
+            assert_eq!(takes_stack(&text), Ok(expected), "{text}");
+        }
+        for (text, whose) in [
+            (annotated("of"), "the pod's annotation flannel.alpha.coreos.com/bypass is \"of\""),
+            (told("on"), "runtimeConfig.bypass is \"on\""),
+            (network(""), "bypass is \"\""),
+            (network("no") + &annotated("off"), "bypass is \"no\""),
+        ] {
+            let (code, message) = takes_stack(&text).expect_err("refused");
+            assert!(code == 7 && message.contains(whose), "{text}: {code} {message}");
         }
     }
 

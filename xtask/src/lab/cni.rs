@@ -18,6 +18,9 @@ const FOLDERS: [&str; 3] = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni"];
 /// The interface of a pod.
 const IFNAME: &str = "eth0";
 
+/// What a plugin asks for the annotations of a pod by, of containerd and CRI-O.
+pub const POD_ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+
 /// The folder of the plugins that ours delegates to, `bridge` and `host-local`, where they are installed.
 pub fn delegates() -> Option<&'static Path> {
     let has_both = |folder: &&Path| ["bridge", "host-local"].iter().all(|plugin| folder.join(plugin).exists());
@@ -63,6 +66,8 @@ pub struct Runtime {
     pub plugins: Vec<Value>,
     /// What the runtime tells all plugins that ask for it, of port mappings.
     pub port_mappings: Value,
+    /// What it tells those that ask for a pod's annotations.
+    pub annotations: Value,
 }
 
 impl Runtime {
@@ -95,6 +100,7 @@ impl Runtime {
             subnet_file,
             plugins,
             port_mappings: json!([]),
+            annotations: json!({}),
         })
     }
 
@@ -110,8 +116,10 @@ impl Runtime {
         let mut conf = self.plugins[plugin].clone();
         conf["name"] = "cbr0".into();
         conf["cniVersion"] = self.version.clone().into();
-        if conf["capabilities"]["portMappings"] == true {
-            conf["runtimeConfig"] = json!({ "portMappings": self.port_mappings });
+        for (capability, value) in [("portMappings", &self.port_mappings), (POD_ANNOTATIONS, &self.annotations)] {
+            if conf["capabilities"][capability] == true {
+                conf["runtimeConfig"][capability] = value.clone();
+            }
         }
         if let Some(previous) = previous {
             conf["prevResult"] = previous.clone();
