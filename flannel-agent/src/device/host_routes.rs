@@ -8,27 +8,24 @@ use std::{
     collections::HashSet,
     io,
     net::Ipv4Addr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{PoisonError, RwLock},
 };
 
 use ipnet::Ipv4Net;
 use rtnetlink::{
-    MulticastGroup, RouteMessageBuilder,
+    RouteMessageBuilder,
     packet_core::Emitable as _,
     packet_route::route::{RouteProtocol, RouteScope, RouteType},
-    sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, TokioSocket, protocols::NETLINK_ROUTE},
+    sys::{Socket, protocols::NETLINK_ROUTE},
 };
-use tokio::{sync::mpsc, task::spawn_blocking};
+use tokio::task::spawn_blocking;
 
 use super::{
     Changed, DeviceError, DeviceEvent, Netlink,
     overlay_route::{NEXT_HOPS, PROTOCOL},
-    raw::{DATAGRAM_LEN, dump, messages},
+    raw::dump,
     raw_route::{DELETED_ROUTE, GET_ROUTE, NEW_ROUTE, RawRoute},
 };
-
-/// For bursts of changes; more are said to have been too many.
-const EVENT_BUFFER_LEN: usize = 1 << 20;
 
 /// Of routes that somebody else has within the shared ones, no more are looked at: that is a mistake, and a few show it.
 const MOST_WITHIN: usize = 64;
@@ -210,52 +207,13 @@ fn read_all(mut take: impl FnMut(RawRoute<'_>)) -> io::Result<()> {
     })
 }
 
-/// Hears of changes of routes, and tells of those that may matter.
-pub(super) struct RouteEvents {
-    socket: TokioSocket,
-    interest: Arc<RwLock<Option<Interest>>>,
-}
-
-impl RouteEvents {
-    pub(super) fn listen(interest: Arc<RwLock<Option<Interest>>>) -> io::Result<Self> {
-        let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
-        socket.socket_mut().bind_auto()?;
-        socket.socket_ref().set_rx_buf_sz(EVENT_BUFFER_LEN as nix::libc::c_int)?;
-        socket.socket_mut().add_membership(MulticastGroup::Ipv4Route as u32)?;
-        Ok(Self { socket, interest })
+/// What a message tells of, where that may matter.
+pub(super) fn event(interest: &RwLock<Option<Interest>>, kind: u16, payload: &[u8]) -> Option<DeviceEvent> {
+    if !matches!(kind, NEW_ROUTE | DELETED_ROUTE) {
+        return None;
     }
-
-    pub(super) async fn tell(self, events: mpsc::Sender<DeviceEvent>) {
-        let mut datagram = Vec::with_capacity(DATAGRAM_LEN);
-        loop {
-            datagram.clear();
-            match self.socket.recv(&mut datagram).await {
-                Ok(_) => {}
-                // The kernel had more to say than the socket holds.
-                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
-                    let all = DeviceEvent { is_scan_due: true, ..DeviceEvent::new(Changed::Topology, None) };
-                    let _lost = events.try_send(all);
-                    continue;
-                }
-                Err(error) => {
-                    tracing::warn!("changes of routes are no longer heard of, only looked for: {error}");
-                    return;
-                }
-            }
-            let interest = self.interest.read().unwrap_or_else(PoisonError::into_inner);
-            let Some(interest) = interest.as_ref() else { continue };
-            for (kind, _, payload) in messages(&datagram) {
-                if !matches!(kind, NEW_ROUTE | DELETED_ROUTE) {
-                    continue;
-                }
-                let event = RawRoute::of(payload).and_then(|route| interest.event(kind == NEW_ROUTE, &route));
-                if let Some(event) = event {
-                    // Where the queue is full, the periodic comparison makes up for it.
-                    let _lost = events.try_send(event);
-                }
-            }
-        }
-    }
+    let interest = interest.read().unwrap_or_else(PoisonError::into_inner);
+    interest.as_ref()?.event(kind == NEW_ROUTE, &RawRoute::of(payload)?)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! neighbour for their next hop.
 
 mod blackhole;
+mod events;
 pub mod external;
 pub mod filters;
 mod flannels;
@@ -41,10 +42,7 @@ use tokio::{
 };
 
 pub use self::pods::PodLink;
-use self::{
-    host_routes::{Interest, RouteEvents},
-    observers::TrafficControlEvents,
-};
+use self::{events::RawEvents, host_routes::Interest};
 
 /// A netlink request that the kernel refused.
 #[derive(Debug, thiserror::Error)]
@@ -206,13 +204,18 @@ impl Netlink {
         let (connection, handle, _) = new_connection().map_err(DeviceError::Socket)?;
         let (strict_connection, strict, _) = new_connection_with_strict_check().map_err(DeviceError::Socket)?;
         let interest = Arc::new(RwLock::new(None));
-        let routes = RouteEvents::listen(Arc::clone(&interest)).map_err(DeviceError::Socket)?;
+        let listen = |what, group| RawEvents::listen(what, group as u32).map_err(DeviceError::Socket);
+        let routes = listen("routes", MulticastGroup::Ipv4Route)?;
+        let traffic_control = listen("queueing disciplines and filters", MulticastGroup::Tc)?;
         let (sender, receiver) = mpsc::channel(1024);
         let gone = broadcast::Sender::new(1024);
         let tell_gone = gone.clone();
-        tokio::spawn(routes.tell(sender.clone()));
-        let traffic_control = TrafficControlEvents::listen().map_err(DeviceError::Socket)?;
-        tokio::spawn(traffic_control.tell(sender.clone()));
+        let lost = DeviceEvent { is_scan_due: true, ..DeviceEvent::new(Changed::Topology, None) };
+        let of_routes = Arc::clone(&interest);
+        let route_event = move |kind, payload: &[u8]| host_routes::event(&of_routes, kind, payload);
+        tokio::spawn(routes.tell(sender.clone(), lost, route_event));
+        let lost = DeviceEvent::new(Changed::TrafficControl, None);
+        tokio::spawn(traffic_control.tell(sender.clone(), lost, observers::traffic_control_event));
         let connection = tokio::spawn(async move {
             let forward = async {
                 while let Some((message, _)) = messages.next().await {

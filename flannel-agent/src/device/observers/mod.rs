@@ -22,7 +22,7 @@ use rtnetlink::{
 };
 
 pub use self::packet_sockets::Tap;
-pub(super) use self::traffic_control::TrafficControlEvents;
+pub(super) use self::traffic_control::event as traffic_control_event;
 use super::{DeviceError, Netlink, PodLink, filters::Side, raw::act};
 use crate::bypass::{Kind, Restriction, Scope};
 

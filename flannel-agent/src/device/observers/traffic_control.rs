@@ -5,11 +5,11 @@ use std::{
     io,
 };
 
-use rtnetlink::sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, TokioSocket, protocols::NETLINK_ROUTE};
-use tokio::{sync::mpsc, task::spawn_blocking};
+use rtnetlink::sys::{Socket, protocols::NETLINK_ROUTE};
+use tokio::task::spawn_blocking;
 
 use super::{
-    super::raw::{DATAGRAM_LEN, attribute, dump, messages, text, word},
+    super::raw::{attribute, dump, text, word},
     Places,
 };
 use crate::{
@@ -27,7 +27,6 @@ const GET_DISCIPLINE: u16 = 38;
 const NEW_FILTER: u16 = 44;
 const DELETED_FILTER: u16 = 45;
 const GET_FILTER: u16 = 46;
-const GROUP: u32 = 4;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
 // linux/pkt_cls.h, linux/pkt_sched.h.
@@ -143,42 +142,10 @@ fn find(places: &Places) -> io::Result<BTreeSet<Restriction>> {
     Ok(found)
 }
 
-/// Hears of changes of disciplines and filters, and tells of those of others.
-pub(in crate::device) struct TrafficControlEvents {
-    socket: TokioSocket,
-}
-
-impl TrafficControlEvents {
-    pub(in crate::device) fn listen() -> io::Result<Self> {
-        let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
-        socket.socket_mut().bind_auto()?;
-        socket.socket_mut().add_membership(GROUP)?;
-        Ok(Self { socket })
-    }
-
-    pub(in crate::device) async fn tell(self, events: mpsc::Sender<DeviceEvent>) {
-        let mut datagram = Vec::with_capacity(DATAGRAM_LEN);
-        loop {
-            datagram.clear();
-            match self.socket.recv(&mut datagram).await {
-                Ok(_) => {}
-                // The kernel had more to say than the socket holds.
-                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
-                    let _lost = events.try_send(DeviceEvent::new(Changed::TrafficControl, None));
-                    continue;
-                }
-                Err(_) => return,
-            }
-            for event in messages(&datagram).filter_map(|(kind, _, payload)| event(kind, payload)) {
-                // Where the queue is full, the periodic comparison makes up for it.
-                let _lost = events.try_send(event);
-            }
-        }
-    }
-}
-
+/// What a message tells of.
+///
 /// Where the agent attaches programs as filters, each of its own looks replaces them, and would be the reason for the next.
-fn event(kind: u16, payload: &[u8]) -> Option<DeviceEvent> {
+pub(in crate::device) fn event(kind: u16, payload: &[u8]) -> Option<DeviceEvent> {
     let message = Message::of(payload)?;
     let is_news = match kind {
         NEW_DISCIPLINE | DELETED_DISCIPLINE => true,
