@@ -58,7 +58,7 @@ impl Found {
             runtime.block_on(async {
                 let mut reader = Reader::new();
                 reader.set(around);
-                while sender.send(reader.changed().await.into_iter().collect()).is_ok() {}
+                while sender.send(reader.changed().await.restrictions.into_iter().collect()).is_ok() {}
             });
         });
         Self { changes, now: BTreeSet::new() }

@@ -22,7 +22,7 @@ use super::{
     inspection::Inspected,
     record::Record,
     renewal::RenewalEvent,
-    restrictions::{Observer, Restrictions, WATCH_PERIOD},
+    restrictions::{Restrictions, WATCH_PERIOD},
     routes::RouteState,
     store::{Course, is_heard},
 };
@@ -160,9 +160,7 @@ impl Agent<'_> {
                     self.apply(changes).await;
                 }
                 rules = self.rules.changed() => self.record.rules(rules),
-                found = self.inspected.reader.changed() => {
-                    self.observed(Observer::Rules, found.into_iter().collect());
-                }
+                found = self.inspected.reader.changed() => self.take_found(found),
                 Some((request, answer)) = self.requests.recv() => {
                     // Whoever asked may be gone.
                     let _gone = answer.send(self.serve(request).await);

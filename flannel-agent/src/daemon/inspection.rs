@@ -4,15 +4,25 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
     sync::Arc,
+    time::Duration,
 };
 
 use nix::net::if_::if_indextoname;
+use tokio::time::timeout;
+use tracing::warn;
 
-use super::agent::Agent;
+use super::{agent::Agent, restrictions::Observer};
 use crate::{
+    bypass::{BypassFlag, Kind, Restriction, Scope},
     device::PodLink,
-    inspection::{Pod, Surroundings, reader::Reader},
+    inspection::{
+        Pod, Surroundings,
+        reader::{Found, Reader},
+    },
 };
+
+/// For how long the first look at the rule sets may hold up the start.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 
 /// Who looks them through, and what is known of the packets.
 #[derive(Default)]
@@ -42,6 +52,30 @@ impl Agent<'_> {
             self.inspected.peers = Arc::new(peers);
             self.inspect();
         }
+    }
+
+    /// Waits until the rule sets were looked through, before anything bypasses the stack. Where that takes too long, all takes it
+    /// until then.
+    pub(super) async fn wait_for_inspection(&mut self) {
+        if self.cli.bypass != BypassFlag::Auto {
+            return;
+        }
+        match timeout(FIRST_LOOK, self.inspected.reader.changed()).await {
+            Ok(found) => self.take_found(found),
+            Err(_) => {
+                warn!(
+                    "reading this host's packet rules takes longer than {FIRST_LOOK:?}; nothing bypasses the stack until then"
+                );
+                let subject = "packet rules that are not read yet".to_owned();
+                let unread = Restriction { kind: Kind::Rule, subject, scope: Scope::Everything };
+                self.observed(Observer::Rules, [unread].into());
+            }
+        }
+    }
+
+    /// Takes what the rule sets come to.
+    pub(super) fn take_found(&mut self, Found { restrictions }: Found) {
+        self.observed(Observer::Rules, restrictions.into_iter().collect());
     }
 
     fn inspect(&self) {

@@ -68,11 +68,14 @@ impl Restrictions {
         }
         // What is always there is no news.
         let is_news = |restriction: &&Restriction| restriction.kind != Kind::Helper;
+        let verb =
+            |restriction| if self.flag.obeys(restriction) { "restricts" } else { "is bypassed, and does not restrict" };
         for restriction in found.difference(before).filter(is_news) {
-            info!("restricts the bypass: {} ({})", restriction.subject, restriction.kind.label());
+            let Restriction { subject, kind, .. } = restriction;
+            info!("{} the bypass: {subject} ({})", verb(restriction), kind.label());
         }
         for restriction in before.difference(&found).filter(is_news) {
-            info!("no longer restricts the bypass: {} ({})", restriction.subject, restriction.kind.label());
+            info!("is gone: {} ({})", restriction.subject, restriction.kind.label());
         }
         *before = found;
         self.plan = Plan::of(self.flag, self.all());

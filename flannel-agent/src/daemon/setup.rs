@@ -140,7 +140,10 @@ async fn make<'a>(
     if let Some(link) = agent.netlink.link_by_name(&agent.device.name).await? {
         agent.underlay.set_overlay(link.header.index);
     }
-    agent.look_at_links().await?;
+    let pods = agent.look_at_links().await?;
+    agent.inspect_for_pods(&pods);
+    agent.inspect_for_peers();
+    agent.wait_for_inspection().await;
 
     device::enable_forwarding()?;
     agent.ensure_conntrack();

@@ -4,15 +4,18 @@
 //! rests three hundred times as long, but where nf_tables tells of a rule that may act on each packet: then it looks at once, and
 //! rests longer afterwards, up to ten minutes: two seconds of looking.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use nix::sys::{
-    resource::{UsageWho, getrusage},
-    time::TimeVal,
+use nix::{
+    sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeVal,
+    },
+    time::{ClockId, clock_gettime},
 };
 use tokio::{
     sync::watch,
-    task::JoinHandle,
+    task::{JoinError, JoinHandle, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{info, warn};
@@ -25,7 +28,7 @@ use super::{
 };
 use crate::{
     bypass::Restriction,
-    netfilter::{Lister, NetfilterError},
+    netfilter::{Lister, Listing, NetfilterError},
 };
 
 /// How much longer than a look took it rests: a third of a hundredth.
@@ -41,10 +44,18 @@ const BLIND_PERIOD: Duration = Duration::from_secs(2);
 /// How often is looked whatever is told, at the most.
 const PERIOD: Duration = Duration::from_secs(60);
 
+/// What the rule sets come to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// What the overlay's packets meet.
+    pub restrictions: Vec<Restriction>,
+}
+
 /// What the rule sets come to for the overlay, kept current by a task that ends with this.
 pub struct Reader {
     around: watch::Sender<Option<Surroundings>>,
-    found: watch::Receiver<Vec<Restriction>>,
+    /// [`None`] until it was looked for the first time.
+    found: watch::Receiver<Option<Found>>,
     task: JoinHandle<()>,
 }
 
@@ -59,7 +70,7 @@ impl Reader {
     #[must_use]
     pub fn new() -> Self {
         let (around, receiver) = watch::channel(None);
-        let (sender, found) = watch::channel(Vec::new());
+        let (sender, found) = watch::channel(None);
         let task = tokio::spawn(async move {
             let mut inspection = Inspection::default();
             inspection.keep(receiver, sender).await;
@@ -78,13 +89,13 @@ impl Reader {
         });
     }
 
-    /// Waits until something else was found than before.
-    pub async fn changed(&mut self) -> Vec<Restriction> {
+    /// Waits until something else was found than before; at first, until it was looked for the first time.
+    pub async fn changed(&mut self) -> Found {
         if self.found.changed().await.is_err() {
             // The task ends with the runtime only.
             std::future::pending::<()>().await;
         }
-        self.found.borrow_and_update().clone()
+        self.found.borrow_and_update().clone().unwrap_or_default()
     }
 }
 
@@ -97,7 +108,7 @@ impl Drop for Reader {
 #[derive(Default)]
 struct Inspection {
     lister: Lister,
-    sets: RuleSets,
+    sets: Arc<RuleSets>,
     graph: Graph,
     legacy: Digest,
     /// What failed last, in words.
@@ -106,11 +117,7 @@ struct Inspection {
 }
 
 impl Inspection {
-    async fn keep(
-        &mut self,
-        mut around: watch::Receiver<Option<Surroundings>>,
-        found: watch::Sender<Vec<Restriction>>,
-    ) {
+    async fn keep(&mut self, mut around: watch::Receiver<Option<Surroundings>>, found: watch::Sender<Option<Found>>) {
         if around.wait_for(Option::is_some).await.is_err() {
             return;
         }
@@ -123,14 +130,12 @@ impl Inspection {
         let mut due = None;
         loop {
             let known = around.borrow_and_update().clone();
-            if let Some(known) = &known {
-                let begun = Instant::now();
-                let now = inspect(&self.sets, known);
-                self.budget.spend(begun.elapsed());
+            if let Some(known) = known.filter(|_| self.budget.last.is_some()) {
+                let now = self.inspect(known).await;
                 found.send_if_modified(|found| {
                     let is_new = *found != now;
-                    *found = now;
-                    is_new
+                    *found = now.or_else(|| found.take());
+                    is_new && found.is_some()
                 });
             }
             // Until something may be found otherwise.
@@ -158,9 +163,19 @@ impl Inspection {
         }
     }
 
+    /// What the rule sets come to for these packets.
+    async fn inspect(&mut self, around: Surroundings) -> Option<Found> {
+        let sets = Arc::clone(&self.sets);
+        let look = move || Found { restrictions: inspect(&sets, &around) };
+        let (found, time) = aside(look).await?;
+        self.budget.spend(time);
+        Some(found)
+    }
+
     /// Reads the rule sets. Whether they may be otherwise than before.
     async fn look(&mut self) -> bool {
         let begun = used();
+        let is_first = self.budget.last.is_none();
         // First: what changes while it is read is seen by the next.
         self.legacy = Digest::read();
         let listing = self.lister.read().await;
@@ -169,16 +184,37 @@ impl Inspection {
             warn!("what others' packet rules do to each packet can't be told: {problem}");
         }
         self.problem = problem;
-        let programs = used().saturating_sub(begun);
-        let begun = Instant::now();
-        let is_read = listing.is_ok();
-        if let Ok(listing) = listing {
-            self.sets = RuleSets::parse(&listing);
-            self.graph = Graph::of(&self.sets);
+        let mut time = used().saturating_sub(begun);
+        let read = match listing {
+            Ok(listing) => aside(move || parse(&listing)).await,
+            Err(_) => None,
+        };
+        let is_read = read.is_some();
+        if let Some(((sets, graph), parsing)) = read {
+            (self.sets, self.graph) = (Arc::new(sets), graph);
+            time += parsing;
         }
-        self.budget.looked(programs + begun.elapsed());
-        is_read
+        self.budget.looked(time);
+        is_read || is_first
     }
+}
+
+fn parse(listing: &Listing) -> (RuleSets, Graph) {
+    let sets = RuleSets::parse(listing);
+    let graph = Graph::of(&sets);
+    (sets, graph)
+}
+
+/// Does something that takes long where it holds nobody up, and for how long it used a CPU.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<(T, Duration)> {
+    // Where the kernel does not say, it cost nothing.
+    let used = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
+    let timed = move || {
+        let begun = used();
+        (work(), used().saturating_sub(begun))
+    };
+    let failed = |error: &JoinError| warn!("look packet rules through: {error}; keeping what was found before");
+    spawn_blocking(timed).await.inspect_err(failed).ok()
 }
 
 /// For how long programs that this process has started have used a CPU, as far as they have ended. How long they took by the
