@@ -4,10 +4,11 @@
 use super::tests::{of_iptables, of_nft};
 use crate::bypass::Scope;
 
-/// kube-proxy: pkg/proxy/iptables; Docker 28: daemon/libnetwork/drivers/bridge; Calico: felix/rules; kube-router:
+/// kube-proxy: pkg/proxy/iptables, pkg/proxy/ipvs; Docker 28: daemon/libnetwork/drivers/bridge; Calico: felix/rules; kube-router:
 /// pkg/controllers/netpol; ufw: conf/before.rules, src/ufw-init-functions and what `ufw` adds for `deny (routed)`.
-const IPTABLES: [(&str, &str); 5] = [
+const IPTABLES: [(&str, &str); 6] = [
     ("kube-proxy", include_str!("fixtures/kube-proxy.iptables")),
+    ("kube-proxy by IPVS", include_str!("fixtures/kube-proxy-ipvs.iptables")),
     ("Docker", include_str!("fixtures/docker.iptables")),
     ("Calico", include_str!("fixtures/calico.iptables")),
     ("kube-router", include_str!("fixtures/kube-router.iptables")),
