@@ -42,6 +42,7 @@
 //! * [`firewalls`] — the same among rules of others that refuse, in either iptables, and with programs that fail
 //! * [`network_policy`] — policies of Calico, kube-router and kube-network-policies, on live flows
 //! * [`routes`] — which routes lead into the overlay, beside those of others; others' through it
+//! * [`routing_rules`] — routing rules that tunnel packets meet, followed or named
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`inspection`] — what others' rules do to each packet, found as they change, and done
 //! * [`interoperation`] — with hosts of flannel's
@@ -119,6 +120,7 @@ mod retransmissions;
 mod rollback;
 mod routers;
 mod routes;
+mod routing_rules;
 mod rule_sets;
 mod scenarios;
 mod senders;

@@ -7,6 +7,7 @@ use std::{
 };
 
 use flannel_common::{
+    flow::SourcePorts,
     maps::Vtep,
     packet::{Mac, OuterHeader, Tunnel},
     vxlan::Vni,
@@ -16,7 +17,12 @@ use tracing::warn;
 
 use crate::{
     dataplane::DesiredPeers,
-    device::{Changed, DeviceError, Netlink, external::External, next_hop::NextHop},
+    device::{
+        Changed, DeviceError, Netlink,
+        external::External,
+        next_hop::{NextHop, WayKey},
+        routing_rules::TunnelPackets,
+    },
     lease::{LeaseTable, MacAddress, Peer},
 };
 
@@ -27,12 +33,22 @@ pub struct Endpoint {
     pub external: External,
     /// UDP port.
     pub port: u16,
+    /// UDP source ports.
+    pub source_ports: SourcePorts,
     /// The overlay's identifier.
     pub vni: Vni,
     /// MAC of this host's vxlan device.
     pub vtep_mac: MacAddress,
     /// Number of this host's vxlan device; 0 before it is made.
     pub overlay: u32,
+}
+
+impl Endpoint {
+    /// What the kernel is asked for the ways to the peers by: a tunnel packet without a mark.
+    const fn way_key(&self) -> WayKey {
+        let Self { external, port, source_ports, .. } = self;
+        WayKey { source: external.address, port: *port, source_port: source_ports.min, mark: 0 }
+    }
 }
 
 /// What the kernel says of the ways to the peers.
@@ -87,6 +103,11 @@ impl Underlay {
         self.endpoint.overlay
     }
 
+    /// The tunnel packets, of which some may have these bits in their marks.
+    pub const fn tunnel_packets(&self, marks: u32) -> TunnelPackets {
+        TunnelPackets { key: self.endpoint.way_key(), source_ports: self.endpoint.source_ports, marks }
+    }
+
     /// A route has changed: what it leads to may be reached in another way.
     pub fn forget(&mut self, prefix: Ipv4Net) {
         self.next_hops.retain(|address, _| !prefix.contains(address));
@@ -105,7 +126,7 @@ impl Underlay {
         if self.next_hops.contains_key(&address) {
             return;
         }
-        let next_hop = match netlink.next_hop(address, self.endpoint.external.address).await {
+        let next_hop = match netlink.next_hop(address, self.endpoint.way_key()).await {
             Ok(next_hop) if next_hop.ifindex != self.endpoint.overlay => {
                 self.complaints.remove(&address);
                 Some(next_hop)
@@ -165,7 +186,7 @@ impl Underlay {
 
     /// What the maps should say of one.
     pub fn vtep(&self, peer: &Peer) -> Vtep {
-        let Endpoint { external, port, vni, vtep_mac, overlay: _ } = &self.endpoint;
+        let Endpoint { external, port, vni, vtep_mac, source_ports: _, overlay: _ } = &self.endpoint;
         let next_hop = self.next_hops.get(&peer.public_ip).copied().flatten();
         let device_mac = next_hop.and_then(|next_hop| self.links.get(&next_hop.ifindex).copied()).flatten();
         let next_hop_mac = match (next_hop, device_mac) {

@@ -160,7 +160,7 @@ impl Agent<'_> {
                     self.apply(changes).await;
                 }
                 rules = self.rules.changed() => self.record.rules(rules),
-                found = self.inspected.reader.changed() => self.take_found(found),
+                found = self.inspected.reader.changed() => self.take_found(found).await,
                 Some((request, answer)) = self.requests.recv() => {
                     // Whoever asked may be gone.
                     let _gone = answer.send(self.serve(request).await);
@@ -367,6 +367,9 @@ impl Agent<'_> {
             self.record.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
         }
         self.dataplane.peers.sync(&self.underlay.desired(&self.table))?;
+        if event >= Changed::Way {
+            self.look_at_routing_rules().await;
+        }
         Ok(())
     }
 

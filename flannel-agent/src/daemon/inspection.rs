@@ -30,7 +30,9 @@ pub(super) struct Inspected {
     pub(super) reader: Reader,
     bridges: BTreeSet<String>,
     pods: BTreeMap<String, Pod>,
-    peers: Arc<BTreeSet<Ipv4Addr>>,
+    pub(super) peers: Arc<BTreeSet<Ipv4Addr>>,
+    /// The bits that packet rules may set in marks.
+    pub(super) marks: u32,
 }
 
 impl Agent<'_> {
@@ -61,7 +63,7 @@ impl Agent<'_> {
             return;
         }
         match timeout(FIRST_LOOK, self.inspected.reader.changed()).await {
-            Ok(found) => self.take_found(found),
+            Ok(found) => self.take_found(found).await,
             Err(_) => {
                 warn!(
                     "reading this host's packet rules takes longer than {FIRST_LOOK:?}; nothing bypasses the stack until then"
@@ -74,12 +76,15 @@ impl Agent<'_> {
     }
 
     /// Takes what the rule sets come to.
-    pub(super) fn take_found(&mut self, Found { restrictions }: Found) {
+    pub(super) async fn take_found(&mut self, Found { restrictions, marks }: Found) {
         self.observed(Observer::Rules, restrictions.into_iter().collect());
+        if std::mem::replace(&mut self.inspected.marks, marks) != marks {
+            self.look_at_routing_rules().await;
+        }
     }
 
     fn inspect(&self) {
-        let Inspected { reader, bridges, pods, peers } = &self.inspected;
+        let Inspected { reader, bridges, pods, peers, marks: _ } = &self.inspected;
         reader.set(Surroundings {
             network: self.network.network,
             subnet: self.own.key.subnet,

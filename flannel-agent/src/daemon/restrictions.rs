@@ -41,6 +41,8 @@ pub(super) enum Observer {
     Helpers,
     /// Packet rules.
     Rules,
+    /// Routing rules.
+    Routing,
 }
 
 /// What is known.
@@ -124,6 +126,18 @@ impl Agent<'_> {
         }
         if self.restrictions.looks.is_multiple_of(DOUBT_LOOKS) {
             self.dataplane.doubt_foreign_programs();
+        }
+    }
+
+    /// Looks for routing rules by which tunnel packets of one peer would go different ways.
+    pub(super) async fn look_at_routing_rules(&mut self) {
+        // What a filter or a program writes into marks can't be told.
+        let is_program = |restriction: &Restriction| matches!(restriction.kind, Kind::Filter | Kind::Program);
+        let marks = if self.restrictions.all().any(is_program) { u32::MAX } else { self.inspected.marks };
+        let peers = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
+        match self.netlink.rules_by_packet(self.underlay.tunnel_packets(marks), &peers).await {
+            Ok(found) => self.observed(Observer::Routing, found),
+            Err(error) => warn!("{error}; routing rules for tunnel packets are looked for again later"),
         }
     }
 

@@ -79,6 +79,7 @@ async fn make<'a>(
     let endpoint = Endpoint {
         external: external.clone(),
         port: device.port,
+        source_ports: device::local_ports(),
         vni: device.vni,
         vtep_mac: lease.vtep_mac,
         overlay: 0,

@@ -16,6 +16,7 @@ pub mod overlay_route;
 mod pods;
 mod raw;
 mod raw_route;
+pub mod routing_rules;
 mod sweep;
 pub mod vxlan;
 
@@ -94,7 +95,7 @@ pub enum Changed {
     TrafficControl,
     /// A neighbour: a next hop's MAC may be known, changed or unsure now.
     Neighbour,
-    /// A route to a peer, or to something else that this host needs: it may have another next hop.
+    /// A routing rule, or a route to a peer or to something else that this host needs: it may have another next hop.
     Way,
     /// A route into the overlay, or one that may be beside it. To look at these costs by all routes of the host: the kernel
     /// passes over each that leads elsewhere.
@@ -143,6 +144,10 @@ impl DeviceEvent {
             }
             Message::NewAddress(address) | Message::DelAddress(address) => {
                 (Changed::Topology, Some(address.header.index))
+            }
+            // By any rule, any address may have another way.
+            Message::NewRule(_) | Message::DelRule(_) => {
+                return Some(Self { prefix: Some(Ipv4Net::default()), ..Self::new(Changed::Way, None) });
             }
             _ => (Changed::Topology, None),
         };
@@ -198,7 +203,8 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Socket`].
     pub fn open() -> Result<(Self, mpsc::Receiver<DeviceEvent>, JoinHandle<()>), DeviceError> {
-        let groups = [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Ifaddr];
+        let groups =
+            [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv4Rule];
         // On a socket of their own: what a burst of them leaves no room for would else be an answer, which is waited for.
         let (told, open, mut messages) = new_multicast_connection(&groups).map_err(DeviceError::Socket)?;
         let (connection, handle, _) = new_connection().map_err(DeviceError::Socket)?;

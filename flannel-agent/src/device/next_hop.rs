@@ -14,11 +14,13 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{RouteAddress, RouteAttribute, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
     },
 };
 
 use super::{DeviceError, Netlink, external::output_interface};
+
+const CALL: &str = "look up the route to";
 
 /// Where packets to an address leave the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,34 +31,48 @@ pub struct NextHop {
     pub address: Ipv4Addr,
 }
 
+/// What the kernel chooses the way of a tunnel packet by, besides its destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WayKey {
+    /// This VTEP's address.
+    pub source: Ipv4Addr,
+    /// The tunnel's UDP port.
+    pub port: u16,
+    /// UDP source port.
+    pub source_port: u16,
+    /// The mark, which is that of the packet inside.
+    pub mark: u32,
+}
+
 impl Netlink {
-    /// The next hop towards `destination` from this VTEP address, as the kernel's vxlan device would choose it for a
-    /// forwarding entry of flannel's, which names no interface (`vxlan_get_route`).
+    /// The next hop towards `destination`, as the kernel's vxlan device would choose it for a forwarding entry of flannel's,
+    /// which names no interface: by the routing rules for addresses, protocol and ports (`udp_tunnel_dst_lookup`,
+    /// net/ipv4/udp_tunnel_core.c).
     ///
     /// # Errors
     /// [`DeviceError::Call`] where the kernel has no way, [`DeviceError::Unexpected`] for one that is not followed here.
-    pub async fn next_hop(&self, destination: Ipv4Addr, source: Ipv4Addr) -> Result<NextHop, DeviceError> {
-        const CALL: &str = "look up the route to";
-        let request = RouteMessageBuilder::<Ipv4Addr>::new()
+    pub async fn next_hop(&self, destination: Ipv4Addr, key: WayKey) -> Result<NextHop, DeviceError> {
+        next_hop(&self.way(destination, key).await?, destination)
+    }
+
+    /// The kernel's answer.
+    pub(super) async fn way(&self, destination: Ipv4Addr, key: WayKey) -> Result<RouteMessage, DeviceError> {
+        let WayKey { source, port, source_port, mark } = key;
+        let mut request = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(destination, 32)
             .source_prefix(source, 32)
             .build();
+        request.attributes.extend([
+            RouteAttribute::IpProto(nix::libc::IPPROTO_UDP as u8),
+            RouteAttribute::Sport(source_port),
+            RouteAttribute::Dport(port),
+            RouteAttribute::Mark(mark),
+            // No socket sends it.
+            RouteAttribute::Uid(0),
+        ]);
         let route = self.handle.route().get(request).execute().try_next().await;
         let route = route.map_err(DeviceError::call(CALL, destination))?;
-        let route = route.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no answer")))?;
-        if route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Via(_))) {
-            return Err(DeviceError::Unexpected(format!("{destination} is behind an IPv6 next hop: not supported")));
-        }
-        if route.header.kind != RouteType::Unicast {
-            return Err(DeviceError::Unexpected(format!("{destination} is no other host's address")));
-        }
-        let gateway = route.attributes.iter().find_map(|attribute| match attribute {
-            RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(*address),
-            _ => None,
-        });
-        let ifindex = output_interface(&route);
-        let ifindex = ifindex.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no interface")))?;
-        Ok(NextHop { ifindex, address: gateway.unwrap_or(destination) })
+        route.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no answer")))
     }
 
     /// The MACs of next hops that the kernel holds for valid and confirmed, or is confirming.
@@ -68,6 +84,23 @@ impl Netlink {
         let entries = self.dump("neighbours", ask).await?;
         Ok(entries.iter().filter_map(confirmed).collect())
     }
+}
+
+/// Where a route leads a packet to `destination`.
+pub(super) fn next_hop(route: &RouteMessage, destination: Ipv4Addr) -> Result<NextHop, DeviceError> {
+    if route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Via(_))) {
+        return Err(DeviceError::Unexpected(format!("{destination} is behind an IPv6 next hop: not supported")));
+    }
+    if route.header.kind != RouteType::Unicast {
+        return Err(DeviceError::Unexpected(format!("{destination} is no other host's address")));
+    }
+    let gateway = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(*address),
+        _ => None,
+    });
+    let ifindex = output_interface(route);
+    let ifindex = ifindex.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no interface")))?;
+    Ok(NextHop { ifindex, address: gateway.unwrap_or(destination) })
 }
 
 fn confirmed(entry: &NeighbourMessage) -> Option<(NextHop, Mac)> {

@@ -1,8 +1,14 @@
 //! The rule sets that others set by themselves: made by hand from what their programs are known to set, listed as
 //! `iptables-save` and `nft -j` list them.
 
-use super::tests::{of_iptables, of_nft};
-use crate::bypass::Scope;
+use super::{
+    RuleSets,
+    tests::{of_iptables, of_nft},
+};
+use crate::{
+    bypass::Scope,
+    netfilter::{Listing, Saved},
+};
 
 /// kube-proxy: pkg/proxy/iptables, pkg/proxy/ipvs; Docker 28: daemon/libnetwork/drivers/bridge; Calico: felix/rules; kube-router:
 /// pkg/controllers/netpol; ufw: conf/before.rules, src/ufw-init-functions and what `ufw` adds for `deny (routed)`.
@@ -31,6 +37,22 @@ fn what_others_set_by_themselves_is_no_alarm() {
     }
     for (whose, text) in NFT {
         assert_eq!(of_nft(text), [], "{whose}");
+    }
+}
+
+/// kube-proxy's mark for what it masquerades is set where forwarded packets pass; Calico's and Docker's are of their own.
+#[test]
+fn marks_that_others_set_by_themselves() {
+    let marks = |text: &str| {
+        let saved = Saved { program: "iptables", is_nf_tables: true, text: text.to_owned() };
+        RuleSets::parse(&Listing { iptables: vec![saved], nft: Vec::new() }).marks()
+    };
+    for (whose, text, bits) in [
+        ("kube-proxy", include_str!("fixtures/kube-proxy.iptables"), 0x4000),
+        ("kube-proxy by IPVS", include_str!("fixtures/kube-proxy-ipvs.iptables"), 0x4000),
+        ("ufw", include_str!("fixtures/ufw.iptables"), 0),
+    ] {
+        assert_eq!(marks(text), bits, "{whose}");
     }
 }
 

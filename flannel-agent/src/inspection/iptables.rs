@@ -5,6 +5,7 @@ use std::{collections::HashMap, net::Ipv4Addr};
 use ipnet::Ipv4Net;
 
 use super::{
+    marks::{Bits, MarkWrite, Marked},
     packet::{Match, Nets, State, TCP, UDP},
     rule::{Act, Base, Chain, Family, Hook, Rule, Table, Verdict},
 };
@@ -243,7 +244,29 @@ impl Parser {
             acts.push(Act::Observes("nfacct".to_owned()));
         }
         acts.extend(own);
-        Rule { name, matches: self.matches, acts, verdict }
+        let marks = self.mark(&target).into_iter().collect();
+        Rule { name, matches: self.matches, acts, marks, verdict }
+    }
+
+    /// What a target writes into a mark.
+    fn mark(&self, target: &str) -> Option<MarkWrite> {
+        let mask = |option: &str| self.options.get(option).and_then(|mask| number(mask)).unwrap_or(u32::MAX);
+        // `iptables-save` writes all ways to set a mark as this one.
+        let set = || self.options.get("--set-xmark").map(|value| number(value).map_or(Bits::ANY, Bits::own));
+        let (of, bits) = match target {
+            "MARK" => (Marked::Packet, set().unwrap_or(Bits::ANY)),
+            "CONNMARK" if self.options.contains_key("--save-mark") => {
+                (Marked::Connection, Bits::of(Marked::Packet, mask("--nfmask")))
+            }
+            "CONNMARK" if self.options.contains_key("--restore-mark") => {
+                (Marked::Packet, Bits::of(Marked::Connection, mask("--ctmask")))
+            }
+            "CONNMARK" => (Marked::Connection, set().unwrap_or(Bits::ANY)),
+            "HMARK" => (Marked::Packet, Bits::ANY),
+            "SET" if self.options.contains_key("--map-mark") => (Marked::Packet, Bits::ANY),
+            _ => return None,
+        };
+        Some(MarkWrite { of, bits })
     }
 
     const fn observer(&self) -> &'static str {
@@ -335,6 +358,12 @@ fn net(text: &str) -> Option<Ipv4Net> {
         }
         Some(_) => text.parse::<Ipv4Net>().ok().map(|net| net.trunc()),
     }
+}
+
+/// `0x5` or `5`; in front of a mask.
+fn number(text: &str) -> Option<u32> {
+    let text = text.split('/').next().unwrap_or_default();
+    text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |digits| u32::from_str_radix(digits, 16).ok())
 }
 
 fn range(value: &str) -> Option<Vec<Ipv4Net>> {

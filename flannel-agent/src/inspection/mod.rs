@@ -3,7 +3,7 @@
 //! * [`Surroundings`] — which packets are the overlay's; [`inspect`] — what those meet; pure
 //! * `packet` — packets and the conditions of rules; `rule` — rule sets in one shape; `walk` — the way through them
 //! * `nft`, `nft_match`, `iptables` — the two languages
-//! * `finding` — what a rule comes to
+//! * `finding` — what a rule comes to; `marks` — which marks packets may have
 //! * [`reader`] — the task that looks again where something may have changed; `events`, `messages` — what nf_tables tells of
 //!   changes; `legacy` — whether x_tables has any
 //!
@@ -25,6 +25,7 @@ mod events;
 mod finding;
 mod iptables;
 mod legacy;
+mod marks;
 mod messages;
 mod nft;
 mod nft_match;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde_json::Value;
 
 use super::{
+    marks::{Bits, MarkWrite, Marked},
     nft_match::{self, Condition, Sets},
     packet::Match,
     rule::{Act, Base, Chain, Family, Hook, Rule, Table, Verdict},
@@ -86,6 +87,7 @@ struct Reading {
     matches: Vec<Match>,
     per_packet: Vec<String>,
     acts: Vec<Act>,
+    marks: Vec<MarkWrite>,
     verdict: Option<Verdict>,
     /// Whether it does anything besides counting.
     acts_otherwise: bool,
@@ -110,7 +112,7 @@ fn rule<'a>(name: String, statements: Option<&'a Value>, sets: &Sets<'a>) -> Rul
     if reading.counts && !reading.acts_otherwise && acts.is_empty() && verdict == Verdict::Continue {
         acts.push(Act::Observes("counter".to_owned()));
     }
-    Rule { name, matches: reading.matches, acts, verdict }
+    Rule { name, matches: reading.matches, acts, marks: reading.marks, verdict }
 }
 
 impl Reading {
@@ -158,6 +160,10 @@ impl Reading {
                 let key = value.get("key").map(changed).unwrap_or_default();
                 let per_packet = nft_match::per_packet(value);
                 self.per_packet.extend(per_packet.map(str::to_owned));
+                if let Some(of) = value.get("key").and_then(Marked::of_key) {
+                    let bits = value.get("value").map_or(Bits::ANY, Bits::of_expression);
+                    self.marks.push(MarkWrite { of, bits });
+                }
                 // A counter of a connection's, or its mark, is nothing of the packet's.
                 self.acts.push(Act::Alters(key));
                 self.acts_otherwise = true;

@@ -49,6 +49,8 @@ const PERIOD: Duration = Duration::from_secs(60);
 pub struct Found {
     /// What the overlay's packets meet.
     pub restrictions: Vec<Restriction>,
+    /// The bits that the rules may set in the marks of forwarded packets.
+    pub marks: u32,
 }
 
 /// What the rule sets come to for the overlay, kept current by a task that ends with this.
@@ -166,7 +168,7 @@ impl Inspection {
     /// What the rule sets come to for these packets.
     async fn inspect(&mut self, around: Surroundings) -> Option<Found> {
         let sets = Arc::clone(&self.sets);
-        let look = move || Found { restrictions: inspect(&sets, &around) };
+        let look = move || Found { restrictions: inspect(&sets, &around), marks: sets.marks() };
         let (found, time) = aside(look).await?;
         self.budget.spend(time);
         Some(found)

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::packet::Match;
+use super::{marks::MarkWrite, packet::Match};
 
 /// Where in its way through the host a packet meets a chain (`enum nf_inet_hooks`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,6 +83,8 @@ pub(super) struct Rule {
     pub(super) matches: Vec<Match>,
     /// What it does to those, besides deciding on them.
     pub(super) acts: Vec<Act>,
+    /// What it writes into marks.
+    pub(super) marks: Vec<MarkWrite>,
     pub(super) verdict: Verdict,
 }
 
