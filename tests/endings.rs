@@ -13,7 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use flannel_agent::dataplane::{Forgetter, Left, PinDirectory, pinned_counters, test_run::TestRuns};
+use flannel_agent::dataplane::{
+    Forgetter, Left, PinDirectory, pinned_counters,
+    test_run::{TestRuns, insert_pinned_flows},
+};
 use flannel_common::{
     ended::Selection,
     event::Event,
@@ -23,7 +26,7 @@ use flannel_common::{
 use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 use nix::time::{ClockId, clock_gettime};
 use xtask::{
-    lab::{Pod, services::ServiceRules},
+    lab::{Netns, Pod, services::ServiceRules},
     process::output,
     progress::{patience, wait_for},
 };
@@ -34,7 +37,7 @@ use crate::{
     overlays::Overlay,
     services::{SERVICE, service},
     sockets::socket_in,
-    world::{SOON, World},
+    world::{SOON, World, is_answered},
 };
 
 type End = ([u8; 4], u16);
@@ -350,6 +353,118 @@ fn a_pods_flows_leave_the_bypass_with_its_veth() {
     // Of two thousand in the second that it would have had.
     assert!(after < 400, "{after}");
     stream.end();
+}
+
+/// By an interface that is made with the number of one that is gone, as a runtime may do that restores a container.
+#[test]
+fn a_link_with_the_number_of_one_that_is_gone_is_another() {
+    let mut world = Overlay::Fast.world();
+    let client = world.hosts[0].pods[0].address;
+    let host = &mut world.hosts[1];
+    let index = host.netns.ip_json("link show pod1").unwrap()[0]["ifindex"].as_u64().unwrap();
+    host.netns.ip("link delete pod1").unwrap();
+    let pod = &host.pods[0];
+    let names = format!("name pod1 index {index} type veth peer name eth0 netns {}", pod.netns.name());
+    host.netns.ip(&format!("link add {names}")).unwrap();
+    host.netns.ip("link set pod1 master cni0 up").unwrap();
+    let subnet = host.subnet().unwrap();
+    pod.netns.ip(&format!("address add {}/{} dev eth0", pod.address, subnet.len)).unwrap();
+    pod.netns.ip(&format!("link set eth0 mtu {} up", subnet.mtu)).unwrap();
+    pod.netns.ip(&format!("route add default via {}", subnet.gateway)).unwrap();
+    wait_for("the pod", SOON, || is_answered(&pod.netns, &client.to_string())).unwrap();
+    let stream = Timed::start(
+        &world.hosts[0].pods[0],
+        SocketAddrV4::new(world.hosts[1].pods[0].address, SERVER_PORT),
+        &[&world.hosts[1].pods[0]],
+    );
+    let delivered = world.counter(1, "delivered");
+    wait_for("the bypass", SOON, || world.counter(1, "delivered") > delivered + 500).unwrap();
+    stream.end();
+}
+
+/// A socket that hears of links of a host.
+fn hear_of_links(host: &Netns) -> OwnedFd {
+    const LINK: u32 = 1;
+    let open = || {
+        let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
+        let socket = socket.unwrap();
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, LINK)).unwrap();
+        socket
+    };
+    host.within(open).unwrap()
+}
+
+/// Waits until the kernel tells that a link is gone.
+fn wait_gone(socket: &OwnedFd, index: u32) {
+    const DELETED_LINK: [u8; 2] = 17_u16.to_ne_bytes();
+    let mut message = [0; 1 << 15];
+    loop {
+        let length = recv(socket.as_raw_fd(), &mut message, MsgFlags::empty()).unwrap();
+        let is_of_all_families = message[16] == 0;
+        if length > 24 && message[4..6] == DELETED_LINK && is_of_all_families && message[20..24] == index.to_ne_bytes()
+        {
+            return;
+        }
+    }
+}
+
+/// Many flows, half of them of the pod that goes: however long it takes to forget them.
+#[test]
+fn no_flow_is_delivered_to_a_veth_that_is_gone_for_longer_than_20_ms() {
+    const ROUNDS: usize = 20;
+    const FLOWS: u32 = 60_000;
+    let mut world = Overlay::Fast.world();
+    for _ in 0..ROUNDS {
+        world.hosts[1].add_pod().unwrap();
+    }
+    world.wait_pods(1);
+    let host = &world.hosts[1];
+    let pins = PinDirectory::new(host.pin_dir(), Vni::new_checked(1).unwrap());
+    let counter = |event: Event| {
+        let counters = pinned_counters(&pins).unwrap();
+        counters.iter().find(|(of, _)| *of == event).unwrap().1.packets
+    };
+    let index = |name: &str| host.netns.ip_json(&format!("link show {name}")).unwrap()[0]["ifindex"].as_u64().unwrap();
+    let of_others = index("pod1") as u32;
+    let links = hear_of_links(&host.netns);
+    let mut all = Vec::new();
+    for (number, server) in (1..).zip(&host.pods).skip(2) {
+        let name = format!("pod{number}");
+        let going = index(&name) as u32;
+        let stream = Timed::start(&world.hosts[0].pods[0], SocketAddrV4::new(server.address, SERVER_PORT), &[server]);
+        let delivered = counter(Event::Delivered);
+        wait_for("the bypass", SOON, || counter(Event::Delivered) > delivered + 100).unwrap();
+        let released = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap()).as_nanos() as u64;
+        let flows = (0..FLOWS).map(|flow| {
+            let key = key(17, ([10, 9, 1, (flow >> 14) as u8], flow as u16), SERVER);
+            let veth = if flow % 2 == 0 { going } else { of_others };
+            let ingress = Ingress { released, received_as: key, veth, pod_mac: [2; 6], gateway_mac: [2; 6] };
+            Flow { ingress, ..Flow::new(key) }
+        });
+        insert_pinned_flows(&pins, flows).unwrap();
+        let delivered = counter(Event::Delivered);
+        wait_for("the bypass", SOON, || counter(Event::Delivered) > delivered + 20).unwrap();
+        let (mut last, gone) = thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                wait_gone(&links, going);
+                (counter(Event::Delivered), Instant::now())
+            });
+            host.netns.ip(&format!("link delete {name}")).unwrap();
+            waiting.join().unwrap()
+        });
+        let (before, admitted, mut took) = (last, counter(Event::Admitted), Duration::ZERO);
+        while counter(Event::Admitted) < admitted + 100 {
+            let now = counter(Event::Delivered);
+            if now != last {
+                (last, took) = (now, gone.elapsed());
+            }
+            assert!(gone.elapsed() < SOON, "round {number}: {took:?}");
+        }
+        all.push((took, last - before));
+        stream.end();
+    }
+    println!("for how long, and how many datagrams: {all:?}");
+    assert!(all.iter().all(|(took, _)| *took < Duration::from_millis(20) * patience()), "{all:?}");
 }
 
 #[test]

@@ -139,6 +139,33 @@ impl Message {
     }
 }
 
+/// A message of rtnetlink's about a link, as far as its own header (`struct nlmsghdr`, `struct ifinfomsg`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct LinkMessage {
+    len: u32,
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    sender: u32,
+    family: u8,
+    padding: u8,
+    link_type: u16,
+    index: u32,
+    link_flags: u32,
+    change: u32,
+}
+
+impl LinkMessage {
+    /// The number of the link that is gone. (A bridge's port that is one no longer is told of by `AF_BRIDGE`.)
+    #[inline(always)]
+    pub const fn gone(&self) -> Option<u32> {
+        const RTM_DELLINK: u16 = 17;
+        const AF_UNSPEC: u8 = 0;
+        if self.kind == RTM_DELLINK && self.family == AF_UNSPEC { Some(self.index) } else { None }
+    }
+}
+
 /// The flow of the answers, as who answers sees it.
 ///
 /// # Errors
@@ -233,6 +260,7 @@ impl Selection {
 
 const _: () = {
     assert!(size_of::<Tuple>() == 52 && size_of::<Message>() == 72 && size_of::<Selection>() == 64);
+    assert!(size_of::<LinkMessage>() == 32);
     assert!(WAKE_INTERVAL < REST);
 };
 

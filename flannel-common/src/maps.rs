@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 9 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 10 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -37,6 +37,9 @@ pub const ORIGINALS: &str = "ORIGINALS";
 /// LRU hash: the host's side of a pod's veth -> the MAC that the pod last sent from. A bridge that does not know where a MAC
 /// is sends a copy of what is for it to every pod.
 pub const PODS: &str = "PODS";
+/// Array: [`gone_slot`] of a link -> the number of the link that went last of those with this slot, or 0. Of flows to a pod, those
+/// of a link that is gone take the stack from that moment on; they are forgotten as soon as somebody gets to it.
+pub const GONE: &str = "GONE";
 /// LPM trie: prefix -> 1, for addresses whose flows take the stack, under the names before and after a translation.
 pub const EXCLUDED: &str = "EXCLUDED";
 /// Array: [`excluded_port`] -> a bit for each of 64 ports whose flows take the stack, likewise.
@@ -49,7 +52,7 @@ pub const DROPS: &str = "DROPS";
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 13] = [
+pub const PINNED: [&str; 14] = [
     SUBNETS,
     PREFIXES,
     VTEPS,
@@ -59,6 +62,7 @@ pub const PINNED: [&str; 13] = [
     FLOWS,
     ORIGINALS,
     PODS,
+    GONE,
     EXCLUDED,
     EXCLUDED_PORTS,
     COUNTERS,
@@ -77,6 +81,15 @@ pub const MAX_FLOWS: u32 = 1 << 16;
 
 /// The most pods whose MAC is remembered. What is for others takes the stack.
 pub const MAX_PODS: u32 = 1 << 12;
+
+/// Entries of [`GONE`]. Links are numbered one after the other, so that so many can go before one takes another's place.
+pub const GONE_SLOTS: u32 = 1 << 12;
+
+/// Where in [`GONE`] a link is.
+#[inline(always)]
+pub const fn gone_slot(link: u32) -> u32 {
+    link % GONE_SLOTS
+}
 
 /// The most entries of [`EXCLUDED`].
 pub const MAX_EXCLUDED: u32 = 1 << 12;

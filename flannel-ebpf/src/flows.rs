@@ -17,7 +17,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use flannel_common::{
     event::Event,
     flow::{Egress, Flow, FlowKey, Ingress, dscp},
-    maps::Config,
+    maps::{Config, gone_slot},
     packet::{Mac, OuterHeader},
 };
 use network_types::{
@@ -29,7 +29,7 @@ use network_types::{
 
 use crate::{
     excluded::is_excluded,
-    maps::{CONFIG, FLOWS, NOTED, PODS, VTEP_ADDRESSES},
+    maps::{CONFIG, FLOWS, GONE, NOTED, PODS, VTEP_ADDRESSES},
     originals::{self, Found},
     packet::{Headers, Note, Packet, fill_with_zeros},
 };
@@ -140,7 +140,7 @@ impl Place {
             return None;
         }
         let ingress = known_ingress(&self.key)?;
-        (age(ingress.released, now) < config.bypass_time).then_some(ingress)
+        (age(ingress.released, now) < config.bypass_time && !is_gone(ingress.veth)).then_some(ingress)
     }
 
     /// Whether it is a packet that may bypass the stack at all. One that begins or ends a connection takes the flow's notes
@@ -186,6 +186,13 @@ fn remember(key: FlowKey, fill: impl FnOnce(&mut Flow)) -> Result<(), i32> {
     fill(flow);
     let noted: &Flow = flow;
     FLOWS.insert(key, noted, 0)
+}
+
+/// Whether the link is gone. Where the kernel has given its number to another one since, the agent has taken note of that.
+#[inline(always)]
+fn is_gone(link: u32) -> bool {
+    // SAFETY: a map value lives as long as the program; one aligned load.
+    GONE.get_ptr(gone_slot(link)).is_some_and(|gone| unsafe { gone.read_volatile() } == link)
 }
 
 #[inline(always)]

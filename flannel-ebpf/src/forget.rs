@@ -1,6 +1,7 @@
 //! Programs that forget flows which have ended, beside those of the packets' way: none of them sees a packet.
 //!
 //! * `connection_ended` — the filter of the agent's socket of conntrack's events: forgets at once what has ended
+//! * `link_gone` — the filter of a socket of rtnetlink's events of links: has the flows into a pod's veth be delivered no more
 //! * `forget_again` — the same flows once more, as the agent runs it
 //! * `forget_selected` — looks at all flows, as the agent runs it
 #![no_std]
@@ -16,15 +17,19 @@ use aya_ebpf::{
     programs::{SkBuffContext, TcContext},
 };
 use flannel_common::{
-    ended::{self, Bypass, Message, REST, Selection, Tuple, Unclear, WAKE_INTERVAL, left},
+    ended::{self, Bypass, LinkMessage, Message, REST, Selection, Tuple, Unclear, WAKE_INTERVAL, left},
     flow::{Flow, FlowKey},
-    maps::MAX_FLOWS,
+    maps::{GONE_SLOTS, MAX_FLOWS, gone_slot},
 };
 use network_types::eth::EthHdr;
 
 /// Pinned: the dataplane's.
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+
+/// Pinned: the dataplane's.
+#[map]
+static GONE: Array<u32> = Array::with_max_entries(GONE_SLOTS, 0);
 
 /// What has ended lately, the oldest first.
 #[map]
@@ -83,6 +88,19 @@ pub(crate) fn connection_ended(ctx: SkBuffContext) -> i64 {
         (&raw mut (*state).told).write_volatile(now);
     }
     WHOLE
+}
+
+/// Run by the kernel in the moment in which it tells of a change of links. Nobody reads the socket.
+#[socket_filter]
+pub(crate) fn link_gone(ctx: SkBuffContext) -> i64 {
+    const NONE: i64 = 0;
+    if let Some(link) = ctx.load(0).ok().and_then(|message: LinkMessage| message.gone())
+        && let Some(gone) = GONE.get_ptr_mut(gone_slot(link))
+    {
+        // SAFETY: a map value lives as long as the program; one aligned store.
+        unsafe { gone.write_volatile(link) };
+    }
+    NONE
 }
 
 /// Whether there was something to be forgotten.

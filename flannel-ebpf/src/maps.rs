@@ -10,7 +10,10 @@ use flannel_common::{
     drops::Drops,
     event::Event,
     flow::{Flow, FlowKey, Original, SourcePorts},
-    maps::{Config, Counter, EXCLUDED_WORDS, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, Vtep},
+    maps::{
+        Config, Counter, EXCLUDED_WORDS, GONE_SLOTS, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES,
+        Vtep,
+    },
     packet::Mac,
 };
 
@@ -40,6 +43,9 @@ pub(crate) static ORIGINALS: Array<Original> = Array::with_max_entries(Original:
 
 #[map]
 pub(crate) static PODS: LruHashMap<u32, Mac> = LruHashMap::with_max_entries(MAX_PODS, 0);
+
+#[map]
+pub(crate) static GONE: Array<u32> = Array::with_max_entries(GONE_SLOTS, 0);
 
 #[map]
 pub(crate) static EXCLUDED: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_EXCLUDED, 0);

@@ -185,6 +185,7 @@ impl Loaded {
             known: Known {
                 egress: before.is_some() && is_fresh(input.egress()),
                 ingress: before.is_some() && is_fresh(input.ingress()),
+                is_gone: input.is_gone(),
                 pod_mac: POD_MAC,
                 gateway_mac: GATEWAY_MAC,
                 sent_as,
@@ -199,6 +200,7 @@ impl Loaded {
         let left = if key.is_some() && goes_in(program) { Original::default() } else { packet.known.original };
         self.programs.set_original(place, left).unwrap();
         self.programs.set_pod(ifindex, packet.known.sender).unwrap();
+        self.programs.set_gone(ifindex, input.is_gone()).unwrap();
         let fate = self.world.fate(program, packet);
         let start = now();
         self.run(input, program, packet.note, ifindex, &fate, out)?;

@@ -210,6 +210,11 @@ impl<'a> Input<'a> {
         }
     }
 
+    /// Whether the pod's link is gone: seldom.
+    pub fn is_gone(&self) -> bool {
+        self.head[6] >> 4 == 0xe
+    }
+
     /// By what a packet is told from others when a program gets it: seldom by anything.
     pub fn told_by(&self) -> ToldBy {
         match self.head[2] >> 4 & 7 {
@@ -286,7 +291,7 @@ impl fmt::Debug for Input<'_> {
             .field("egress, ingress", &(self.egress(), self.ingress()))
             .field("gso_size", &self.gso_size())
             .field("note", &self.note(&WORLDS[self.world()]()))
-            .field("sender", &self.sender())
+            .field("sender, is gone", &(self.sender(), self.is_gone()))
             .field("original", &self.original())
             .field("sent_as, received_as", &self.flow().map(|key| self.sent_and_received_as(key)))
             .field("told by, known", &(self.told_by(), self.known_treatment()))

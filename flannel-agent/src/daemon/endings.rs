@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use crate::{
     conntrack::events::{self, Events, EventsError, Told},
     dataplane::{DataplaneError, Forgetter, Left},
+    device::LinkSocket,
     status::{EndsStatus, now},
 };
 
@@ -41,6 +42,8 @@ enum ListenError {
     Dataplane(#[from] DataplaneError),
     #[error("duplicate a socket: {0}")]
     Duplicate(io::Error),
+    #[error("hear of links: {0}")]
+    Links(io::Error),
 }
 
 impl Endings {
@@ -102,6 +105,19 @@ async fn forget_again(forgetter: &Forgetter) -> Result<(), DataplaneError> {
             Left::More => tokio::task::yield_now().await,
         }
         left = forgetter.again()?;
+    }
+}
+
+/// Has flows into links that go be left to the stack from the moment in which the kernel tells of it, before they are forgotten.
+pub(super) fn watch_links(forgetter: &Forgetter) {
+    let watch = || -> Result<(), ListenError> {
+        let socket = LinkSocket::open().map_err(ListenError::Links)?;
+        // First: none comes that does not meet the program.
+        forgetter.watch_links(socket.as_fd().try_clone_to_owned().map_err(ListenError::Duplicate)?)?;
+        socket.join().map_err(ListenError::Links)
+    };
+    if let Err(error) = watch() {
+        warn!("{error}; flows of pods that go leave the bypass some milliseconds later");
     }
 }
 

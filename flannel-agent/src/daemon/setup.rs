@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use super::{
     DaemonError,
     agent::Agent,
-    endings::{Endings, follow_links},
+    endings::{Endings, follow_links, watch_links},
     inspection::Inspected,
     record::Record,
     renewal::LeaseHolder,
@@ -149,6 +149,7 @@ async fn make<'a>(
     device::enable_forwarding()?;
     agent.ensure_conntrack();
     agent.observed(Observer::Helpers, helpers::restrictions().into_iter().collect());
+    watch_links(&agent.dataplane.forgetter());
     tokio::spawn(follow_links(agent.netlink.links_that_go(), agent.dataplane.forgetter()));
     let (link, _made) = agent.ensure_datapath().await?;
     if let Err(error) = agent.dataplane.discard_other_versions() {

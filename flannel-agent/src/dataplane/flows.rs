@@ -73,7 +73,7 @@ pub fn pinned_connections(pins: &PinDirectory) -> Result<usize, DataplaneError> 
     Ok(connections)
 }
 
-fn open(pins: &PinDirectory) -> Result<BpfHashMap<MapData, FlowKey, Flow>, DataplaneError> {
+pub(super) fn open(pins: &PinDirectory) -> Result<BpfHashMap<MapData, FlowKey, Flow>, DataplaneError> {
     let map = MapData::from_pin(pins.map(FLOWS)).map_err(DataplaneError::map("open", FLOWS))?;
     Map::LruHashMap(map).try_into().map_err(DataplaneError::map("open", FLOWS))
 }

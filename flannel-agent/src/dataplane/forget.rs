@@ -8,19 +8,21 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::{Array, MapData},
     programs::{ProgramError, SchedClassifier, SocketFilter, TestRun as _, TestRunOptions},
 };
 use flannel_common::{
     ended::{BYPASS, Bypass, Selection, left},
-    maps::{Config, FLOWS, MAX_FLOWS},
+    maps::{Config, FLOWS, GONE, GONE_SLOTS, MAX_FLOWS, gone_slot},
 };
 use tracing::warn;
 
-use super::{DataplaneError, PinDirectory};
+use super::{DataplaneError, PinDirectory, take_map};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forget"));
 
 const ENDED: &str = "connection_ended";
+const LINK_GONE: &str = "link_gone";
 const AGAIN: &str = "forget_again";
 const SELECTED: &str = "forget_selected";
 
@@ -36,6 +38,10 @@ struct Programs {
     ebpf: Ebpf,
     /// The socket of conntrack's events.
     socket: Option<OwnedFd>,
+    /// The socket of rtnetlink's events of links.
+    links: Option<OwnedFd>,
+    /// Which links are gone.
+    gone: Array<MapData, u32>,
     /// The pods' links.
     pods: BTreeSet<u32>,
 }
@@ -59,12 +65,17 @@ impl Forgetter {
         let mut loader = EbpfLoader::new();
         loader.btf(None).override_global(BYPASS, &bypass, true);
         loader.map_max_entries(FLOWS, MAX_FLOWS).map_pin_path(FLOWS, pins.map(FLOWS));
+        loader.map_max_entries(GONE, GONE_SLOTS).map_pin_path(GONE, pins.map(GONE));
         let mut ebpf = loader.load(OBJECT)?;
-        filter(&mut ebpf)?.load().map_err(failed("load", ENDED))?;
+        for name in [ENDED, LINK_GONE] {
+            filter(&mut ebpf, name)?.load().map_err(failed("load", name))?;
+        }
         for name in [AGAIN, SELECTED] {
             classifier(&mut ebpf, name)?.load().map_err(failed("load", name))?;
         }
-        Ok(Self(Arc::new(Mutex::new(Programs { ebpf, socket: None, pods: BTreeSet::new() }))))
+        let gone = take_map(&mut ebpf, GONE)?.try_into().map_err(DataplaneError::map("open", GONE))?;
+        let programs = Programs { ebpf, socket: None, links: None, gone, pods: BTreeSet::new() };
+        Ok(Self(Arc::new(Mutex::new(programs))))
     }
 
     /// Has the clones of the one before forget these flows.
@@ -74,6 +85,10 @@ impl Forgetter {
             let listening = old.socket.take().map_or(Ok(()), |socket| new.listen(socket));
             if let Err(error) = listening {
                 warn!("{error}; listening anew");
+            }
+            let watching = old.links.take().map_or(Ok(()), |socket| new.watch_links(socket));
+            if let Err(error) = watching {
+                warn!("{error}; flows of pods that go leave the bypass some milliseconds later");
             }
             new.pods = std::mem::take(&mut old.pods);
             std::mem::swap(&mut *new, &mut *old);
@@ -93,6 +108,14 @@ impl Forgetter {
     /// [`DataplaneError::Program`].
     pub fn listen(&self, socket: OwnedFd) -> Result<(), DataplaneError> {
         self.lock().listen(socket)
+    }
+
+    /// Has every message of rtnetlink's about a link that comes to this socket keep flows into links that are gone off the bypass.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Program`].
+    pub fn watch_links(&self, socket: OwnedFd) -> Result<(), DataplaneError> {
+        self.lock().watch_links(socket)
     }
 
     /// Forgets once more what ended: a packet that conntrack had let through by then may have been noted since.
@@ -138,7 +161,9 @@ impl Forgetter {
     /// [`DataplaneError::Program`].
     pub fn set_pods(&self, links: impl IntoIterator<Item = u32>, gone: &[u32]) -> Result<u32, DataplaneError> {
         let mut programs = self.lock();
-        programs.pods = links.into_iter().collect();
+        let links: BTreeSet<u32> = links.into_iter().collect();
+        let before = std::mem::replace(&mut programs.pods, links.clone());
+        programs.note_there(links.difference(&before))?;
         programs.forget(gone)
     }
 
@@ -155,8 +180,25 @@ impl Forgetter {
 impl Programs {
     /// In the place of a program that did so before.
     fn listen(&mut self, socket: OwnedFd) -> Result<(), DataplaneError> {
-        filter(&mut self.ebpf)?.attach(&socket).map_err(failed("attach", ENDED))?;
+        filter(&mut self.ebpf, ENDED)?.attach(&socket).map_err(failed("attach", ENDED))?;
         self.socket = Some(socket);
+        Ok(())
+    }
+
+    fn watch_links(&mut self, socket: OwnedFd) -> Result<(), DataplaneError> {
+        filter(&mut self.ebpf, LINK_GONE)?.attach(&socket).map_err(failed("attach", LINK_GONE))?;
+        self.links = Some(socket);
+        Ok(())
+    }
+
+    /// Links are there, also where one has the number of one that is gone, as who makes it may choose.
+    fn note_there<'a>(&mut self, links: impl IntoIterator<Item = &'a u32>) -> Result<(), DataplaneError> {
+        for link in links {
+            let slot = gone_slot(*link);
+            if self.gone.get(&slot, 0).map_err(DataplaneError::map("read", GONE))? == *link {
+                self.gone.set(slot, 0, 0).map_err(DataplaneError::map("write", GONE))?;
+            }
+        }
         Ok(())
     }
 
@@ -180,9 +222,9 @@ impl Programs {
     }
 }
 
-fn filter(ebpf: &mut Ebpf) -> Result<&mut SocketFilter, DataplaneError> {
-    let program = ebpf.program_mut(ENDED).ok_or(DataplaneError::Missing(ENDED))?;
-    program.try_into().map_err(failed("use", ENDED))
+fn filter<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SocketFilter, DataplaneError> {
+    let program = ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
+    program.try_into().map_err(failed("use", name))
 }
 
 fn classifier<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, DataplaneError> {

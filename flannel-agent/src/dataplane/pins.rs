@@ -12,9 +12,9 @@ use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey, Original},
     maps::{
-        ABI_VERSION, ACCEPTED, COUNTERS, Counter, DROPS, EXCLUDED, EXCLUDED_PORTS, EXCLUDED_WORDS, FLOWS, HEARD,
-        MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, ORIGINALS, PODS, PREFIXES, SUBNETS,
-        VTEP_ADDRESSES, VTEPS, Vtep,
+        ABI_VERSION, ACCEPTED, COUNTERS, Counter, DROPS, EXCLUDED, EXCLUDED_PORTS, EXCLUDED_WORDS, FLOWS, GONE,
+        GONE_SLOTS, HEARD, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, ORIGINALS, PODS, PREFIXES,
+        SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep,
     },
     packet::Mac,
     vxlan::Vni,
@@ -60,7 +60,7 @@ pub(super) enum Predecessor {
 }
 
 /// The layout of every pinned map.
-pub(super) fn layout(capacity: Capacity) -> [Layout; 13] {
+pub(super) fn layout(capacity: Capacity) -> [Layout; 14] {
     let Capacity { slots, vteps } = capacity;
     let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
         name,
@@ -82,6 +82,7 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 13] {
         map(FLOWS, MapType::LruHash, size_of::<FlowKey>() as u32, size_of::<Flow>(), MAX_FLOWS),
         map(ORIGINALS, MapType::Array, 4, size_of::<Original>(), Original::COUNT),
         map(PODS, MapType::LruHash, 4, size_of::<Mac>(), MAX_PODS),
+        map(GONE, MapType::Array, 4, 4, GONE_SLOTS),
         map(EXCLUDED, MapType::LpmTrie, 8, 4, MAX_EXCLUDED),
         map(EXCLUDED_PORTS, MapType::Array, 4, 8, EXCLUDED_WORDS),
         map(COUNTERS, MapType::PerCpuArray, 4, size_of::<Counter>(), Event::COUNT),

@@ -9,12 +9,12 @@ use aya::{
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey, Original},
-    maps::{Counter, FLOWS, HEARD, ORIGINALS, PODS, VTEP_ADDRESSES},
+    maps::{Counter, FLOWS, GONE, HEARD, ORIGINALS, PODS, VTEP_ADDRESSES, gone_slot},
     noted,
     packet::Mac,
 };
 
-use super::{Dataplane, DataplaneError, Forgetter, Hook, XdpMode, peers::absent_is_fine, take_map};
+use super::{Dataplane, DataplaneError, Forgetter, Hook, PinDirectory, XdpMode, peers::absent_is_fine, take_map};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/noted"));
 const PROGRAM: &str = "noted";
@@ -28,6 +28,15 @@ const IFINDEX: usize = 40;
 const CB: usize = 48;
 const GSO_SIZE: usize = 176;
 
+/// Has a dataplane, whose agent may run, know flows of one's own.
+///
+/// # Errors
+/// [`DataplaneError::Map`].
+pub fn insert_pinned_flows(pins: &PinDirectory, flows: impl IntoIterator<Item = Flow>) -> Result<(), DataplaneError> {
+    let mut map = super::flows::open(pins)?;
+    flows.into_iter().try_for_each(|flow| map.insert(flow.key, flow, 0).map_err(DataplaneError::map("write", FLOWS)))
+}
+
 /// A loaded dataplane whose programs are run here.
 pub struct TestRuns {
     dataplane: Dataplane,
@@ -37,6 +46,7 @@ pub struct TestRuns {
     _programs: ProgramArray<MapData>,
     heard: Array<MapData, u32>,
     originals: Array<MapData, Original>,
+    gone: Array<MapData, u32>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
 }
 
@@ -89,9 +99,10 @@ impl TestRuns {
         let pinned = |name| MapData::from_pin(dataplane.pins.map(name)).map_err(DataplaneError::map("open", name));
         let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
         let originals = Map::Array(pinned(ORIGINALS)?).try_into().map_err(DataplaneError::map("open", ORIGINALS))?;
+        let gone = Map::Array(pinned(GONE)?).try_into().map_err(DataplaneError::map("open", GONE))?;
         let addresses = Map::HashMap(pinned(VTEP_ADDRESSES)?);
         let addresses = addresses.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
-        Ok(Self { dataplane, noted, _programs: programs, heard, originals, addresses })
+        Ok(Self { dataplane, noted, _programs: programs, heard, originals, gone, addresses })
     }
 
     /// Runs a TC program; its verdict, and what it leaves. The frame goes to `out`.
@@ -249,6 +260,15 @@ impl TestRuns {
             None => absent_is_fine(self.dataplane.pod_macs.remove(&veth)),
         };
         written.map_err(DataplaneError::map("write", PODS))
+    }
+
+    /// Has the programs know that a link is gone, or there.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn set_gone(&mut self, link: u32, is_gone: bool) -> Result<(), DataplaneError> {
+        let value = if is_gone { link } else { 0 };
+        self.gone.set(gone_slot(link), value, 0).map_err(DataplaneError::map("write", GONE))
     }
 
     /// The id of the VTEP with this address (wire order).

@@ -1,8 +1,12 @@
 //! What the kernel tells of changes, read message by message as it lies in a datagram: of routes there may be hundreds of
 //! thousands, and the crate's types know no queueing disciplines of others.
 
-use std::io;
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+};
 
+use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, socket};
 use rtnetlink::sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket, protocols::NETLINK_ROUTE};
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -14,6 +18,37 @@ use super::{
 
 /// For bursts of changes; more are said to have been too many.
 const BUFFER_LEN: usize = 1 << 20;
+
+/// A socket for the changes of links in the network namespace that it was opened in, which nobody reads: a filter of the
+/// dataplane's sees what comes to it.
+pub struct LinkSocket(OwnedFd);
+
+impl LinkSocket {
+    /// Opens it; nothing comes yet.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn open() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        Ok(Self(socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?))
+    }
+
+    /// Has all changes come from now on.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn join(&self) -> io::Result<()> {
+        /// As a bit: `1 << (RTNLGRP_LINK - 1)`.
+        const LINK: u32 = 1;
+        Ok(bind(self.0.as_raw_fd(), &NetlinkAddr::new(0, LINK))?)
+    }
+}
+
+impl AsFd for LinkSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 /// A socket that hears of one kind of changes. Each kind has its own: a burst of one takes no room from another.
 pub(super) struct RawEvents {

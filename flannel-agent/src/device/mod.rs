@@ -42,7 +42,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::pods::PodLink;
+pub use self::{events::LinkSocket, pods::PodLink};
 use self::{events::RawEvents, host_routes::Interest};
 
 /// A netlink request that the kernel refused.

@@ -57,7 +57,7 @@ impl World {
             },
             ..Fate::unchanged(if admitted.sender.is_some() { Event::Admitted } else { Event::AdmittedByRoute }, packet)
         };
-        let may_bypass = self.may_bypass() && kind == Kind::Data && packet.known.ingress;
+        let may_bypass = self.may_bypass() && kind == Kind::Data && packet.known.ingress && !packet.known.is_gone;
         if !may_bypass || !admitted.is_plain || packet.is_gso || admitted.inner.ttl() < 2 {
             return slow;
         }

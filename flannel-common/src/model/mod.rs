@@ -144,6 +144,8 @@ pub struct Known {
     pub egress: bool,
     /// To the pod, lately.
     pub ingress: bool,
+    /// The pod's link is gone.
+    pub is_gone: bool,
     /// The pod's MAC.
     pub pod_mac: Mac,
     /// The MAC that its packets come from.
