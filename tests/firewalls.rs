@@ -182,7 +182,7 @@ fn warnings(log: &str) -> usize {
 }
 
 /// The agent with a folder in front of its `PATH`.
-fn agent_with_programs(world: &World, programs: &Path) -> PathBuf {
+pub fn agent_with_programs(world: &World, programs: &Path) -> PathBuf {
     let path = programs.join("agent");
     let script = format!("#!/bin/sh\nPATH={}:$PATH exec {} \"$@\"\n", programs.display(), agent().display());
     write_program(&path, &script);
@@ -190,7 +190,7 @@ fn agent_with_programs(world: &World, programs: &Path) -> PathBuf {
     path
 }
 
-fn write_program(path: &Path, script: &str) {
+pub fn write_program(path: &Path, script: &str) {
     // In one step, and another file than before.
     let new = path.with_extension("new");
     fs::write(&new, script).unwrap();
@@ -198,7 +198,7 @@ fn write_program(path: &Path, script: &str) {
     fs::rename(&new, path).unwrap();
 }
 
-fn folder(world: &World, name: &str) -> PathBuf {
+pub fn folder(world: &World, name: &str) -> PathBuf {
     let path = world.lab.directory().join(name);
     fs::create_dir(&path).unwrap();
     path

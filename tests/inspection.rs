@@ -16,10 +16,15 @@ use flannel_agent::{
     bypass::{Restriction, Scope},
     inspection::{Pod, Surroundings, reader::Reader},
 };
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::stat::Mode,
+    unistd::mkfifo,
+};
 use xtask::{lab::Netns, progress::wait_for};
 
 use crate::{
+    firewalls::{agent_with_programs, folder, write_program},
     interoperation::mixed,
     stream::Stream,
     world::{SOON, World},
@@ -144,6 +149,40 @@ fn a_limit_on_pods_holds_as_with_flannel() {
     world.start(0, &["--bypass=off"]);
     world.hosts[0].wait_ready().unwrap();
     assert_limited(&world, false);
+}
+
+/// By an `nft` that takes its time.
+#[test]
+fn nothing_bypasses_the_stack_before_the_rules_were_read() {
+    let mut world = World::new(2);
+    let programs = folder(&world, "programs");
+    let gate = programs.join("gate");
+    mkfifo(&gate, Mode::S_IRWXU).unwrap();
+    let waits = format!("case \"$*\" in '-j list chains') [ ! -p {0} ] || cat {0} ;; esac", gate.display());
+    write_program(&programs.join("nft"), &format!("#!/bin/sh\n{waits}\nexec /usr/sbin/nft \"$@\"\n"));
+    let agent = agent_with_programs(&world, &programs);
+    let World { hosts, store, .. } = &mut world;
+    hosts[0].start_agent(&agent, store, &[]).unwrap();
+    world.start(1, &[]);
+    for host in &mut world.hosts {
+        host.wait_ready().unwrap();
+        host.add_pod().unwrap();
+    }
+    (0..2).for_each(|host| world.wait_pods(host));
+    world.wait_connected(0, 1);
+    let unread = "packet rules that are not read yet";
+    let is_unread = |status: &serde_json::Value| status["bypass"]["restrictions"].to_string().contains(unread);
+    world.wait_status(0, unread, is_unread);
+    let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
+    wait_for("the other host's bypass", SOON, || world.counter(1, "delivered") > 500).unwrap();
+    let bypassed = world.counter(0, "pod_encapsulated");
+    let writer = File::options().write(true).open(&gate).unwrap();
+    std::fs::remove_file(&gate).unwrap();
+    drop(writer);
+    world.wait_status(0, "rules that were read", |status| !is_unread(status));
+    wait_for("the bypass", SOON, || world.counter(0, "pod_encapsulated") > 500).unwrap();
+    let (sent, arrived) = stream.end_each();
+    assert_eq!((bypassed, arrived[0].len()), (0, sent as usize));
 }
 
 #[test]

@@ -70,14 +70,14 @@ impl Restrictions {
         }
         // What is always there is no news.
         let is_news = |restriction: &&Restriction| restriction.kind != Kind::Helper;
-        let verb =
-            |restriction| if self.flag.obeys(restriction) { "restricts" } else { "is bypassed, and does not restrict" };
+        let flag = self.flag;
         for restriction in found.difference(before).filter(is_news) {
-            let Restriction { subject, kind, .. } = restriction;
-            info!("{} the bypass: {subject} ({})", verb(restriction), kind.label());
+            let verb = if flag.obeys(restriction) { "restricts the bypass" } else { "is only named" };
+            info!("{verb}: {} ({})", restriction.subject, restriction.kind.label());
         }
         for restriction in before.difference(&found).filter(is_news) {
-            info!("is gone: {} ({})", restriction.subject, restriction.kind.label());
+            let verb = if flag.obeys(restriction) { "no longer restricts the bypass" } else { "is gone" };
+            info!("{verb}: {} ({})", restriction.subject, restriction.kind.label());
         }
         *before = found;
         self.plan = Plan::of(self.flag, self.all());
