@@ -64,7 +64,7 @@ impl HoldReason {
         match self {
             Self::MassRemoval => (
                 "mass_removal",
-                "Several went in one revision of etcd, or this host's own lease with others, or within seconds most of the \
+                "Several went in one revision of the store, or this host's own lease with others, or within seconds most of the \
                  peers, or within a minute more than 3 and 5 % of them. Held for `--lease-guard-grace`.",
             ),
             Self::StillSends => ("still_sends", "Packets arrive from it. Held until it has been silent for 30 s."),

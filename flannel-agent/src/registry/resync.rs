@@ -15,7 +15,7 @@ pub enum ResyncCause {
     NoLeader,
     /// etcd does not take the token or the user any more.
     Unauthenticated,
-    /// etcd cancelled the watch for another reason.
+    /// The store ended the watch, or refused an answer, for another reason.
     Cancelled,
     /// The store went back to an earlier revision.
     RolledBack,
@@ -62,15 +62,17 @@ impl ResyncCause {
         match self {
             Self::Start => ("start", "The agent started."),
             Self::Moved => ("moved", "This host took another lease, since its own had ended and its subnet was taken."),
-            Self::Connection => ("connection", "The connection ended: etcd restarted, or the network was cut."),
-            Self::Compacted => ("compacted", "etcd no longer has the changes since the last one that was seen."),
+            Self::Connection => ("connection", "The connection ended: the store restarted, or the network was cut."),
+            Self::Compacted => ("compacted", "The store no longer has the changes since the last one that was seen."),
             Self::NoLeader => ("no_leader", "The member of etcd that was asked has no leader."),
-            Self::Unauthenticated => ("unauthenticated", "etcd no longer takes the token or the user."),
-            Self::Cancelled => ("cancelled", "etcd cancelled the watch for another reason."),
-            Self::RolledBack => {
-                ("rolled_back", "etcd went back to an earlier revision: data lost, or a backup restored.")
+            Self::Unauthenticated => {
+                ("unauthenticated", "The store does not take the token or the user, or not any more.")
             }
-            Self::OtherCluster => ("other_cluster", "Another etcd cluster answers under the same address."),
+            Self::Cancelled => ("cancelled", "The store ended the watch, or refused an answer, for another reason."),
+            Self::RolledBack => {
+                ("rolled_back", "The store went back to an earlier revision: data lost, or a backup restored.")
+            }
+            Self::OtherCluster => ("other_cluster", "Another cluster answers under the same address."),
         }
     }
 }
