@@ -197,10 +197,36 @@ impl ApiServer {
     /// # Errors
     /// Where it does not come up.
     pub fn wipe(&mut self) -> Result<()> {
-        self.stop();
-        self.etcd = None;
+        self.end();
         fs::remove_dir_all(self.data_dir()).with_context(|| format!("remove {:?}", self.data_dir()))?;
         self.resume()
+    }
+
+    /// Copies its data into a folder that is not there yet, as a backup, and goes on.
+    ///
+    /// # Errors
+    /// Where they can't be copied, or it does not come up.
+    pub fn save(&mut self, backup: &Path) -> Result<()> {
+        self.end();
+        copy(&self.data_dir(), backup)?;
+        self.resume()
+    }
+
+    /// Goes on with the data of a backup.
+    ///
+    /// # Errors
+    /// Where they can't be copied, or it does not come up.
+    pub fn restore(&mut self, backup: &Path) -> Result<()> {
+        self.end();
+        fs::remove_dir_all(self.data_dir()).with_context(|| format!("remove {:?}", self.data_dir()))?;
+        copy(backup, &self.data_dir())?;
+        self.resume()
+    }
+
+    /// Ends it with what is behind it.
+    fn end(&mut self) {
+        self.stop();
+        self.etcd = None;
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {
@@ -418,4 +444,8 @@ fn program() -> Result<PathBuf> {
     let this = std::env::current_exe()?;
     let found = this.ancestors().skip(1).take(2).map(|folder| folder.join("xtask")).find(|program| program.is_file());
     found.with_context(|| format!("no program xtask beside {this:?}; `cargo build --package xtask` makes one"))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    output(Command::new("cp").arg("-a").arg(from).arg(to)).map(drop)
 }
