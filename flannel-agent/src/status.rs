@@ -316,6 +316,9 @@ pub struct StoreStatus {
     pub passed_over: BTreeMap<String, String>,
     /// How often a key was passed over.
     pub passed_over_total: u64,
+    /// What is to be known of keys that are used.
+    #[serde(default)]
+    pub remarks: BTreeMap<String, String>,
 }
 
 /// A peer that the guard holds.
@@ -450,6 +453,9 @@ impl Status {
         }
         for (key, reason) in self.store.passed_over.iter().take(MOST_NAMED) {
             troubles.push(format!("the entry {key:?} in {store} is passed over: {reason}"));
+        }
+        for (key, remark) in self.store.remarks.iter().take(MOST_NAMED) {
+            troubles.push(format!("the entry {key:?} in {store}: {remark}"));
         }
         troubles
     }

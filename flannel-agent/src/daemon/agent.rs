@@ -41,7 +41,7 @@ use crate::{
     lease::{LeaseTable, OwnDeletion, PeerChange},
     netfilter::keeper::Keeper,
     ownership::Written,
-    registry::{OwnLease, Registry, ResyncCause, Update},
+    registry::{Announced, OwnLease, Registry, ResyncCause, Update},
     repair::Repair,
     status::LeaseState,
     subnet_env::SubnetEnv,
@@ -84,6 +84,8 @@ pub(super) struct Agent<'a> {
     pub(super) routes: RouteState,
     pub(super) underlay: Underlay,
     pub(super) table: LeaseTable,
+    /// What counts where an entry comes to name no VTEP.
+    pub(super) announced: Announced,
     pub(super) record: Record,
     /// What has to see each packet.
     pub(super) restrictions: Restrictions,
@@ -387,7 +389,10 @@ impl Agent<'_> {
                     self.underlay.look_up(&self.netlink, peer.public_ip).await;
                     self.dataplane.peers.set(*subnet, &self.underlay.vtep(peer))
                 }
-                PeerChange::Remove(subnet) => self.dataplane.peers.withdraw(*subnet),
+                PeerChange::Remove(subnet) => {
+                    self.announced.forget(*subnet);
+                    self.dataplane.peers.withdraw(*subnet)
+                }
             };
             if let Err(error) = written {
                 warn!("{error}; comparing again in {COMPARE_PERIOD:?}");

@@ -17,7 +17,7 @@ use crate::{
     device::{external::External, vxlan::VxlanDevice},
     escape::control_characters,
     last_known::LastKnown,
-    lease::LeaseTable,
+    lease::{LeaseTable, Peer},
     registry::{HostAddresses, OwnLease, PassedOver, Registry, RegistryError, ResyncCause, Snapshot, StoreKind},
     repair::Repair,
     status::{
@@ -29,6 +29,9 @@ use crate::{
 
 /// No more entries are named than this, whatever the store holds; all are counted.
 const MOST_NAMED: usize = 100;
+
+/// Of what is wrong with an entry, no more is told than so many characters: it may cite what is in the store.
+const MOST_TOLD: usize = 500;
 
 /// The state of both files.
 pub(super) struct Record {
@@ -78,6 +81,15 @@ pub(super) fn status(
         held_total: Default::default(),
         drift: DriftStatus::default(),
     }
+}
+
+/// What is wrong with an entry, for logs and terminals.
+fn readable(reason: &str) -> String {
+    let mut text: String = reason.chars().take(MOST_TOLD).collect();
+    if text.len() < reason.len() {
+        text += "...";
+    }
+    control_characters(&text).into_owned()
 }
 
 impl Record {
@@ -212,6 +224,7 @@ impl Record {
         store.cluster_id.clone_from(&snapshot.store_id);
         *store.resyncs.entry(cause.label().to_owned()).or_insert(0) += 1;
         store.passed_over.clear();
+        store.remarks.clear();
         self.status_is_due = true;
     }
 
@@ -238,8 +251,12 @@ impl Record {
         self.status_is_due = true;
     }
 
-    pub(super) fn pass_over(&mut self, PassedOver { name, reason, .. }: PassedOver) {
-        let reason = control_characters(&reason).into_owned();
+    /// Something is no lease. What its holder announced before may count in its place.
+    pub(super) fn pass_over(&mut self, PassedOver { name, reason, .. }: PassedOver, before: Option<Peer>) {
+        let mut reason = readable(&reason);
+        if let Some(Peer { public_ip, vtep_mac }) = before {
+            reason += &format!("; what it announced before counts: {public_ip} with the MAC {vtep_mac}");
+        }
         let store = &mut self.status.store;
         store.passed_over_total += 1;
         self.status_is_due = true;
@@ -252,9 +269,21 @@ impl Record {
         }
     }
 
-    /// An entry is none that is passed over, or is gone.
+    /// Something is to be known of an entry that is used.
+    pub(super) fn remark(&mut self, name: &str, remark: &str) {
+        let remarks = &mut self.status.store.remarks;
+        let remark = readable(remark);
+        warn!("the entry {name:?}: {remark}");
+        if remarks.len() < MOST_NAMED {
+            remarks.insert(name.to_owned(), remark);
+        }
+        self.status_is_due = true;
+    }
+
+    /// Nothing is said of an entry any more: it is used, or is gone.
     pub(super) fn usable(&mut self, name: &str) {
         self.status.store.passed_over.remove(name);
+        self.status.store.remarks.remove(name);
     }
 
     pub(super) fn config_differs(&mut self, difference: Option<String>) {

@@ -28,7 +28,7 @@ use crate::{
     health::Health,
     lease::LeaseTable,
     netfilter::keeper::Keeper,
-    registry::{OwnLease, ResyncCause},
+    registry::{Announced, OwnLease, ResyncCause},
     status::LeaseState,
     underlay::{Endpoint, Underlay},
     xdp,
@@ -110,6 +110,7 @@ async fn make<'a>(
         rules: Keeper::new(cli.packet_rules.resync()),
         routes: RouteState::new(cli, &registry, &network),
         underlay: Underlay::new(endpoint),
+        announced: Announced::new(&known),
         table: LeaseTable::new(known, cli.guard_grace()),
         record: Record::new(cli, &registry, host, &network, config, &external, &device, &lease, lease_state),
         restrictions: Restrictions::new(cli.bypass, features.tcx),
@@ -133,7 +134,7 @@ async fn make<'a>(
     agent.record.features(features);
     // Peers before programs: none that is attached may meet empty maps.
     if let Some(snapshot) = snapshot {
-        agent.take_peers(&snapshot);
+        agent.take_peers(&snapshot, false);
     }
     agent.read_routes().await?;
     agent.compare(Changed::Topology).await?;

@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 use super::{agent::Agent, renewal::RenewalEvent};
 use crate::{
     dataplane::PeerMaps,
-    lease::{Credibility, HoldReason, Peer, PeerChange},
+    lease::{Credibility, HoldReason, LeaseKey, Peer, PeerChange},
     registry::{Entry, OwnLeaseState, PassedOver, ResyncCause, Snapshot, Update},
     status::LeaseState,
 };
@@ -45,6 +45,7 @@ impl Agent<'_> {
                 Update::Removed { key, name, revision } => {
                     self.record.event();
                     self.record.usable(&name);
+                    self.announced.forget(key.subnet);
                     let now = Instant::now();
                     if key == self.own.key {
                         self.table.own_is_gone(Some(revision), now);
@@ -130,25 +131,33 @@ impl Agent<'_> {
             self.doubt_lease();
         }
         self.take_config(snapshot.config.as_deref());
-        self.take_peers(&snapshot)
+        let is_older = cause == ResyncCause::RolledBack && !self.registry.is_written_by_hosts();
+        self.take_peers(&snapshot, is_older)
     }
 
-    /// Believes a snapshot as far as it can be believed.
-    pub(super) fn take_peers(&mut self, snapshot: &Snapshot) -> Vec<PeerChange> {
+    /// Believes a snapshot as far as it can be believed. One that is older than what was known lacks what came since, and
+    /// nobody may put that back.
+    pub(super) fn take_peers(&mut self, snapshot: &Snapshot, is_older: bool) -> Vec<PeerChange> {
         let mut peers = BTreeMap::new();
+        let mut unusable = snapshot.passed_over.clone();
         for entry in &snapshot.entries {
             match self.peer_of(entry) {
-                Ok(Some(peer)) => drop(peers.insert(entry.key, peer)),
+                Ok(Some(peer)) => {
+                    self.take_note(entry, peer);
+                    peers.insert(entry.key, peer);
+                }
                 Ok(None) => {}
-                Err(passed_over) => self.record.pass_over(passed_over),
+                Err(passed_over) => unusable.push(passed_over),
             }
         }
-        for passed_over in &snapshot.passed_over {
-            self.record.pass_over(passed_over.clone());
-        }
+        peers.extend(unusable.into_iter().filter_map(|passed_over| self.last_of(passed_over)));
         let has_own = snapshot.entries.iter().any(|entry| self.is_own(entry));
-        let credibility = if has_own { Credibility::Whole } else { Credibility::Doubtful };
-        if credibility == Credibility::Whole {
+        let credibility = match (has_own, is_older) {
+            (false, _) => Credibility::Doubtful,
+            (true, true) => Credibility::Older,
+            (true, false) => Credibility::Whole,
+        };
+        if has_own {
             // Whoever asked how it was deleted looks again.
             self.asked = None;
         }
@@ -164,9 +173,11 @@ impl Agent<'_> {
             }
         }
         let change = match self.peer_of(entry) {
-            Ok(Some(peer)) => self.table.set(entry.key, peer),
+            Ok(Some(peer)) => {
+                self.take_note(entry, peer);
+                self.table.set(entry.key, peer)
+            }
             Ok(None) => self.table.remove(entry.key, None, Instant::now()),
-            // A lease that came to name no VTEP is one peer less.
             Err(passed_over) => self.pass_over(passed_over),
         };
         if let Some(change) = &change {
@@ -177,31 +188,68 @@ impl Agent<'_> {
 
     fn pass_over(&mut self, passed_over: PassedOver) -> Option<PeerChange> {
         let key = passed_over.key;
-        self.record.pass_over(passed_over);
         if key == Some(self.own.key) {
             self.doubt_lease();
         }
-        self.table.remove(key?, None, Instant::now())
+        match self.last_of(passed_over) {
+            Some((key, peer)) => self.table.set(key, peer),
+            None => self.table.remove(key?, None, Instant::now()),
+        }
+    }
+
+    /// An entry names a VTEP.
+    fn take_note(&mut self, entry: &Entry, peer: Peer) {
+        self.announced.note(entry, peer);
+        let own_mac = || {
+            format!(
+                "it announces the MAC {} of this host's vxlan device; give each host a device of its own: `ip link delete                  {}` on one of them, and start its agent again",
+                peer.vtep_mac, self.device.name
+            )
+        };
+        let remark = entry.remark.clone().or_else(|| (peer.vtep_mac == self.own.vtep_mac).then(own_mac));
+        if let Some(remark) = remark {
+            self.record.remark(&entry.name, &remark);
+        }
+    }
+
+    /// Takes note of what names no VTEP. What the same holder announced before counts in its place.
+    fn last_of(&mut self, passed_over: PassedOver) -> Option<(LeaseKey, Peer)> {
+        let own = self.own.key.subnet;
+        let key = passed_over.key.filter(|key| !overlap(own, key.subnet));
+        let last = key.and_then(|_| self.announced.in_place_of(&passed_over));
+        if last.is_some() || !passed_over.is_silent {
+            self.record.pass_over(passed_over, last);
+        }
+        key.zip(last)
     }
 
     /// The host to encapsulate to for an entry; [`None`] for this one.
     fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, PassedOver> {
-        let passed_over = |reason: String| PassedOver { name: entry.name.clone(), key: Some(entry.key), reason };
+        let before = self.announced.before(entry);
         if entry.attributes.public_ip == self.external.public_ip {
             return match entry.attributes.announced_mac() {
-                Some(mac) if mac != self.own.vtep_mac && entry.key != self.own.key => Err(passed_over(format!(
+                _ if entry.key == self.own.key => Ok(None),
+                Some(mac) if mac != self.own.vtep_mac => Err(entry.passed_over(format!(
                     "it names this host's own address {} with the MAC {mac} of another: two hosts must not have one \
                      --public-ip",
                     self.external.public_ip
                 ))),
+                // A lease that this host had before has never been another's.
+                _ if before.is_some() => {
+                    Err(entry.passed_over(format!("it names this host's own address {}", self.external.public_ip)))
+                }
                 _ => Ok(None),
             };
         }
         let (own, theirs) = (self.own.key.subnet, entry.key.subnet);
-        if own.contains(&theirs) || theirs.contains(&own) {
-            return Err(passed_over(format!("it overlaps this host's own lease {own}")));
+        if overlap(own, theirs) {
+            return Err(entry.passed_over(format!("it overlaps this host's own lease {own}")));
         }
-        entry.peer(self.device.vni).map(Some).map_err(|error| passed_over(error.to_string()))
+        let peer = entry.peer(self.device.vni).map_err(|error| entry.passed_over(error.to_string()))?;
+        if peer.vtep_mac == self.own.vtep_mac && before.is_some_and(|before| before.vtep_mac != peer.vtep_mac) {
+            return Err(entry.passed_over(format!("it names the MAC {} of this host's own VTEP", peer.vtep_mac)));
+        }
+        Ok(Some(peer))
     }
 
     fn is_own(&self, entry: &Entry) -> bool {
@@ -293,6 +341,10 @@ impl Agent<'_> {
         }
         Course::GoOn
     }
+}
+
+fn overlap(one: Ipv4Net, other: Ipv4Net) -> bool {
+    one.contains(&other) || other.contains(&one)
 }
 
 /// Whether packets arrive from the host behind a subnet. Where that can't be told, they do: the peer is kept.

@@ -29,7 +29,7 @@ pub(super) struct Burst {
     holders: HashSet<Holder>,
     /// Those of the revision that was seen last.
     at_once: (i64, HashSet<Holder>),
-    /// Several went in one revision: somebody deleted a range.
+    /// Several went in one revision, as somebody deleted a range, or they went as the store lost them.
     is_range: bool,
 }
 
@@ -49,6 +49,11 @@ impl Burst {
         self.at_once.1.insert(holder);
         // Leases end each at its own revision, and a host that gives one up deletes only that.
         self.is_range |= self.at_once.1.len() > 1;
+    }
+
+    /// Nobody meant any of them.
+    pub(super) const fn mark_unmeant(&mut self) {
+        self.is_range = true;
     }
 
     /// When it can be judged.

@@ -175,10 +175,10 @@ impl TryFrom<String> for MacAddress {
             let digits = octets.next().filter(|digits| digits.len() == 2);
             *octet = digits
                 .and_then(|digits| u8::from_str_radix(digits, 16).ok())
-                .ok_or_else(|| InvalidLease::Mac(text.clone()))?;
+                .ok_or_else(|| InvalidLease::mac(&text))?;
         }
         let mac = Self(mac);
-        if octets.next().is_none() && mac.is_unicast() { Ok(mac) } else { Err(InvalidLease::Mac(text)) }
+        if octets.next().is_none() && mac.is_unicast() { Ok(mac) } else { Err(InvalidLease::mac(&text)) }
     }
 }
 
@@ -205,6 +205,17 @@ pub enum InvalidLease {
     /// A host with another backend.
     #[error("its backend is {0:?}, not vxlan")]
     Backend(String),
+}
+
+impl InvalidLease {
+    fn mac(text: &str) -> Self {
+        Self::Mac(beginning(text))
+    }
+}
+
+/// What is told of a text that may be of any length.
+fn beginning(text: &str) -> String {
+    text.chars().take(64).collect()
 }
 
 impl LeaseAttributes {
@@ -244,7 +255,7 @@ impl LeaseAttributes {
     /// [`InvalidLease`] for a host with another backend, or with data that says no VTEP.
     pub fn vxlan_data(&self) -> Result<VxlanData, InvalidLease> {
         if self.backend_type != "vxlan" {
-            return Err(InvalidLease::Backend(self.backend_type.clone()));
+            return Err(InvalidLease::Backend(beginning(&self.backend_type)));
         }
         Ok(VxlanData::deserialize(self.backend_data.as_ref().unwrap_or(&Value::Null))?)
     }

@@ -86,6 +86,8 @@ pub struct Hold {
 pub enum Credibility {
     /// It has this host's own lease.
     Whole,
+    /// The same, and it is from before what was known: what it lacks may have come since.
+    Older,
     /// It lacks even that.
     Doubtful,
 }
@@ -161,6 +163,12 @@ impl LeaseTable {
         }
         match credibility {
             Credibility::Whole => self.own_is_there(),
+            Credibility::Older => {
+                self.own_is_there();
+                if let Some(burst) = &mut self.burst {
+                    burst.mark_unmeant();
+                }
+            }
             Credibility::Doubtful => self.own_is_gone(None, now),
         }
         changes

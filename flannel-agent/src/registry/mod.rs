@@ -3,10 +3,12 @@
 //! * `store` — what every store does, as [`Registry`]
 //! * [`etcd`] — the one that does it in etcd
 //! * [`kubernetes`] — the one that does it in the nodes of a Kubernetes cluster
+//! * `announced` — what each holder of a lease said last that could be used
 //! * `resync` — why the whole table was read again
 //!
 //! What only one store has is private to this room: nobody else knows which it is.
 
+mod announced;
 pub mod etcd;
 pub mod kubernetes;
 mod resync;
@@ -19,6 +21,7 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    announced::Announced,
     resync::ResyncCause,
     store::{Registry, RegistryError, StoreKind, StoreOptions},
 };
@@ -37,6 +40,8 @@ pub struct Entry {
     grant: Grant,
     /// How often it was written since it was created, where the store counts that; else 0.
     version: i64,
+    /// What an operator should know of it, though it is used.
+    pub remark: Option<String>,
 }
 
 impl Entry {
@@ -54,6 +59,12 @@ impl Entry {
         }
         Ok(Peer { public_ip: self.attributes.public_ip, vtep_mac: data.vtep_mac })
     }
+
+    /// The same, as none that can be used.
+    pub fn passed_over(&self, reason: String) -> PassedOver {
+        let grant = Some(self.grant.clone());
+        PassedOver { grant, ..PassedOver::new(self.name.clone(), Some(self.key), reason) }
+    }
 }
 
 /// What is in the place of a lease in the store, and none.
@@ -65,6 +76,18 @@ pub struct PassedOver {
     pub key: Option<LeaseKey>,
     /// What is wrong with it.
     pub reason: String,
+    /// What the store knows its holder by, where it has one.
+    grant: Option<Grant>,
+    /// Whether it announces nothing. Then it may be none of ours, and is passed over without a word where its holder has
+    /// never announced anything.
+    pub is_silent: bool,
+}
+
+impl PassedOver {
+    /// Something without a holder.
+    const fn new(name: String, key: Option<LeaseKey>, reason: String) -> Self {
+        Self { name, key, reason, grant: None, is_silent: false }
+    }
 }
 
 /// The whole table at one moment.

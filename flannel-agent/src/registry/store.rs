@@ -169,6 +169,14 @@ impl Registry {
         }
     }
 
+    /// Whether each host writes its own lease, so that one that lives puts back what the store has lost.
+    pub const fn is_written_by_hosts(&self) -> bool {
+        match &self.store {
+            Store::Etcd(_) => true,
+            Store::Kubernetes(_) => false,
+        }
+    }
+
     /// Says that packets of this host's pods can flow, where somebody waits for that.
     ///
     /// # Errors

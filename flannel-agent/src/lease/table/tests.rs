@@ -383,3 +383,15 @@ proptest! {
         prop_assert!(table.is_empty());
     }
 }
+
+#[test]
+fn what_an_older_table_lacks_is_held_however_few_it_is() {
+    let now = Instant::now();
+    let mut table = table(0..10);
+    assert_eq!(table.replace(snapshot(1..10), Credibility::Older, now), []);
+    assert_eq!(settled(&mut table, nobody), []);
+    assert_eq!(reasons(&table), [(subnet(0), HoldReason::MassRemoval)]);
+    // Afterwards a deletion is one again.
+    remove(&mut table, [5], now + 2 * WINDOW);
+    assert_eq!(settled(&mut table, nobody), [PeerChange::Remove(subnet(5))]);
+}

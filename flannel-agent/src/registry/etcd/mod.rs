@@ -282,8 +282,10 @@ impl Etcd {
             return Read::Config(kv.value().to_vec());
         }
         let Some(name) = name.strip_prefix("subnets/") else { return Read::Foreign };
-        let passed_over =
-            |key: Option<LeaseKey>, reason: String| Read::PassedOver(PassedOver { name: name.to_owned(), key, reason });
+        let passed_over = |key: Option<LeaseKey>, reason: String| {
+            let grant = Some(Grant::EtcdLease(kv.lease()));
+            Read::PassedOver(PassedOver { grant, ..PassedOver::new(name.to_owned(), key, reason) })
+        };
         let key: LeaseKey = match name.parse() {
             Ok(key) => key,
             Err(error) => return passed_over(None, error.to_string()),
@@ -322,7 +324,7 @@ struct Stored {
 
 impl From<Stored> for Entry {
     fn from(Stored { key, attributes, etcd_lease, version, .. }: Stored) -> Self {
-        Self { key, name: key.to_string(), attributes, grant: Grant::EtcdLease(etcd_lease), version }
+        Self { key, name: key.to_string(), attributes, grant: Grant::EtcdLease(etcd_lease), version, remark: None }
     }
 }
 

@@ -115,6 +115,9 @@ impl Announcement {
         let public_ip = self.public_ip.as_deref().ok_or("it has no annotation public-ip")?;
         let public_ip = go_values::ipv4(public_ip)
             .map_err(|_| format!("its annotation public-ip {public_ip:.64?} is no IPv4 address"))?;
+        if self.backend_type.as_deref() == Some("vxlan") && self.backend_data.is_none() {
+            return Err("it has no annotation backend-data".to_owned());
+        }
         Ok(LeaseAttributes {
             public_ip,
             // Kept for who reads it; nothing here depends on it.
@@ -123,6 +126,11 @@ impl Announcement {
             backend_data: json("backend-data", &self.backend_data)?,
             backend_v6_data: json("backend-v6-data", &self.backend_v6_data).ok().flatten(),
         })
+    }
+
+    /// The VTEP address that it announces.
+    pub(super) fn public_ip(&self) -> Option<Ipv4Addr> {
+        go_values::ipv4(self.public_ip.as_deref()?).ok()
     }
 
     /// The MAC that it announces, whatever else it says.

@@ -11,6 +11,7 @@ mod lease;
 mod lines;
 mod node;
 mod nodes;
+mod unread;
 mod watch;
 
 use std::{

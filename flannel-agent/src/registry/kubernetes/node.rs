@@ -66,6 +66,21 @@ pub(super) struct PodSpec {
     pub(super) node_name: String,
 }
 
+/// What is known of the prefixes that a node's pods have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum PodCidrs {
+    /// Nothing yet: only its metadata were read.
+    Unread,
+    /// They could not be read, for this reason.
+    Unreadable(String),
+    /// Nobody has given it any.
+    Unassigned,
+    /// This lease, for as long as the node lives (Kubernetes: ValidateNodeUpdate).
+    Lease(LeaseKey),
+    /// None that a lease can have, for this reason.
+    Invalid(String),
+}
+
 /// The prefixes of a node's pods are none that a lease can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidPodCidr {
@@ -103,6 +118,15 @@ impl Spec {
             (Some(subnet), _) => Ok(Some(LeaseKey { subnet, ipv6_subnet: ipv6 })),
             (None, true) => Ok(None),
             (None, false) => Err(InvalidPodCidr::NoIpv4(all())),
+        }
+    }
+
+    /// The same of a node that was read whole.
+    pub(super) fn pod_cidrs(&self) -> PodCidrs {
+        match self.lease_key() {
+            Ok(Some(key)) => PodCidrs::Lease(key),
+            Ok(None) => PodCidrs::Unassigned,
+            Err(error) => PodCidrs::Invalid(error.to_string()),
         }
     }
 

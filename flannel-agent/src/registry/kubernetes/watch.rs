@@ -1,12 +1,13 @@
 //! Following the nodes: one list in chunks, then a watch of their metadata. A watch that ends as it should goes on where
 //! it was; every other gap ends in a fresh list.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use rand::RngExt as _;
 use serde::Deserialize;
 use tokio::{
     sync::mpsc,
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 use tracing::{debug, warn};
@@ -14,7 +15,7 @@ use tracing::{debug, warn};
 use super::{
     Kubernetes, KubernetesError,
     client::{Call, Status},
-    node::{Metadata, Node, NodeList},
+    node::{Node, NodeList, PodCidrs},
     nodes::{Nodes, revision},
 };
 use crate::{
@@ -34,6 +35,11 @@ const SHORTEST: Duration = Duration::from_secs(1);
 /// How often the file with the network config is looked at.
 const CONFIG_PERIOD: Duration = Duration::from_secs(5);
 
+/// How many nodes are read whole at once, ...
+const READS: usize = 8;
+/// ... and how often one of those for which that can wait.
+const READ_PERIOD: Duration = Duration::from_secs(1);
+
 const LIST: Call<'_> = Call { verb: "list", resource: "nodes", name: "" };
 const WATCH: Call<'_> = Call { verb: "watch", resource: "nodes", name: "" };
 
@@ -43,6 +49,21 @@ struct Event {
     #[serde(rename = "type")]
     kind: String,
     object: Box<serde_json::value::RawValue>,
+}
+
+/// The nodes as of a version, and what is asked of them beside the watch.
+struct Followed {
+    nodes: Nodes,
+    version: String,
+    reads: JoinSet<Reading>,
+}
+
+/// A node that was read whole.
+struct Reading {
+    name: Arc<str>,
+    /// Of the one that it was asked for.
+    uid: Arc<str>,
+    pod_cidrs: PodCidrs,
 }
 
 /// Why a watch is over.
@@ -109,7 +130,7 @@ impl Kubernetes {
         back_off: &mut retry::BackOff,
         heartbeat: &Heartbeat,
     ) -> Result<(), KubernetesError> {
-        let (snapshot, mut nodes, mut version) = heartbeat.during(self.list()).await?;
+        let (snapshot, nodes, version) = heartbeat.during(self.list()).await?;
         let mut cause = cause.take().unwrap_or(ResyncCause::Connection);
         if std::mem::replace(before, snapshot.revision) > snapshot.revision {
             warn!("Kubernetes went back to revision {}: its data is gone, or a backup was restored", snapshot.revision);
@@ -118,13 +139,15 @@ impl Kubernetes {
         if updates.send(Update::Snapshot(snapshot, cause)).await.is_err() {
             return Ok(());
         }
+        let mut followed = Followed { nodes, version, reads: JoinSet::new() };
         loop {
             let begun = Instant::now();
-            match self.watch_once(updates, &mut nodes, &mut version, back_off, heartbeat).await? {
+            let over = self.watch_once(updates, &mut followed, back_off, heartbeat).await;
+            *before = revision(&followed.version);
+            match over? {
                 Over::Unheard => return Ok(()),
-                Over::Ended => debug!("the watch on the nodes is over and goes on at {version}"),
+                Over::Ended => debug!("the watch on the nodes is over and goes on at {}", followed.version),
             }
-            *before = revision(&version);
             if begun.elapsed() < SHORTEST {
                 return Err(self.ended(WATCH, ResyncCause::Connection, "the server ended it at once".to_owned()));
             }
@@ -134,22 +157,24 @@ impl Kubernetes {
     async fn watch_once(
         &mut self,
         updates: &mpsc::Sender<Update>,
-        nodes: &mut Nodes,
-        version: &mut String,
+        followed: &mut Followed,
         back_off: &mut retry::BackOff,
         heartbeat: &Heartbeat,
     ) -> Result<Over, KubernetesError> {
         let seconds = rand::rng().random_range(WATCH_SECONDS);
         let path = format!(
             "/api/v1/nodes?watch=true&allowWatchBookmarks=true&resourceVersion={}&timeoutSeconds={seconds}",
-            escape(version)
+            escape(&followed.version)
         );
         let mut lines = heartbeat.during(self.watch_lines(WATCH, &path)).await?;
         back_off.reset();
         let end = Instant::now() + Duration::from_secs(seconds) + OVERTIME;
         let mut config = interval(CONFIG_PERIOD);
         config.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut read_again = interval(READ_PERIOD);
+        read_again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            self.begin_reads(followed);
             let next = tokio::select! {
                 next = heartbeat.during(timeout(end.saturating_duration_since(Instant::now()), lines.next())) => next,
                 () = updates.closed() => return Ok(Over::Unheard),
@@ -163,6 +188,20 @@ impl Kubernetes {
                     }
                     continue;
                 }
+                Some(read) = followed.reads.join_next() => {
+                    // One that was cancelled goes with all that is followed.
+                    let Ok(Reading { name, uid, pod_cidrs }) = read else { continue };
+                    for update in followed.nodes.learn(&name, &uid, pod_cidrs) {
+                        if updates.send(update).await.is_err() {
+                            return Ok(Over::Unheard);
+                        }
+                    }
+                    continue;
+                }
+                _ = read_again.tick() => {
+                    followed.nodes.read_one_again();
+                    continue;
+                }
             };
             let line = match next {
                 Ok(Ok(Some(line))) => line,
@@ -173,7 +212,7 @@ impl Kubernetes {
                     return Err(self.ended(WATCH, ResyncCause::Connection, cause));
                 }
             };
-            for update in heartbeat.during(self.read_event(nodes, version, &line)).await? {
+            for update in self.read_event(followed, &line)? {
                 if updates.send(update).await.is_err() {
                     return Ok(Over::Unheard);
                 }
@@ -181,12 +220,25 @@ impl Kubernetes {
         }
     }
 
-    async fn read_event(
-        &mut self,
-        nodes: &mut Nodes,
-        version: &mut String,
-        line: &[u8],
-    ) -> Result<Vec<Update>, KubernetesError> {
+    /// Asks for nodes whose podCIDRs are not known, beside the watch: one that is not answered keeps nobody waiting.
+    fn begin_reads(&self, Followed { nodes, reads, .. }: &mut Followed) {
+        while reads.len() < READS
+            && let Some((name, uid)) = nodes.next_unread()
+        {
+            let mut kubernetes = self.clone();
+            reads.spawn(async move {
+                let pod_cidrs = match kubernetes.node(&name).await {
+                    Ok(node) if *node.metadata.uid == *uid => node.spec.pod_cidrs(),
+                    // Gone, or another of its name is there: the watch tells of it.
+                    Ok(_) | Err(KubernetesError::NotFound { .. }) => PodCidrs::Unread,
+                    Err(error) => PodCidrs::Unreadable(error.to_string()),
+                };
+                Reading { name, uid, pod_cidrs }
+            });
+        }
+    }
+
+    fn read_event(&mut self, followed: &mut Followed, line: &[u8]) -> Result<Vec<Update>, KubernetesError> {
         let unclear = |error: serde_json::Error| format!("an event is not understood: {error}");
         let event: Result<Event, _> = serde_json::from_slice(line).map_err(unclear);
         let event = event.map_err(|cause| self.ended(WATCH, ResyncCause::Cancelled, cause))?;
@@ -196,37 +248,20 @@ impl Kubernetes {
         }
         let object: Result<Node, _> = serde_json::from_str(event.object.get()).map_err(unclear);
         let Node { metadata, spec } = object.map_err(|cause| self.ended(WATCH, ResyncCause::Cancelled, cause))?;
-        let seen = metadata.resource_version.clone();
-        let updates = match event.kind.as_str() {
-            "ADDED" | "MODIFIED" if nodes.needs_spec(&metadata) => {
-                // A server that knows no metadata sends the node whole.
-                let key = match spec.lease_key() {
-                    Ok(None) => self.fetch(&metadata).await?,
-                    key => Some(key.map_err(|error| error.to_string())),
+        followed.version.clone_from(&metadata.resource_version);
+        Ok(match event.kind.as_str() {
+            "ADDED" | "MODIFIED" => {
+                // A server that knows no metadata sends the node whole. The metadata say nothing of podCIDRs.
+                let pod_cidrs = match spec.pod_cidrs() {
+                    PodCidrs::Unassigned => PodCidrs::Unread,
+                    pod_cidrs => pod_cidrs,
                 };
-                nodes.set(metadata, key)
+                followed.nodes.set(metadata, pod_cidrs)
             }
-            "ADDED" | "MODIFIED" => nodes.set(metadata, None),
-            "DELETED" => nodes.remove(&metadata),
+            "DELETED" => followed.nodes.remove(&metadata),
+            // A bookmark.
             _ => Vec::new(),
-        };
-        // Last: what was not taken in comes again.
-        *version = seen;
-        Ok(updates)
-    }
-
-    /// The podCIDRs of a node that is new. [`None`] where it is gone again, or another of its name is there.
-    async fn fetch(
-        &mut self,
-        metadata: &Metadata,
-    ) -> Result<Option<Result<Option<crate::lease::LeaseKey>, String>>, KubernetesError> {
-        match self.node(&metadata.name).await {
-            Ok(node) if node.metadata.uid == metadata.uid => {
-                Ok(Some(node.spec.lease_key().map_err(|error| error.to_string())))
-            }
-            Ok(_) | Err(KubernetesError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        })
     }
 }
 
