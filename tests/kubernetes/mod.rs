@@ -8,13 +8,17 @@
 //! * [`access`] — who asks, where, and what they may
 //! * [`network_config`] — the file
 //! * [`faults`] — an API server in trouble
+//! * [`peers`] — which nodes are peers, and that none is lost
+//! * [`mixed`] — with nodes of flannel's, and from one to the other
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod access;
 mod bad_input;
 mod faults;
 mod lease;
+mod mixed;
 mod network_config;
+mod peers;
 
 use std::{fs, path::PathBuf, process::Command};
 
