@@ -237,6 +237,14 @@ impl ApiServer {
         self.directory.join("data")
     }
 
+    /// Its process.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn id(&self) -> Result<u32> {
+        self.process.as_ref().map(Process::id).context("the API server is not running")
+    }
+
     /// Its URL.
     pub fn endpoint(&self) -> String {
         format!("https://{}:{PORT}", self.address)

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{
-    Netns, Store,
+    LeaseStore, Netns,
     cni::{self, Runtime},
 };
 use crate::{
@@ -113,11 +113,12 @@ impl Host {
     ///
     /// # Errors
     /// Where it can't be started.
-    pub fn start_agent(&mut self, binary: &Path, store: &Store, arguments: &[&str]) -> Result<()> {
+    pub fn start_agent(&mut self, binary: &Path, store: &dyn LeaseStore, arguments: &[&str]) -> Result<()> {
         self.agent = None;
         fs::create_dir_all(&self.directory).with_context(|| format!("create {:?}", self.directory))?;
         let mut command = self.agent_command(binary);
-        command.args(["--etcd-endpoints", store.endpoint()]).args(arguments);
+        store.configure(self, &mut command);
+        command.args(arguments);
         self.agent = Some(Process::start(&mut command, &self.directory.join("agent.log"))?);
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::{fs, net::Ipv4Addr, process::Command};
 
 use anyhow::{Context as _, Result};
 
-use super::{Host, PREFIX, Store, Subnet};
+use super::{Host, Lease, LeaseStore, PREFIX, Store, Subnet};
 use crate::process::output;
 
 /// A host that the kernel's vxlan device serves.
@@ -58,23 +58,18 @@ impl Host {
     ///
     /// # Errors
     /// Where a command fails.
-    pub fn imitate_by_flannel(&self, other: &Self, store: &Store) -> Result<()> {
+    pub fn imitate_by_flannel(&self, other: &Self, store: &dyn LeaseStore) -> Result<()> {
         let own = Ipv4Addr::from_bits(other.subnet()?.gateway.to_bits() - 1);
         self.add_kernel_vxlan(own)?;
         self.add_kernel_peers(store, own)
     }
 
     /// Programs all peers of the store's but this host itself.
-    fn add_kernel_peers(&self, store: &Store, own: Ipv4Addr) -> Result<()> {
-        for (key, _) in store.list(&format!("{PREFIX}/subnets/"))? {
-            let subnet =
-                key.rsplit('/').next().and_then(|name| name.split('-').next()).context("a key without a name")?;
-            let subnet: Ipv4Addr = subnet.parse()?;
-            if subnet != own {
-                self.add_kernel_peer_from(store, subnet.octets()[2])?;
-            }
-        }
-        Ok(())
+    fn add_kernel_peers(&self, store: &dyn LeaseStore, own: Ipv4Addr) -> Result<()> {
+        let peers = store.leases()?.into_iter().filter(|lease| lease.subnet != own);
+        peers.into_iter().try_for_each(|Lease { subnet, vtep_mac, public_ip, .. }| {
+            self.add_kernel_peer(subnet, &vtep_mac, public_ip)
+        })
     }
 
     /// Takes this host over as flannel's daemon does where our agent has stopped: it keeps the device that it finds, writes
@@ -82,7 +77,7 @@ impl Host {
     ///
     /// # Errors
     /// Where a command fails.
-    pub fn take_over_by_flannel(&self, store: &Store) -> Result<()> {
+    pub fn take_over_by_flannel(&self, store: &dyn LeaseStore) -> Result<()> {
         self.write_subnet_env_as_flannel()?;
         let own = Ipv4Addr::from_bits(self.subnet()?.gateway.to_bits() - 1);
         self.add_kernel_peers(store, own)
@@ -115,11 +110,10 @@ impl Host {
     ///
     /// # Errors
     /// Where the store has none, or a command fails.
-    pub fn add_kernel_peer_from(&self, store: &Store, third_octet: u8) -> Result<()> {
+    pub fn add_kernel_peer_from(&self, store: &dyn LeaseStore, third_octet: u8) -> Result<()> {
         let subnet = Ipv4Addr::new(10, 5, third_octet, 0);
-        let lease: serde_json::Value = serde_json::from_str(&store.get(&format!("{PREFIX}/subnets/{subnet}-24"))?)?;
-        let mac = lease["BackendData"]["VtepMAC"].as_str().context("no VtepMAC")?;
-        let address = lease["PublicIP"].as_str().context("no PublicIP")?;
-        self.add_kernel_peer(subnet, mac, address.parse()?)
+        let lease = store.leases()?.into_iter().find(|lease| lease.subnet == subnet);
+        let Lease { vtep_mac, public_ip, .. } = lease.with_context(|| format!("nobody has the lease {subnet}"))?;
+        self.add_kernel_peer(subnet, &vtep_mac, public_ip)
     }
 }

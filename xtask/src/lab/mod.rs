@@ -1,7 +1,7 @@
 //! Hosts with pods on an underlay, in network namespaces, and a store.
 //!
 //! ```text
-//!  <lab>-underlay: br0 192.168.64.254, etcd
+//!  <lab>-underlay: br0 192.168.64.254, etcd or an API server
 //!     │ node1                      │ node2
 //!  <lab>-node1: eth0 .1         <lab>-node2: eth0 .2
 //!     cni0, flannel.1              cni0, flannel.1
@@ -18,6 +18,7 @@ pub mod capture;
 pub mod cni;
 mod host;
 mod kernel_vxlan;
+mod lease_store;
 mod lock;
 mod netns;
 pub mod servers;
@@ -37,6 +38,7 @@ pub use self::{
     api_server::{ApiServer, User},
     host::{Host, Pod, Subnet},
     kernel_vxlan::KernelVxlan,
+    lease_store::{Kubernetes, Lease, LeaseStore, StoreKind},
     lock::Lock,
     netns::Netns,
     store::Store,

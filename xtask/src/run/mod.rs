@@ -22,7 +22,7 @@ use self::calls::Served;
 pub use self::tour::decoded_packet;
 use crate::{
     lab::{
-        Host, Lab, Lock, PREFIX, Store,
+        Host, Lab, LeaseStore, Lock, StoreKind,
         cni::{self, Runtime},
         remove_leftovers,
     },
@@ -42,6 +42,9 @@ pub struct Options {
     /// How many hosts
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=32))]
     nodes: u8,
+    /// What the agents keep their leases in
+    #[arg(long, value_enum, default_value_t)]
+    store: StoreKind,
     /// End after the tour instead of staying up
     #[arg(long)]
     once: bool,
@@ -92,34 +95,32 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
     let agent = workspace().join("target/release/flannel-agent");
 
     let lab = step("underlay: a bridge in a namespace", || Lab::new(NAME, directory))?;
-    let store = step("etcd on it, with a network config", || {
-        let store = lab.store()?;
-        store.put(&format!("{PREFIX}/config"), CONFIG)?;
-        Ok(store)
-    })?;
+    let store = step(&format!("{} on it, and a network config", options.store), || options.store.start(&lab, CONFIG))?;
     let mut hosts = step(&format!("{} hosts", options.nodes), || {
-        (1..=options.nodes).map(|number| lab.host(&format!("node{number}"), number)).collect::<Result<Vec<_>>>()
+        (1..=options.nodes).map(|number| add_host(&lab, &*store, number)).collect::<Result<Vec<_>>>()
     })?;
     let start = Instant::now();
-    step("the agent on each", || start_agents(&mut hosts, &agent, &store))?;
+    step("the agent on each", || start_agents(&mut hosts, &agent, &*store))?;
     step("the first ping between two of them", || {
         wait_for_ping(&hosts[0], &hosts[1])?;
         println!("  answered {:.0?} after the agents were started", start.elapsed());
         Ok(())
     })?;
     let how = step("two pods on each, from its subnet.env", || make_pods(&mut hosts, &agent, options.by_hand))?;
-    tour::tour(&hosts, &store, &agent, how, directory)?;
+    tour::tour(&hosts, &*store, &agent, how, directory)?;
     let served = Served::start(&hosts[1], directory)?;
     served.tour(&lab, &hosts)?;
-    hosts.push(join(&lab, &hosts, &agent, &store)?);
+    hosts.push(join(&lab, &hosts, &agent, &*store)?);
     no_peer_state(&hosts)?;
-    tour::tables(&lab, &hosts, &store)?;
+    tour::tables(&lab, &hosts, &*store)?;
     if !options.once {
         println!(
             "\nThe lab is up. In another terminal, for example:\n  \
              cargo xtask lab exec node1 -- ip -d link show flannel.1\n  \
-             cargo xtask lab exec node1-pod1 -- curl http://{}/\nCtrl-C takes it down.",
-            hosts[1].pods[0].address
+             cargo xtask lab exec node1-pod1 -- curl http://{}/\n  \
+             cargo xtask lab exec underlay -- {}\nCtrl-C takes it down.",
+            hosts[1].pods[0].address,
+            store.shown_by()
         );
         signals.forever().next();
         println!();
@@ -159,10 +160,10 @@ fn make_pods(hosts: &mut [Host], agent: &Path, by_hand: bool) -> Result<&'static
 }
 
 /// One more host, and how long it takes until all others reach it.
-fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &Store) -> Result<Host> {
+fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &dyn LeaseStore) -> Result<Host> {
     heading("one more host joins");
     let number = u8::try_from(hosts.len())? + 1;
-    let mut host = [lab.host(&format!("node{number}"), number)?];
+    let mut host = [add_host(lab, store, number)?];
     let start = Instant::now();
     start_agents(&mut host, agent, store)?;
     let [host] = host;
@@ -173,7 +174,13 @@ fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &Store) -> Result<Host> 
     Ok(host)
 }
 
-fn start_agents(hosts: &mut [Host], agent: &Path, store: &Store) -> Result<()> {
+fn add_host(lab: &Lab, store: &dyn LeaseStore, number: u8) -> Result<Host> {
+    let host = lab.host(&format!("node{number}"), number)?;
+    store.admit(&host)?;
+    Ok(host)
+}
+
+fn start_agents(hosts: &mut [Host], agent: &Path, store: &dyn LeaseStore) -> Result<()> {
     for host in &mut *hosts {
         host.start_agent(agent, store, &["--ip-masq"])?;
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use crate::{
-    lab::{Host, Lab, Netns, PREFIX, Store, capture::Capture},
+    lab::{Host, Lab, LeaseStore, Netns, capture::Capture},
     process::output,
     progress::heading,
     transfer::tcp_transfer,
@@ -15,7 +15,7 @@ use crate::{
 const IMITATION: u8 = 200;
 
 /// Shows what the lab is and does.
-pub(super) fn tour(hosts: &[Host], store: &Store, agent: &Path, how: &str, directory: &Path) -> Result<()> {
+pub(super) fn tour(hosts: &[Host], store: &dyn LeaseStore, agent: &Path, how: &str, directory: &Path) -> Result<()> {
     let [first, second, ..] = hosts else { anyhow::bail!("a tour needs two hosts") };
     let (from, to) = (&first.pods[0], &second.pods[0]);
 
@@ -48,7 +48,7 @@ pub(super) fn tour(hosts: &[Host], store: &Store, agent: &Path, how: &str, direc
 }
 
 /// What the kernel of the first host has for the overlay, beside what it had if flannel served that host.
-pub(super) fn tables(lab: &Lab, hosts: &[Host], store: &Store) -> Result<()> {
+pub(super) fn tables(lab: &Lab, hosts: &[Host], store: &dyn LeaseStore) -> Result<()> {
     let host = hosts.first().context("a tour needs hosts")?;
     let imitation = lab.host(&format!("{}-flannel", host.name), IMITATION)?;
     imitation.imitate_by_flannel(host, store)?;
@@ -63,8 +63,8 @@ pub(super) fn tables(lab: &Lab, hosts: &[Host], store: &Store) -> Result<()> {
     Ok(())
 }
 
-fn picture(hosts: &[Host], store: &Store, how: &str) -> Result<()> {
-    println!("  underlay 192.168.64.0/24: br0, etcd at {}", store.endpoint());
+fn picture(hosts: &[Host], store: &dyn LeaseStore, how: &str) -> Result<()> {
+    println!("  underlay 192.168.64.0/24: br0, {}", store.place());
     for host in hosts {
         let subnet = host.subnet()?;
         println!("   ├─ {} eth0 {}", host.name, host.address);
@@ -73,8 +73,8 @@ fn picture(hosts: &[Host], store: &Store, how: &str) -> Result<()> {
             println!("   │      └─ {}-pod{} eth0 {}", host.name, index + 1, pod.address);
         }
     }
-    for (key, value) in store.list(&format!("{PREFIX}/subnets/"))? {
-        println!("  {key}\n    {value}");
+    for lease in store.leases()? {
+        println!("  {}\n    {}", lease.name, lease.text);
     }
     Ok(())
 }
