@@ -63,8 +63,8 @@ pub(crate) const BUILD_ONLY: [&str; 3] = ["protoc", "cc", "c++"];
 /// `cargo xtask vm`, whose kernels make no difference to it.
 const DOCKER: [(&str, &str); 4] =
     [("dockerd", "docker.io"), ("docker", "docker.io"), ("docker-init", "docker.io"), ("containerd", "containerd")];
-/// What tests of the Kubernetes store look at the API server with.
-const KUBECTL: (&str, &str) = ("kubectl", "kubernetes-client");
+/// What tests of the Kubernetes store look at the API server with, in guests too where it is there.
+pub(crate) const KUBECTL: (&str, &str) = ("kubectl", "kubernetes-client");
 /// What is in a container, and needs no libraries there. (The file tells it from the package `busybox`, which does.)
 const BUSYBOX: (&str, &str) = ("/usr/share/doc/busybox-static", "busybox-static");
 

@@ -66,8 +66,10 @@ const FILES: [&str; 12] = [
 /// Plugins, which programs open by name, and which want libraries themselves.
 const PLUGINS: [&str; 1] = ["/usr/lib/x86_64-linux-gnu/xtables"];
 
-/// Where the guest has agent and tests; beside each other as cargo leaves them.
+/// Where the guest has agent, tests, and this program, which is the tests' double of an API server; beside each other as cargo
+/// leaves them.
 const AGENT: &str = "target/debug/flannel-agent";
+const XTASK: &str = "target/debug/xtask";
 const TESTS: &str = "target/debug/deps/dataplane";
 
 /// The first process: mounts what a system has, runs the tests, and ends the machine.
@@ -110,6 +112,10 @@ pub(super) fn build(
         tree.program(program)?;
     }
     SYSTEM.iter().try_for_each(|program| tree.program(program))?;
+    // Few tests call it.
+    if which::which(setup::KUBECTL.0).is_ok() {
+        tree.program(setup::KUBECTL.0)?;
+    }
     FILES.iter().try_for_each(|file| tree.copy_all(Path::new(file)))?;
     for folder in PLUGINS.map(Path::new).into_iter().filter(|folder| folder.exists()) {
         tree.copy_all(folder)?;
@@ -118,7 +124,8 @@ pub(super) fn build(
         }
     }
     let agent = tests.parent().and_then(Path::parent).context("no folder above the tests'")?.join("flannel-agent");
-    for (from, to) in [(agent.as_path(), AGENT), (tests, TESTS)] {
+    let xtask = std::env::current_exe().context("which program this is")?;
+    for (from, to) in [(agent.as_path(), AGENT), (xtask.as_path(), XTASK), (tests, TESTS)] {
         tree.libraries(from)?;
         let to = tree.root.join(to);
         fs::create_dir_all(to.parent().unwrap_or(&to))?;
