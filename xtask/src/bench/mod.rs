@@ -5,7 +5,7 @@
 //! * `measure` — what is measured of a pair; `connections` and `datagrams` by hand; `awake` keeps cores from halting
 //! * `report` — medians, spread and ratios; `floors` — what these must reach; `picture` draws them
 //!
-//! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control.rs`. `cargo xtask bench
+//! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control`. `cargo xtask bench
 //! programs`: each program on single frames; see `tests/benches/programs.rs`. `cargo xtask bench receive`: the way from the
 //! cable into the pod; see `tests/benches/receive.rs`. `cargo xtask bench attack`: traffic beside a flood of forged tunnel
 //! packets; see `tests/benches/attack.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`. `cargo xtask bench
@@ -32,6 +32,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use clap::ValueEnum as _;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub use self::{measure::round_trip, topology::Path as TrafficPath};
@@ -40,7 +41,7 @@ use self::{
     topology::{Mode, Pair, Rival, Rules, Subject},
 };
 use crate::{
-    lab::{Lab, Lock, remove_leftovers, services::ServiceRules},
+    lab::{Lab, Lock, StoreKind, remove_leftovers, services::ServiceRules},
     process::{cargo, inherit},
     progress::{heading, step},
     setup,
@@ -84,6 +85,9 @@ struct Turns {
 enum What {
     /// The agent with 10, 1,000 and 5,000 leases, beside flannel's scheme for the same
     Control {
+        /// What the leases are in
+        #[arg(long, value_enum, default_value_t)]
+        store: StoreKind,
         /// Further options; `-- --help` lists them
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -121,13 +125,22 @@ pub fn run(options: &Options) -> Result<()> {
     step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
     match &options.what {
         None => traffic(options),
-        Some(What::Control { arguments }) => of_tests("control", arguments),
+        Some(What::Control { store, arguments }) => control(*store, arguments),
         Some(What::Programs { arguments }) => of_tests("programs", arguments),
         Some(What::Services(options)) => services::run(options),
         Some(What::Pods(options)) => pods::run(options),
         Some(What::Attack { arguments }) => of_tests("attack", arguments),
         Some(What::Receive { arguments }) => of_tests("receive", arguments),
     }
+}
+
+fn control(store: StoreKind, arguments: &[String]) -> Result<()> {
+    // What is measured waits for the double, too.
+    if store == StoreKind::Kubernetes {
+        step("build the API server's double", || inherit(cargo().args(["build", "--release", "--package", "xtask"])))?;
+    }
+    let store = store.to_possible_value().context("each store has a name")?;
+    of_tests("control", &[&[format!("--store={}", store.get_name())][..], arguments].concat())
 }
 
 fn of_tests(name: &str, arguments: &[String]) -> Result<()> {
