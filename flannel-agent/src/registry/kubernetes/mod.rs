@@ -19,6 +19,7 @@ use std::{
     io::{self, Read as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -26,7 +27,7 @@ use ipnet::Ipv4Net;
 use nix::fcntl::OFlag;
 use tokio::time::Instant;
 
-use self::{access::Access, annotations::Names};
+use self::{access::Access, annotations::Names, nodes::Nodes};
 pub use self::{annotations::InvalidPrefix, node::InvalidPodCidr};
 use super::ResyncCause;
 use crate::config::{ConfigError, NetworkConfig};
@@ -225,6 +226,8 @@ pub struct Kubernetes {
     is_complete: bool,
     /// The network config as it was told of last.
     seen_config: Option<Vec<u8>>,
+    /// The nodes as they were last listed and nobody follows them yet, and their version. All clones have the same.
+    listed: Arc<Mutex<Option<(Nodes, String)>>>,
 }
 
 impl Kubernetes {
@@ -252,6 +255,7 @@ impl Kubernetes {
             write_period: lease::WRITE_PERIOD,
             is_complete: false,
             seen_config: None,
+            listed: Arc::default(),
         })
     }
 

@@ -1,7 +1,10 @@
 //! Following the nodes: one list in chunks, then a watch of their metadata. A watch that ends as it should goes on where
 //! it was; every other gap ends in a fresh list.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use rand::RngExt as _;
 use serde::Deserialize;
@@ -75,12 +78,22 @@ enum Over {
 }
 
 impl Kubernetes {
-    /// Network config and nodes.
+    /// Network config and nodes. The watch that is begun next goes on from there: all nodes of a cluster, whole, are not
+    /// asked for twice.
     pub async fn snapshot(&mut self) -> Result<Snapshot, KubernetesError> {
-        Ok(self.list().await?.0)
+        let (mut nodes, version) = self.list().await?;
+        let snapshot = self.table(&mut nodes, &version);
+        *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = Some((nodes, version));
+        Ok(snapshot)
     }
 
-    async fn list(&mut self) -> Result<(Snapshot, Nodes, String), KubernetesError> {
+    fn table(&self, nodes: &mut Nodes, version: &str) -> Snapshot {
+        let (entries, passed_over) = nodes.table();
+        let config = self.read_config().ok();
+        Snapshot { config, entries, passed_over, revision: revision(version), store_id: self.url.clone() }
+    }
+
+    async fn list(&mut self) -> Result<(Nodes, String), KubernetesError> {
         let own = self.own_name().await?;
         let mut nodes = Nodes::new(self.names.clone(), &own);
         let mut next = String::new();
@@ -93,11 +106,7 @@ impl Kubernetes {
                 None => break metadata.resource_version,
             }
         };
-        let (entries, passed_over) = nodes.table();
-        let config = self.read_config().ok();
-        let snapshot =
-            Snapshot { config, entries, passed_over, revision: revision(&version), store_id: self.url.clone() };
-        Ok((snapshot, nodes, version))
+        Ok((nodes, version))
     }
 
     /// Reports all nodes and then every change to them, for ever. Returns when nobody receives any more.
@@ -130,7 +139,12 @@ impl Kubernetes {
         back_off: &mut retry::BackOff,
         heartbeat: &Heartbeat,
     ) -> Result<(), KubernetesError> {
-        let (snapshot, nodes, version) = heartbeat.during(self.list()).await?;
+        let listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (mut nodes, version) = match listed {
+            Some(listed) => listed,
+            None => heartbeat.during(self.list()).await?,
+        };
+        let snapshot = self.table(&mut nodes, &version);
         let mut cause = cause.take().unwrap_or(ResyncCause::Connection);
         if std::mem::replace(before, snapshot.revision) > snapshot.revision {
             warn!("Kubernetes went back to revision {}: its data is gone, or a backup was restored", snapshot.revision);
