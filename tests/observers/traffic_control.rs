@@ -42,6 +42,71 @@ fn a_queue_on_a_veth_and_on_the_bridge_takes_each_packet() {
     }
 }
 
+/// Queues that some kernels have and others don't, netem among them: what this one lacks is said.
+#[test]
+fn a_queue_of_any_kind_on_a_veth_takes_each_packet() {
+    for served in [Served::ByUs, Served::ByKernel] {
+        let world = served.world(1);
+        let host = &world.hosts[0].netns;
+        for kind in
+            ["netem limit 1000", "prio", "fq_codel", "sfq", "htb default 1", "tbf rate 1gbit burst 1mb latency 1s"]
+        {
+            let name = kind.split(' ').next().unwrap();
+            let line = format!("dev pod1 root handle 7: {kind}");
+            if host.exec(&format!("tc qdisc add {line}")).is_err() {
+                eprintln!("not run: this kernel has no {name}");
+                continue;
+            }
+            host.exec("tc qdisc del dev pod1 root").unwrap();
+            let set = |on: bool| {
+                let line = if on { format!("add {line}") } else { "del dev pod1 root".to_owned() };
+                host.exec(&format!("tc qdisc {line}")).unwrap();
+            };
+            let seen = || {
+                let listed = host.exec("tc -s qdisc show dev pod1 root").unwrap();
+                if listed.contains(&format!("{name} 7:")) { sent(&listed) } else { 0 }
+            };
+            check(served, &format!("{name} on a veth"), &world, 1, set, seen);
+        }
+    }
+}
+
+/// What limits a pod by a filter; this kernel may lack the action, which is said.
+#[test]
+fn a_police_filter_on_a_veth_sees_each_packet() {
+    for served in [Served::ByUs, Served::ByKernel] {
+        let world = served.world(1);
+        let host = &world.hosts[0].netns;
+        let filter = format!(
+            "protocol ip pref 77 u32 match ip dport {} 0xffff action police rate 1gbit burst 1mb conform-exceed drop/pass",
+            Exchange::PORT
+        );
+        let _there = host.exec("tc qdisc add dev pod1 clsact");
+        if host.exec(&format!("tc filter add dev pod1 ingress {filter}")).is_err() {
+            eprintln!("not run: this kernel has no police");
+            continue;
+        }
+        host.exec("tc filter del dev pod1 ingress pref 77").unwrap();
+        let set = |on: bool| {
+            for side in ["ingress", "egress"] {
+                let line =
+                    if on { format!("add dev pod1 {side} {filter}") } else { format!("del dev pod1 {side} pref 77") };
+                host.exec(&format!("tc filter {line}")).unwrap();
+            }
+        };
+        let seen = || {
+            let of_side = |side| host.exec(&format!("tc -s filter show dev pod1 {side} pref 77")).unwrap();
+            ["ingress", "egress"]
+                .map(of_side)
+                .iter()
+                .filter(|listed| listed.contains("Sent "))
+                .map(|listed| sent(listed))
+                .sum()
+        };
+        check(served, "police on a veth", &world, 2, set, seen);
+    }
+}
+
 /// A mirror for an intrusion detection system, on both directions of each device that packets of pods cross.
 #[test]
 fn a_mirror_on_veth_and_bridge_sees_each_packet() {
