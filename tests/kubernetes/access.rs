@@ -8,10 +8,13 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use xtask::lab::{ApiServer, User};
+use xtask::{
+    lab::{ApiServer, User},
+    progress::wait_for,
+};
 
 use super::{Cluster, on_double, start};
-use crate::world::agent;
+use crate::world::{SOON, agent};
 
 const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/flannel";
 const POD: &str = "/api/v1/namespaces/default/pods";
@@ -199,8 +202,15 @@ fn flannel_s_rights_are_enough_and_no_others_are_used() {
 /// That agents which are told their node's name ask for nothing but nodes.
 fn assert_only_flannels_rights(cluster: &Cluster) {
     if on_double("what is asked for") {
-        let counters = cluster.store.server.double("GET", "counters", &Value::Null).unwrap();
-        let used: Vec<_> = counters[User::AGENT.name()].as_object().unwrap().keys().cloned().collect();
+        // One that has just come back counts anew.
+        let mut used = Vec::new();
+        let asked = wait_for("the agents' calls", SOON, || {
+            let counters = cluster.store.server.double("GET", "counters", &Value::Null).unwrap();
+            let of_agents = counters[User::AGENT.name()].as_object().cloned().unwrap_or_default();
+            used = of_agents.keys().cloned().collect();
+            used.iter().any(|what| what == "watch nodes")
+        });
+        asked.unwrap();
         let flannels = ["get nodes", "list nodes", "watch nodes", "watching nodes", "patch nodes/status"];
         assert!(used.iter().all(|what| flannels.contains(&what.as_str())), "{used:?}");
     }

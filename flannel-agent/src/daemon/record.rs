@@ -259,6 +259,8 @@ impl Record {
         }
         let store = &mut self.status.store;
         store.passed_over_total += 1;
+        // It was about what the entry said before.
+        store.remarks.remove(&name);
         self.status_is_due = true;
         if store.passed_over.get(&name) == Some(&reason) {
             return;

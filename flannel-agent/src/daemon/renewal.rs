@@ -158,13 +158,15 @@ impl LeaseHolder {
         let mut back_off = retry::BackOff::default();
         let mut delay = self.renew_interval;
         let mut deletion = None;
+        // One of its own: what says that this host is ready may be refused where all else works.
+        let mut unready = retry::BackOff::default();
         let mut is_complete = false;
         loop {
             if !is_complete {
                 match self.heartbeat.during(self.registry.complete()).await {
                     Ok(()) => is_complete = true,
                     Err(error) => {
-                        let sooner = back_off.delay();
+                        let sooner = unready.delay();
                         warn!("{error}; saying again in {sooner:?} that this host is ready");
                         delay = Some(delay.map_or(sooner, |delay| delay.min(sooner)));
                     }

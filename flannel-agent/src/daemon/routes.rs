@@ -27,7 +27,7 @@ use crate::{
 };
 
 const RESOLVERS: &str = "/etc/resolv.conf";
-/// For how long the name of an etcd is asked for.
+/// For how long the name of a store's server is asked for.
 const NAME_LIMIT: Duration = Duration::from_secs(1);
 /// How much longer it rests than the host's routes took to read.
 const IDLE_FOR_EACH: u32 = 9;
@@ -38,7 +38,7 @@ const MOST_NAMED: usize = 5;
 /// What was read of the host.
 pub(super) struct Scan {
     routes: Result<HostRoutes, DeviceError>,
-    etcd: Vec<Ipv4Addr>,
+    store: Vec<Ipv4Addr>,
     took: Duration,
 }
 
@@ -48,7 +48,7 @@ pub(super) struct RouteState {
     endpoints: Vec<String>,
     prefixes: Vec<Ipv4Net>,
     /// Of the endpoints.
-    etcd: Vec<Ipv4Addr>,
+    store: Vec<Ipv4Addr>,
     pub(super) host: HostRoutes,
     choice: Option<Choice>,
     /// What there is, and the link that it leads into.
@@ -70,7 +70,7 @@ impl RouteState {
             flag: cli.routes,
             endpoints: registry.endpoints(),
             prefixes: routes::shared_prefixes(network),
-            etcd: Vec::new(),
+            store: Vec::new(),
             host: HostRoutes::default(),
             choice: None,
             made: None,
@@ -98,7 +98,7 @@ impl Agent<'_> {
         let interest = self.interest();
         self.netlink.set_interest(interest.clone());
         let scan = scan(self.netlink.clone(), interest, self.routes.endpoints.clone()).await;
-        (self.routes.host, self.routes.etcd, self.routes.last_took) = (scan.routes?, scan.etcd, scan.took);
+        (self.routes.host, self.routes.store, self.routes.last_took) = (scan.routes?, scan.store, scan.took);
         Ok(())
     }
 
@@ -117,7 +117,7 @@ impl Agent<'_> {
     }
 
     /// Takes in what was read. Whether something is another than before.
-    pub(super) fn take_scan(&mut self, Scan { routes, etcd, took }: Scan) -> bool {
+    pub(super) fn take_scan(&mut self, Scan { routes, store, took }: Scan) -> bool {
         self.routes.is_scanning = false;
         if std::mem::take(&mut self.routes.is_scan_due) {
             self.routes.last_took = took;
@@ -125,8 +125,8 @@ impl Agent<'_> {
         }
         match routes {
             Ok(host) => {
-                let is_other = host != self.routes.host || etcd != self.routes.etcd;
-                (self.routes.host, self.routes.etcd) = (host, etcd);
+                let is_other = host != self.routes.host || store != self.routes.store;
+                (self.routes.host, self.routes.store) = (host, store);
                 is_other
             }
             Err(error) => {
@@ -158,7 +158,7 @@ impl Agent<'_> {
     fn other_needs(&self) -> impl Iterator<Item = (Ipv4Addr, &'static str)> {
         let resolvers = routes::resolvers(&std::fs::read_to_string(RESOLVERS).unwrap_or_default());
         let of = |addresses: Vec<Ipv4Addr>, what| addresses.into_iter().map(move |address| (address, what));
-        of(self.routes.etcd.clone(), "etcd")
+        of(self.routes.store.clone(), self.registry.kind().name())
             .chain(of(self.routes.host.gateways.clone(), "the default gateway"))
             .chain(of(resolvers, "a resolver"))
     }
@@ -313,10 +313,10 @@ async fn scan(netlink: Netlink, interest: Interest, endpoints: Vec<String>) -> S
     let begun = Instant::now();
     let routes = netlink.host_routes(interest).await;
     let took = begun.elapsed();
-    Scan { routes, etcd: resolve(&endpoints).await, took }
+    Scan { routes, store: resolve(&endpoints).await, took }
 }
 
-/// The IPv4 addresses of etcd's endpoints. A name that can't be resolved now has none.
+/// The IPv4 addresses of the store's endpoints. A name that can't be resolved now has none.
 async fn resolve(endpoints: &[String]) -> Vec<Ipv4Addr> {
     let mut all = BTreeSet::new();
     for endpoint in endpoints {

@@ -59,7 +59,7 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
         published: host.published,
         ..cli.selection()
     };
-    // Before anything is asked of etcd: a wrong flag should be known at once.
+    // Before config and lease are asked for: a wrong flag should be known early.
     let external = netlink.external_interface(&selection).await?;
     info!(
         "external interface {} with address {}, published as {}",

@@ -202,7 +202,8 @@ impl Agent<'_> {
         self.announced.note(entry, peer);
         let own_mac = || {
             format!(
-                "it announces the MAC {} of this host's vxlan device; give each host a device of its own: `ip link delete                  {}` on one of them, and start its agent again",
+                "it announces the MAC {} of this host's vxlan device; give each host a device of its own: `ip link delete \
+                 {}` on one of them, and start its agent again",
                 peer.vtep_mac, self.device.name
             )
         };
@@ -219,6 +220,8 @@ impl Agent<'_> {
         let last = key.and_then(|_| self.announced.in_place_of(&passed_over));
         if last.is_some() || !passed_over.is_silent {
             self.record.pass_over(passed_over, last);
+        } else {
+            self.record.usable(&passed_over.name);
         }
         key.zip(last)
     }

@@ -214,7 +214,7 @@ impl InvalidLease {
 }
 
 /// What is told of a text that may be of any length.
-fn beginning(text: &str) -> String {
+pub fn beginning(text: &str) -> String {
     text.chars().take(64).collect()
 }
 

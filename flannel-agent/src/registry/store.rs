@@ -23,12 +23,19 @@ pub enum StoreKind {
     Kubernetes,
 }
 
-impl fmt::Display for StoreKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
+impl StoreKind {
+    /// As people write it.
+    pub const fn name(self) -> &'static str {
+        match self {
             Self::Etcd => "etcd",
             Self::Kubernetes => "Kubernetes",
-        })
+        }
+    }
+}
+
+impl fmt::Display for StoreKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
     }
 }
 

@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use http::Uri;
-use kube::{Config, config::Kubeconfig};
+use kube::{
+    Config,
+    config::{AuthInfo, Kubeconfig, KubeconfigError},
+};
 
 use super::{KubernetesError, KubernetesOptions, client::causes};
 
@@ -60,9 +63,13 @@ fn is_url(url: &Uri) -> bool {
 
 fn read(path: &Path, url: Option<&Uri>) -> Result<Config, KubernetesError> {
     let problem = |problem: String| KubernetesError::Kubeconfig { path: path.to_owned(), problem };
-    let mut kubeconfig = Kubeconfig::read_from(path).map_err(|error| problem(causes(&error)))?;
+    let mut kubeconfig = Kubeconfig::read_from(path).map_err(|error| problem(unreadable(&error)))?;
+    let current = kubeconfig.current_context.clone();
+    let context = kubeconfig.contexts.iter().find(|context| Some(&context.name) == current.as_ref());
+    let context = context.and_then(|context| context.context.clone()).unwrap_or_default();
     let mut has_proxy = false;
-    for cluster in kubeconfig.clusters.iter_mut().filter_map(|named| named.cluster.as_mut()) {
+    for named in kubeconfig.clusters.iter_mut().filter(|named| named.name == context.cluster) {
+        let Some(cluster) = named.cluster.as_mut() else { continue };
         has_proxy |= cluster.proxy_url.as_ref().is_some_and(|proxy| !proxy.is_empty());
         if let Some(url) = url {
             cluster.server = Some(url.to_string());
@@ -73,11 +80,35 @@ fn read(path: &Path, url: Option<&Uri>) -> Result<Config, KubernetesError> {
             "its proxy-url can't be used: the agent takes no proxy on the way to the API server".to_owned(),
         ));
     }
-    let config = Config::try_from(kubeconfig).map_err(|error| problem(causes(&error)))?;
+    let mut config = Config::try_from(kubeconfig).map_err(|error| problem(causes(&error)))?;
+    trim_token(&mut config.auth_info);
     if !is_url(&config.cluster_url) {
         return Err(problem(format!("its server {} is no URL such as https://10.0.0.1:6443", config.cluster_url)));
     }
     Ok(completed(config))
+}
+
+/// Why a kubeconfig can't be read. The parser would quote the text around the place, which may be a token.
+fn unreadable(error: &KubeconfigError) -> String {
+    match error {
+        KubeconfigError::Parse(error) => match error.location() {
+            Some(place) => format!("it is no kubeconfig: line {}, column {}", place.line(), place.column()),
+            None => "it is no kubeconfig".to_owned(),
+        },
+        error => causes(error),
+    }
+}
+
+/// As client-go, takes a token without the line's end that many files have behind it. One that has none is read again by
+/// the client as its file changes; this one after a failure.
+fn trim_token(user: &mut AuthInfo) {
+    let Some(file) = &user.token_file else { return };
+    if let Ok(text) = std::fs::read_to_string(file)
+        && text.trim() != text
+        && let Ok(AuthInfo { token, .. }) = serde_json::from_value(serde_json::json!({ "token": text.trim() }))
+    {
+        (user.token, user.token_file) = (token, None);
+    }
 }
 
 /// Without a scheme, a server that nothing is said of for TLS is one without (client-go: rest/url_utils.go).
@@ -161,6 +192,14 @@ mod tests {
             write(cluster, context);
             let error = found(None).expect_err(problem).to_string();
             assert!(error.contains(problem) && error.ends_with("; check --kubeconfig-file"), "{error}");
+        }
+        // What can't be read is not told on: it may be a secret.
+        for text in
+            ["users:\n- name: u\n  user:\n   token: s3cret\n  - x\n", "s3cret", "users: [{user: {token: [s3cret]}}]"]
+        {
+            std::fs::write(&path, text).expect("written");
+            let error = found(None).expect_err(text).to_string();
+            assert!(!error.contains("s3cret") && error.contains("kubeconfig"), "{error}");
         }
         std::fs::remove_file(&path).expect("removed");
         assert!(found(None).expect_err("none").to_string().contains("No such file or directory"));

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     go_values,
-    lease::{LeaseAttributes, MacAddress, VxlanData},
+    lease::{LeaseAttributes, MacAddress, VxlanData, beginning},
 };
 
 /// What flannel writes for a node that it serves; anything else is none of its nodes.
@@ -114,7 +114,7 @@ impl Announcement {
         };
         let public_ip = self.public_ip.as_deref().ok_or("it has no annotation public-ip")?;
         let public_ip = go_values::ipv4(public_ip)
-            .map_err(|_| format!("its annotation public-ip {public_ip:.64?} is no IPv4 address"))?;
+            .map_err(|_| format!("its annotation public-ip {:?} is no IPv4 address", beginning(public_ip)))?;
         if self.backend_type.as_deref() == Some("vxlan") && self.backend_data.is_none() {
             return Err("it has no annotation backend-data".to_owned());
         }

@@ -4,7 +4,7 @@
 use std::{error::Error as StdError, fmt, time::Duration};
 
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use http_body_util::{BodyExt as _, Limited};
 use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Builder, connect::HttpConnector},
@@ -27,18 +27,18 @@ use crate::registry::ResyncCause;
 const CONNECT_TIME: Duration = Duration::from_secs(5);
 /// ... the API server to begin its answer, ...
 const ANSWER_TIME: Duration = Duration::from_secs(10);
-/// ... and the answer to come, a chunk of the list for one.
-const BODY_TIME: Duration = Duration::from_secs(30);
+/// ... and each part of it to come after the one before.
+const PART_TIME: Duration = Duration::from_secs(10);
 /// A connection that is quiet is tested after so long, and given up where nothing comes back for so long. (As the one to
 /// etcd: the kernel answers for a server that hangs, so that HTTP/2 has to ask.)
 const PING_AFTER: Duration = Duration::from_secs(10);
 const PING_TIME: Duration = Duration::from_secs(5);
 /// Of one that speaks no HTTP/2 only the kernel's tests tell.
 const KEEP_ALIVE_RETRIES: u32 = 2;
-/// What an answer may be in size: five hundred nodes of the 1.5 MiB that etcd takes.
-const MAX_ANSWER: usize = 1 << 30;
+/// What an answer may be in size: several times a chunk of the list with nodes as large as they get.
+const MAX_ANSWER: usize = 64 << 20;
 /// An API server that asks for patience gets no more at once than this.
-const LONGEST_PATIENCE: Duration = Duration::from_secs(10);
+const LONGEST_PATIENCE: Duration = Duration::from_secs(60);
 /// Of what a server says beside a status, no more is told on.
 const MOST_TOLD: usize = 300;
 
@@ -79,7 +79,7 @@ struct StatusDetails {
 }
 
 impl Kubernetes {
-    async fn client(&mut self) -> Result<Client, KubernetesError> {
+    pub(super) async fn client(&mut self) -> Result<Client, KubernetesError> {
         if let Some(client) = &self.client {
             return Ok(client.clone());
         }
@@ -155,24 +155,21 @@ impl Kubernetes {
         call: Call<'_>,
         answer: Response<Body>,
     ) -> Result<T, KubernetesError> {
-        let body = match timeout(BODY_TIME, Limited::new(answer.into_body(), MAX_ANSWER).collect()).await {
-            Ok(Ok(body)) => body.to_bytes(),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                return Err(self.ended(
-                    call,
-                    ResyncCause::Connection,
-                    format!("an answer of more than {MAX_ANSWER} bytes"),
-                ));
-            }
-            Ok(Err(error)) => {
-                let cause = format!("the answer was cut off: {}", causes(&*error));
-                return Err(self.ended(call, ResyncCause::Connection, cause));
-            }
-            Err(_) => {
-                let cause = format!("the answer did not come within {BODY_TIME:?}");
-                return Err(self.ended(call, ResyncCause::Connection, cause));
-            }
-        };
+        let mut answer = answer.into_body();
+        let mut body = Vec::new();
+        loop {
+            let cause = match timeout(PART_TIME, answer.frame()).await {
+                Ok(None) => break,
+                Ok(Some(Ok(part))) if body.len() + part.data_ref().map_or(0, |data| data.len()) <= MAX_ANSWER => {
+                    body.extend(part.into_data().unwrap_or_default());
+                    continue;
+                }
+                Ok(Some(Ok(_))) => format!("an answer of more than {MAX_ANSWER} bytes"),
+                Ok(Some(Err(error))) => format!("the answer was cut off: {}", causes(&error)),
+                Err(_) => format!("the answer did not go on within {PART_TIME:?}"),
+            };
+            return Err(self.ended(call, ResyncCause::Connection, cause));
+        }
         let parsed = serde_json::from_slice(&body);
         parsed.map_err(|error| {
             self.ended(call, ResyncCause::Connection, format!("the answer is not understood: {error}"))
@@ -265,6 +262,20 @@ fn request(
 ) -> Result<Request<Body>, http::Error> {
     let request = Request::builder().method(method).uri(path).header(name, value);
     request.header(header::USER_AGENT, concat!("flannel-agent/", env!("CARGO_PKG_VERSION"))).body(Body::from(body))
+}
+
+/// For a path or a query (RFC 3986, section 2.1).
+pub(super) fn escape(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => escaped.push(byte.into()),
+            // Writing to a text does not fail.
+            _ => drop(write!(escaped, "%{byte:02X}")),
+        }
+    }
+    escaped
 }
 
 /// In seconds; a date is not what API servers write.

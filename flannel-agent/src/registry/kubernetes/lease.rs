@@ -12,19 +12,21 @@ use tracing::{info, warn};
 use super::{
     Kubernetes, KubernetesError,
     annotations::Announcement,
-    client::Call,
+    client::{Call, escape},
     node::{Metadata, Node, Pod, Spec},
 };
 use crate::{
     config::NetworkConfig,
-    lease::{LeaseAttributes, LeaseKey, MacAddress},
+    lease::{LeaseAttributes, LeaseKey, MacAddress, beginning},
     registry::{Grant, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState},
 };
 
 /// The least time between two writes of the annotations. Where what is found is another host's, its agent believes that
 /// the node is its own: then it is longer each time, so that peers do not turn to and fro between the two.
 pub(super) const WRITE_PERIOD: Duration = Duration::from_secs(5);
-const LONGEST_PERIOD: Duration = Duration::from_secs(300);
+const LONGEST_PERIOD: Duration = Duration::from_secs(60);
+/// What changes them again within this time answers the write before.
+const ANSWER_PERIOD: Duration = Duration::from_secs(180);
 
 /// Type, status and reason of the condition that flannel sets.
 const CONDITION: (&str, &str, &str) = ("NetworkUnavailable", "False", "FlannelIsUp");
@@ -69,7 +71,8 @@ impl Kubernetes {
         // Checked at the start.
         let (namespace, pod) = self.options.pod.clone().unwrap_or_default();
         let call = Call { verb: "get", resource: "pods", name: &format!("{namespace}/{pod}") };
-        let found: Pod = self.get(call, &format!("/api/v1/namespaces/{namespace}/pods/{pod}")).await?;
+        let found: Pod =
+            self.get(call, &format!("/api/v1/namespaces/{}/pods/{}", escape(&namespace), escape(&pod))).await?;
         let name = found.spec.node_name;
         if name.is_empty() {
             return Err(KubernetesError::Unscheduled { namespace, pod });
@@ -81,13 +84,13 @@ impl Kubernetes {
 
     /// A node, whole.
     pub(super) async fn node(&mut self, name: &str) -> Result<Node, KubernetesError> {
-        self.get(Call { verb: "get", resource: "nodes", name }, &format!("/api/v1/nodes/{name}")).await
+        self.get(Call { verb: "get", resource: "nodes", name }, &format!("/api/v1/nodes/{}", escape(name))).await
     }
 
     async fn own_node(&mut self) -> Result<(String, OwnNode), KubernetesError> {
         let name = self.own_name().await?;
         let call = Call { verb: "get", resource: "nodes", name: &name };
-        let node: OwnNode = match self.get(call, &format!("/api/v1/nodes/{name}")).await {
+        let node: OwnNode = match self.get(call, &format!("/api/v1/nodes/{}", escape(&name))).await {
             Err(KubernetesError::NotFound { url, .. }) => return Err(KubernetesError::NoNode { name, url }),
             node => node?,
         };
@@ -103,8 +106,9 @@ impl Kubernetes {
             Ok(address) => Some(address),
             Err(text) => {
                 warn!(
-                    "the annotation {}{what} of the node {name} is no IPv4 address and is not used: {text:.64?}",
-                    self.names.prefix()
+                    "the annotation {}{what} of the node {name} is no IPv4 address and is not used: {:?}",
+                    self.names.prefix(),
+                    beginning(text)
                 );
                 None
             }
@@ -153,9 +157,10 @@ impl Kubernetes {
         let now = self.names.read(node.metadata.annotations.take().unwrap_or_default());
         let own = LeaseAttributes::vxlan(request.public_ip, request.vni.get(), lease.vtep_mac);
         if let Some((public_ip, vtep_mac)) = now.rival(&own) {
-            self.write_period = (self.write_period * 2).min(LONGEST_PERIOD);
+            let is_answer = self.written.is_some_and(|written| written.elapsed() < ANSWER_PERIOD);
+            self.write_period = if is_answer { (self.write_period * 2).min(LONGEST_PERIOD) } else { WRITE_PERIOD };
             warn!(
-                "another host, with the address {public_ip} and the MAC {vtep_mac}, announces itself as the node {name}: two \
+                "somebody, or another host, with the address {public_ip} and the MAC {vtep_mac}, announces itself as the node {name}: two \
                  agents must not have one NODE_NAME; the annotations are written again, at most once in {:?}",
                 self.write_period
             );
@@ -176,6 +181,8 @@ impl Kubernetes {
         let (name, mut node) = self.own_node().await?;
         let now = self.names.read(node.metadata.annotations.take().unwrap_or_default());
         let request = LeaseRequest { public_ip, ..request.clone() };
+        // It is this host that changed: nobody is answered.
+        self.write_period = WRITE_PERIOD;
         self.write(&name, &now, &request, lease.vtep_mac).await?;
         Ok(true)
     }
@@ -194,7 +201,7 @@ impl Kubernetes {
             sleep_until(written + self.write_period).await;
         }
         let call = Call { verb: "patch", resource: "nodes/status", name };
-        self.patch(call, &format!("/api/v1/nodes/{name}/status"), &patch).await?;
+        self.patch(call, &format!("/api/v1/nodes/{}/status", escape(name)), &patch).await?;
         self.written = Some(Instant::now());
         Ok(true)
     }
@@ -216,7 +223,7 @@ impl Kubernetes {
         });
         let patch = json!({ "status": { "conditions": [condition] } });
         let call = Call { verb: "patch", resource: "nodes/status", name: &name };
-        self.patch(call, &format!("/api/v1/nodes/{name}/status"), &patch).await?;
+        self.patch(call, &format!("/api/v1/nodes/{}/status", escape(&name)), &patch).await?;
         self.is_complete = true;
         Ok(())
     }

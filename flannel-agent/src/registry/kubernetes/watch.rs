@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 
 use super::{
     Kubernetes, KubernetesError,
-    client::{Call, Status},
+    client::{Call, Status, escape},
     node::{Node, NodeList, PodCidrs},
     nodes::{Nodes, revision},
 };
@@ -165,6 +165,7 @@ impl Kubernetes {
             if begun.elapsed() < SHORTEST {
                 return Err(self.ended(WATCH, ResyncCause::Connection, "the server ended it at once".to_owned()));
             }
+            back_off.reset();
         }
     }
 
@@ -181,7 +182,6 @@ impl Kubernetes {
             escape(&followed.version)
         );
         let mut lines = heartbeat.during(self.watch_lines(WATCH, &path)).await?;
-        back_off.reset();
         let end = Instant::now() + Duration::from_secs(seconds) + OVERTIME;
         let mut config = interval(CONFIG_PERIOD);
         config.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -205,6 +205,11 @@ impl Kubernetes {
                 Some(read) = followed.reads.join_next() => {
                     // One that was cancelled goes with all that is followed.
                     let Ok(Reading { name, uid, pod_cidrs }) = read else { continue };
+                    if matches!(pod_cidrs, PodCidrs::Unreadable(_)) {
+                        // The watch may go on with credentials that no longer count. What can't be made is said by the next call.
+                        self.client = None;
+                        let _made = self.client().await;
+                    }
                     for update in followed.nodes.learn(&name, &uid, pod_cidrs) {
                         if updates.send(update).await.is_err() {
                             return Ok(Over::Unheard);
@@ -226,7 +231,10 @@ impl Kubernetes {
                     return Err(self.ended(WATCH, ResyncCause::Connection, cause));
                 }
             };
-            for update in self.read_event(followed, &line)? {
+            let updates_of_line = self.read_event(followed, &line)?;
+            // Not before: a server that only begins to answer would be asked for all nodes again and again.
+            back_off.reset();
+            for update in updates_of_line {
                 if updates.send(update).await.is_err() {
                     return Ok(Over::Unheard);
                 }
@@ -277,18 +285,4 @@ impl Kubernetes {
             _ => Vec::new(),
         })
     }
-}
-
-/// For a query (RFC 3986, section 2.1).
-fn escape(text: &str) -> String {
-    use std::fmt::Write as _;
-    let mut escaped = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => escaped.push(byte.into()),
-            // Writing to a text does not fail.
-            _ => drop(write!(escaped, "%{byte:02X}")),
-        }
-    }
-    escaped
 }
