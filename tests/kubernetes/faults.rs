@@ -338,3 +338,74 @@ fn another_cluster_s_nodes_are_none_of_ours() {
         assert_follows(cluster, 0, 200);
     });
 }
+
+/// A server that answers and ends each watch at once is not asked for all nodes at the shortest back-off.
+#[test]
+fn watches_that_end_at_once_cost_few_lists() {
+    if !on_double("watches that end at once") {
+        return;
+    }
+    Cluster::with_traffic(|cluster| {
+        let (before, begun) = (cluster.count("list nodes"), Instant::now());
+        let while_ended = wait_for("three seconds", SOON, || {
+            cluster.order("close-watches", &Value::Null);
+            begun.elapsed() > Duration::from_secs(3)
+        });
+        while_ended.unwrap();
+        // Two agents: after 0.1, 0.3, 0.7, 1.5 and 3.1 s at the soonest.
+        let lists = cluster.count("list nodes") - before;
+        assert!((2..=12).contains(&lists), "{lists} in {:?}", begun.elapsed());
+    });
+}
+
+/// Who may not set the condition has all else work, and tries again as with any other failure.
+#[test]
+fn a_condition_that_is_refused_is_tried_again_with_patience() {
+    if !on_double("a condition that is refused") {
+        return;
+    }
+    let mut cluster = Cluster::with_nodes(1);
+    cluster.start(0, &["--set-node-network-unavailable=false"]);
+    cluster.hosts[0].wait_ready().unwrap();
+    cluster.wait_annotation("node1", "public-ip", "192.168.64.1");
+    cluster.hosts[0].agent = None;
+    cluster.fault(json!({"verb": "patch", "status": 403}));
+    let before = cluster.count("patch nodes/status");
+    cluster.start(0, &[]);
+    wait_count(&cluster, "patch nodes/status", before + 1);
+    let begun = Instant::now();
+    wait_count(&cluster, "patch nodes/status", before + 7);
+    // 0.1, 0.2, 0.4, 0.8, 1.6 and 3 s at the least.
+    assert!(begun.elapsed() > Duration::from_secs(4), "{:?}", begun.elapsed());
+    cluster.order("clear", &Value::Null);
+    let healed = wait_for("the condition", SOON, || {
+        let node = cluster.node("node1");
+        let conditions = node["status"]["conditions"].as_array().unwrap();
+        conditions.iter().any(|one| one["type"] == "NetworkUnavailable" && one["reason"] == "FlannelIsUp")
+    });
+    healed.unwrap();
+}
+
+/// Up to where a bookmark is, no node changed: the watch goes on from there, though older changes are gone.
+#[test]
+fn a_watch_goes_on_from_its_bookmark() {
+    if !on_double("bookmarks on demand") {
+        return;
+    }
+    Cluster::with_traffic(|cluster| {
+        (0..2).for_each(|host| cluster.wait_followed(host));
+        // Changes that no watch of nodes tells of.
+        for number in 0..3 {
+            let pod = json!({"metadata": {"name": format!("other{number}")}, "spec": {"containers": []}});
+            cluster.store.server.post("/api/v1/namespaces/default/pods", &pod).unwrap();
+        }
+        cluster.order("bookmark", &Value::Null);
+        cluster.order("forget", &Value::Null);
+        let (lists, watches) = (cluster.count("list nodes"), cluster.count("watch nodes"));
+        close_watches(cluster);
+        wait_count(cluster, "watch nodes", watches + 2);
+        assert_follows(cluster, 0, 201);
+        cluster.wait_peers(1, 2);
+        assert_eq!(cluster.count("list nodes"), lists);
+    });
+}
