@@ -409,3 +409,20 @@ fn a_watch_goes_on_from_its_bookmark() {
         assert_eq!(cluster.count("list nodes"), lists);
     });
 }
+
+/// One API server after the other is replaced: connections end, and the one that answers next may not know the latest version
+/// yet.
+#[test]
+fn api_servers_are_replaced_one_after_the_other() {
+    Cluster::with_traffic(|cluster| {
+        for octet in 201..204 {
+            cluster.store.server.stop();
+            cluster.store.server.resume().unwrap();
+            if on_double("a server that does not know the latest version yet") {
+                cluster.fault(json!({"verb": "watch", "status": 504, "times": 2}));
+            }
+            assert_follows(cluster, 0, octet);
+            cluster.wait_peers(1, usize::from(octet) - 199);
+        }
+    });
+}

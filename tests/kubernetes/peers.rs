@@ -213,7 +213,7 @@ fn a_pod_cidr_may_come_later_and_heartbeats_cost_no_reading() {
     assert_eq!(passed_over(&cluster, 0, "late"), "");
     assert_eq!(resyncs(&cluster, 0), json!({"start": 1}));
     if on_double("how often nodes are listed") {
-        assert_eq!(cluster.count("list nodes"), 1, "before the datapath was made, and before the watch");
+        assert_eq!(cluster.count("list nodes"), 1, "the watch goes on from the list of the start");
     }
 }
 

@@ -101,28 +101,14 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
         Ok((network, config, device, request, lease, snapshot, lock))
     };
     let outcome: Result<_, DaemonError> = from_store.await;
-    match (outcome, known) {
+    let (network, config, device, request, lease, known, snapshot, lock) = match (outcome, known) {
         (Ok((network, config, device, request, lease, snapshot, lock)), known) => {
             let known = known.filter(|(_, before)| before.network == network.network);
             let known = known.map(|(known, _)| known.peers).unwrap_or_default();
             if network.backend.direct_routing {
                 warn!("DirectRouting is not used: packets to peers on the same link are encapsulated too");
             }
-            let snapshot = Some(snapshot);
-            Ok(Prepared {
-                registry,
-                host,
-                selection,
-                network,
-                config,
-                external,
-                device,
-                request,
-                lease,
-                known,
-                snapshot,
-                lock,
-            })
+            (network, config, device, request, lease, known, Some(snapshot), lock)
         }
         (Err(DaemonError::Registry(error)), Some((known, network))) if error.is_away() => {
             let LastKnown { config, lease, peers, .. } = known;
@@ -137,25 +123,11 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
                 avoid: BTreeSet::new(),
                 is_contested: false,
             };
-            let config = config.into_bytes();
-            let (known, snapshot, lock) = (peers, None, None);
-            Ok(Prepared {
-                registry,
-                host,
-                selection,
-                network,
-                config,
-                external,
-                device,
-                request,
-                lease,
-                known,
-                snapshot,
-                lock,
-            })
+            (network, config.into_bytes(), device, request, lease, peers, None, None)
         }
-        (Err(error), _) => Err(error),
-    }
+        (Err(error), _) => return Err(error),
+    };
+    Ok(Prepared { registry, host, selection, network, config, external, device, request, lease, known, snapshot, lock })
 }
 
 /// An agent whose address another living host has, so that it has no lease.

@@ -231,10 +231,10 @@ impl Kubernetes {
                     return Err(self.ended(WATCH, ResyncCause::Connection, cause));
                 }
             };
-            let updates_of_line = self.read_event(followed, &line)?;
+            let changes = self.read_event(followed, &line)?;
             // Not before: a server that only begins to answer would be asked for all nodes again and again.
             back_off.reset();
-            for update in updates_of_line {
+            for update in changes {
                 if updates.send(update).await.is_err() {
                     return Ok(Over::Unheard);
                 }
