@@ -91,8 +91,9 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<()> {
-    step("build the agent", || inherit(cargo().args(["build", "--release", "--package", "flannel-agent"])))?;
-    let agent = workspace().join("target/release/flannel-agent");
+    // Not for release, which takes minutes longer: the programs that carry the packets are always optimised.
+    step("build the agent", || inherit(cargo().args(["build", "--package", "flannel-agent"])))?;
+    let agent = workspace().join("target/debug/flannel-agent");
 
     let lab = step("underlay: a bridge in a namespace", || Lab::new(NAME, directory))?;
     let store = step(&format!("{} on it, and a network config", options.store), || options.store.start(&lab, CONFIG))?;
