@@ -54,6 +54,8 @@ events! {
     EncapsulatedNeighbour = "encapsulated_neighbour", Forward;
     /// to_overlay: encapsulated; the host changes more of its flow's packets than addresses, ports and TTL, so that all take the stack.
     EncapsulatedChanged = "encapsulated_changed", Forward;
+    /// to_overlay: sent without encapsulation to a peer on the same link.
+    Direct = "direct", Forward;
     /// to_overlay: left to flannel.VNI, whose queue, filters or programs are to see it; from_overlay encapsulates it.
     EncapQueued = "encap_queued", Pass;
     /// to_overlay: a copy of a packet, for who captures on flannel.VNI; the kernel's vxlan device drops it.
@@ -83,6 +85,8 @@ events! {
     PodEncapsulatedNeighbour = "pod_encapsulated_neighbour", Forward;
     /// from_pod: a packet of a flow that the stack let out translated a moment ago; translated so, and encapsulated past the stack.
     PodTranslated = "pod_translated", Forward;
+    /// from_pod: a packet of a flow that the stack let out a moment ago, unchanged or translated; sent past the stack without encapsulation to a peer on the same link.
+    PodDirect = "pod_direct", Forward;
     /// from_pod: a packet that may become one of a flow past the stack; left to the stack.
     PodSlow = "pod_slow", Pass;
     /// from_pod: a packet that always takes the stack: not TCP or UDP, a fragment, with options, with a mark or a priority, not to the overlay, ...
@@ -125,6 +129,12 @@ events! {
     DeliveredTranslated = "delivered_translated", Forward;
     /// from_underlay: a tunnel packet that xdp_decap admitted and took out of the tunnel; handed to the vxlan device as received.
     HandedIn = "handed_in", Forward;
+    /// from_underlay: a packet without encapsulation from a known peer on the same link, with an address of its lease, handed to flannel.VNI as received.
+    DirectHandedIn = "direct_handed_in", Forward;
+    /// from_underlay: the same, of a flow that the stack let in a moment ago, unchanged or translated; put into the pod.
+    DirectDelivered = "direct_delivered", Forward;
+    /// from_underlay: a packet without encapsulation from an address of a peer's lease, but from another MAC than that peer's.
+    DirectForeignMac = "direct_foreign_mac", Drop;
     /// from_underlay: taken out of the tunnel by xdp_decap, but of a VLAN that is not the interface's own.
     DecapForeignVlan = "decap_foreign_vlan", Drop;
     /// from_underlay: the inner headers could not be written.

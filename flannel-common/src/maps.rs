@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 10 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 11 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -26,8 +26,8 @@ pub const VTEP_ADDRESSES: &str = "VTEP_ADDRESSES";
 /// LPM trie: prefix -> 1, for inner addresses that no lease covers and that the operator accepts. Consulted when the leases
 /// have no answer.
 pub const ACCEPTED: &str = "ACCEPTED";
-/// Array: VTEP id -> when a packet of it was last admitted, as [`heard_time`]; 0 for never. Tells a host whose lease
-/// the store has lost from one that is gone.
+/// Array: VTEP id -> [`Heard`]. Tells a host whose lease the store has lost from one that is gone, and what a host on the same
+/// link sends in a tunnel from what it sends without.
 pub const HEARD: &str = "HEARD";
 /// LRU hash: [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow), for flows that may pass the host's stack by.
 pub const FLOWS: &str = "FLOWS";
@@ -104,6 +104,27 @@ pub const fn excluded_port(is_udp: bool, port: u16) -> (u32, u64) {
     (first + port as u32 / u64::BITS, 1 << (port as u32 % u64::BITS))
 }
 
+/// When packets of a VTEP were last admitted, as [`heard_time`]; 0 for never.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Heard {
+    /// Any packet.
+    pub last: u32,
+    /// One that was not encapsulated.
+    pub direct: u32,
+}
+
+impl Heard {
+    /// Whether a host on the same link is to be sent packets without encapsulation: as it sends them itself, since it may
+    /// refuse what comes by a device that its own routes to the sender do not use (`rp_filter` 1); and where it has sent nothing
+    /// yet. After it has changed from one to the other, for up to two units what it did before.
+    #[inline(always)]
+    pub const fn is_direct(self) -> bool {
+        let Self { last, direct } = self;
+        last == 0 || direct != 0 && last.wrapping_sub(direct) <= 1
+    }
+}
+
 /// The unit of [`HEARD`]: nanoseconds of CLOCK_MONOTONIC, as a power of two so that the program need not divide
 /// (1.07 s).
 pub const HEARD_UNIT_SHIFT: u32 = 30;
@@ -158,6 +179,8 @@ impl Config {
     pub const SHOWN: u32 = 1 << 1;
     /// XDP leaves packets in the tunnel.
     pub const LEFT_IN_TUNNEL: u32 = 1 << 2;
+    /// Peers on the same link are sent packets without encapsulation (`DirectRouting`).
+    pub const DIRECT: u32 = 1 << 3;
 
     /// Whether this is among the flags. A constant to the verifier.
     #[inline(always)]
@@ -199,7 +222,7 @@ pub struct Vtep {
     pub next_hop: [u8; 4],
     /// The underlay device towards it; 0 where there is no route.
     pub ifindex: u32,
-    /// [`Vtep::RESOLVED`] or 0.
+    /// [`Vtep::RESOLVED`] and [`Vtep::ON_LINK`], or 0.
     pub flags: u32,
     /// What goes in front of each packet to it.
     #[cfg(feature = "next-layout")]
@@ -208,7 +231,9 @@ pub struct Vtep {
 
 impl Vtep {
     /// The header has the next hop's MAC. Without it the kernel resolves the next hop for each packet.
-    pub const RESOLVED: u32 = 1;
+    pub const RESOLVED: u32 = 1 << 0;
+    /// The peer is its own next hop, on a link with Ethernet headers.
+    pub const ON_LINK: u32 = 1 << 1;
 
     /// The id whose entry names `flannel.<VNI>`.
     pub const OVERLAY_DEVICE: u32 = 0;
@@ -258,12 +283,13 @@ const _: () = {
     assert!(size_of::<Config>() == 64 && align_of::<Config>() == 8);
     assert!(size_of::<Vtep>() == 80 && align_of::<Vtep>() == 8);
     assert!(size_of::<Counter>() == 16);
+    assert!(size_of::<Heard>() == 8);
 };
 
 /// The values as aya reads and writes them.
 #[cfg(feature = "user")]
 mod user {
-    use super::{Config, Counter, Vtep};
+    use super::{Config, Counter, Heard, Vtep};
     use crate::{
         drops::Drops,
         flow::{Flow, FlowKey, Original},
@@ -275,6 +301,8 @@ mod user {
     unsafe impl aya::Pod for Vtep {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Counter {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Heard {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Drops {}
     // SAFETY: as above.
@@ -323,6 +351,14 @@ mod tests {
         assert_eq!(CONFIG.slot(0x0a06_0000), None);
         assert_eq!(CONFIG.slot(0x0a04_ffff), None);
         assert_eq!(CONFIG.slot(0), None);
+    }
+
+    #[test]
+    fn a_host_on_the_link_is_sent_packets_as_it_sends_them() {
+        let is_direct = |last, direct| Heard { last, direct }.is_direct();
+        assert!(is_direct(0, 0));
+        assert!(is_direct(7, 7) && is_direct(8, 7));
+        assert!(!is_direct(9, 7) && !is_direct(7, 0) && !is_direct(1, 0));
     }
 
     #[test]

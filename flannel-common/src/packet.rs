@@ -110,6 +110,13 @@ impl OuterHeader {
         Self(header)
     }
 
+    /// MAC of the underlay's next hop, and of the underlay device.
+    #[inline(always)]
+    pub const fn underlay_macs(&self) -> (Mac, Mac) {
+        let Self([a, b, c, d, e, f, g, h, i, j, k, l, ..]) = *self;
+        ([a, b, c, d, e, f], [g, h, i, j, k, l])
+    }
+
     /// MAC of the peer's vxlan device: the inner destination.
     #[inline(always)]
     pub const fn peer_vtep_mac(&self) -> Mac {

@@ -3,7 +3,7 @@
 use flannel_common::{
     admission::{self, is_refused_by_leases},
     event::Event,
-    maps::Config,
+    maps::{Config, Vtep},
     vxlan,
 };
 use network_types::{
@@ -14,8 +14,8 @@ use network_types::{
 };
 
 use crate::{
-    leases::{Leases, note_heard},
-    packet::Headers,
+    leases::{Leases, note_heard, note_heard_directly},
+    packet::{Headers, Packet},
     routes::is_routed,
 };
 
@@ -120,4 +120,32 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
         is_by_route,
         needs_kernel: is_by_route || is_fragment || ip.tos & ECN_MASK == ECN_CE || !is_plain,
     })
+}
+
+/// Whether a packet for this host's pods that was not encapsulated is one of a peer on the same link, and takes note of the peer
+/// then. [`None`] for what is nobody's, or may be anybody's: the kernel decides. The peer's MAC is known as its neighbour's; where
+/// it is not known yet, nothing speaks against the sender.
+#[inline(always)]
+pub(crate) fn admit_directly(
+    packet: &Packet<'_>,
+    config: &Config,
+    ip: &Ipv4Hdr,
+    now: u64,
+) -> Option<Result<(), Event>> {
+    let ethernet = packet.header::<EthHdr>(0)?;
+    let source = u32::from_be_bytes(ip.src_addr);
+    let is_group_mac = ethernet.dst_addr[0] & 1 != 0;
+    if is_group_mac || config.is_local(source) || config.is_local_broadcast(u32::from_be_bytes(ip.dst_addr)) {
+        return None;
+    }
+    let peer = (Leases { config }).peer_of(source)?;
+    let Vtep { flags, ifindex, header, .. } = peer.vtep;
+    if flags & Vtep::ON_LINK == 0 || *ifindex != packet.device() {
+        return None;
+    }
+    if flags & Vtep::RESOLVED != 0 && ethernet.src_addr != header.underlay_macs().0 {
+        return config.has(Config::DIRECT).then_some(Err(Event::DirectForeignMac));
+    }
+    note_heard_directly(peer.id, now);
+    Some(Ok(()))
 }

@@ -16,13 +16,13 @@ use network_types::{
 };
 
 use crate::{
-    admit::{Admitted, admit},
+    admit::{Admitted, admit, admit_directly},
     flows::{self, Direction, Place, place},
     frame::Frame,
     leases::overlay_device,
     maps::CONFIG,
-    next_hop::{NextHop, Translation},
-    packet::{Header, Headers, Note, Packet, Unframed},
+    next_hop::{Framed, NextHop, Translation},
+    packet::{Headers, Note, Packet, Unframed},
 };
 
 #[inline(always)]
@@ -36,6 +36,9 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     }
     let now = flows::now();
     let is_framed = config.underlay_header_len != 0;
+    if is_framed && let Some(event) = directly(packet, &config, now) {
+        return event;
+    }
     // One offset in two values would be a number in a register, which may not be added to a pointer into a packet where the
     // agent lacks CAP_PERFMON (`sanitize_ptr_alu`). The verifier leaves one of the two out.
     let looked =
@@ -63,6 +66,32 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     Event::Admitted
+}
+
+/// A packet for a pod of this host that a peer on the same link sent without encapsulation (`DirectRouting`): put into the pod,
+/// or handed in as if it had come in a tunnel, since the way back to where it is from leads out of `flannel.<VNI>` (`rp_filter`).
+/// [`None`] for any other, which is as it was.
+#[inline(always)]
+fn directly(packet: &Packet<'_>, config: &Config, now: u64) -> Option<Event> {
+    let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;
+    if !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
+        return None;
+    }
+    if let Err(event) = admit_directly(packet, config, &ip, now)? {
+        return Some(event);
+    }
+    let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
+    if let Some(known) = place.fresh_ingress(config, now)
+        && ip.ttl > 1
+    {
+        return Some(match deliver(packet, &place, &known) {
+            Event::DecapFailed => Event::DecapFailed,
+            _ => Event::DirectDelivered,
+        });
+    }
+    packet.write_note(Note::Admitted(place.key.tag(config.vni)));
+    packet.redirect_to_ingress(overlay_device());
+    Some(Event::DirectHandedIn)
 }
 
 /// Whether the packet at `ip_offset` is admitted, and its flow.
@@ -118,17 +147,6 @@ pub(crate) fn xdp_decap(frame: &Frame<'_>) -> Option<Event> {
     Some(Event::XdpDecapsulated)
 }
 
-/// What a packet begins with that bypasses the stack.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Delivery {
-    ethernet: EthHdr,
-    ip: NextHop,
-}
-
-// SAFETY: #[repr(C)] of two headers, without padding between them.
-unsafe impl Header for Delivery {}
-
 /// Puts what was in the tunnel into the pod, as the stack did with the last one of its flow. Its header is read once more: octets
 /// that are kept from before the tunnel was taken away take eight octets of the stack each, of which there are 512.
 #[inline(always)]
@@ -137,10 +155,8 @@ fn deliver(packet: &Packet<'_>, place: &Place, known: &Ingress) -> Event {
         return Event::DecapFailed;
     };
     let translation = Translation::between(&place.key, &known.received_as);
-    let header = Delivery {
-        ethernet: EthHdr { dst_addr: known.pod_mac, src_addr: known.gateway_mac, ether_type: EtherType::Ipv4 as u16 },
-        ip: NextHop::new(inner, &known.received_as, Direction::Ingress, &translation),
-    };
+    let next = NextHop::new(inner, &known.received_as, Direction::Ingress, &translation);
+    let header = Framed::new(known.pod_mac, known.gateway_mac, next);
     if packet.write(&header).is_err() {
         return Event::DecapFailed;
     }

@@ -15,13 +15,16 @@ use flannel_common::{
     packet::{Inner, OuterHeader},
     vxlan::NEXT_HOP_MAC,
 };
-use network_types::{eth::EthHdr, ip::Ipv4Hdr};
+use network_types::{
+    eth::{EthHdr, EtherType},
+    ip::Ipv4Hdr,
+};
 
 use crate::{
     flows::{self, Direction, Kind, Place, place},
     leases::{Leases, overlay_device},
     maps::CONFIG,
-    next_hop::{NextHop, Translation},
+    next_hop::{Framed, NextHop, Translation},
     originals,
     packet::{Header, Headers as _, NoRoom, Note, Packet, random_id},
 };
@@ -35,16 +38,12 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
     }
     let mut is_changed = false;
     let released = flows::released(packet, &config, &mut is_changed);
-    let event = if config.has(Config::QUEUED) && is_for_overlay(packet) {
-        Event::EncapQueued
-    } else {
-        try_encapsulate(packet, &config, config.has(Config::SHOWN))
-    };
+    let event = try_encapsulate(packet, &config, Shown::of(&config));
     match event.outcome() {
         Outcome::Forward if is_changed => return Event::EncapsulatedChanged,
         Outcome::Forward => {
             if let Some(released) = released {
-                released.note(packet);
+                released.note(packet, event == Event::Direct);
             }
         }
         // The kernel sends it to that next hop, and it does not come back.
@@ -60,7 +59,7 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
     if packet.has_note(Note::HandedOn(config.vni)) {
         packet.forget_note();
-        let event = try_encapsulate(packet, &config, false);
+        let event = try_encapsulate(packet, &config, Shown::Never);
         return match event.outcome() {
             // The host's stack would send it to the overlay again and again.
             Outcome::Pass => Event::EncapImpossible,
@@ -88,8 +87,30 @@ fn is_for_overlay(packet: &Packet<'_>) -> bool {
     packet.header::<EthHdr>(0).is_none_or(|ethernet| ethernet.dst_addr == NEXT_HOP_MAC)
 }
 
+/// What happens at `flannel.<VNI>` to a packet on its way into the tunnel. Constants to the verifier.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    /// Nothing.
+    Never,
+    /// A copy is sent by the device.
+    Copy,
+    /// It goes by the device itself.
+    Itself,
+}
+
+impl Shown {
+    #[inline(always)]
+    fn of(config: &Config) -> Self {
+        match (config.has(Config::QUEUED), config.has(Config::SHOWN)) {
+            (true, _) => Self::Itself,
+            (false, true) => Self::Copy,
+            (false, false) => Self::Never,
+        }
+    }
+}
+
 #[inline(always)]
-fn try_encapsulate(packet: &Packet<'_>, config: &Config, is_shown: bool) -> Event {
+fn try_encapsulate(packet: &Packet<'_>, config: &Config, shown: Shown) -> Event {
     if !packet.is_ipv4() {
         return Event::EncapNotIpv4;
     }
@@ -99,23 +120,36 @@ fn try_encapsulate(packet: &Packet<'_>, config: &Config, is_shown: bool) -> Even
     let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
         return Event::EncapTruncated;
     };
-    let Some(vtep) = (Leases { config }).peer_of(u32::from_be_bytes(ip.dst_addr)) else {
+    let Some(peer) = (Leases { config }).peer_of(u32::from_be_bytes(ip.dst_addr)) else {
         return Event::EncapNoPeer;
     };
+    let vtep = peer.vtep;
     if vtep.ifindex == 0 {
         return Event::EncapNoRoute;
+    }
+    if peer.is_direct(config) {
+        let (next_hop, device) = vtep.header.underlay_macs();
+        let ethernet = EthHdr { dst_addr: next_hop, src_addr: device, ether_type: EtherType::Ipv4 as u16 };
+        if packet.write(&ethernet).is_err() {
+            return Event::EncapFailed;
+        }
+        send(packet, vtep);
+        return Event::Direct;
+    }
+    if shown == Shown::Itself {
+        return Event::EncapQueued;
     }
     let len = packet.len() - EthHdr::LEN as u32;
     if len > config.mtu && !packet.is_gso() {
         return Event::EncapTooBig;
     }
-    if is_shown && show(packet, config, vtep).is_err() {
+    if shown == Shown::Copy && show(packet, config, vtep).is_err() {
         return Event::EncapFailed;
     }
     let inner = match make_room(packet, config, len, ip.tos) {
         Ok(inner) => inner,
         // As it was.
-        Err(_) if is_shown && packet.write(&NEXT_HOP_MAC).is_err() => return Event::EncapFailed,
+        Err(_) if shown == Shown::Copy && packet.write(&NEXT_HOP_MAC).is_err() => return Event::EncapFailed,
         Err(NoRoom::Nested) => return Event::EncapNested,
         Err(NoRoom::Refused) => return Event::EncapNoRoom,
     };
@@ -204,7 +238,11 @@ fn bypass(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place) -> 
 
 #[inline(always)]
 fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, sent_as: FlowKey) -> Option<Event> {
-    let vtep = (Leases { config }).peer_of(u32::from_be_bytes(sent_as.remote)).filter(|vtep| vtep.ifindex != 0)?;
+    let peer = (Leases { config }).peer_of(u32::from_be_bytes(sent_as.remote))?;
+    let vtep = peer.vtep;
+    if vtep.ifindex == 0 {
+        return None;
+    }
     // The stack tells the sender what is too big, or too old.
     let len = packet.len() - EthHdr::LEN as u32;
     let largest = match packet.segment_size() {
@@ -215,6 +253,9 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
         return None;
     }
     let translation = Translation::between(&place.key, &sent_as);
+    if peer.is_direct(config) {
+        return Some(bypass_directly(packet, ip, place, &sent_as, vtep));
+    }
     let inner = make_room(packet, config, len, ip.tos).ok()?;
     let mut header =
         Encapsulation { outer: vtep.header, inner: NextHop::new(ip, &sent_as, Direction::Egress, &translation) };
@@ -233,6 +274,23 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
         Sent::Resolved => Event::PodEncapsulated,
         Sent::ToNeighbour => Event::PodEncapsulatedNeighbour,
     })
+}
+
+#[inline(always)]
+fn bypass_directly(packet: &Packet<'_>, ip: &Ipv4Hdr, place: &Place, sent_as: &FlowKey, vtep: &Vtep) -> Event {
+    let translation = Translation::between(&place.key, sent_as);
+    let (next_hop, device) = vtep.header.underlay_macs();
+    let header = Framed::new(next_hop, device, NextHop::new(ip, sent_as, Direction::Egress, &translation));
+    if packet.write(&header).is_err() {
+        return Event::PodEncapFailed;
+    }
+    if let Some(translation) = translation
+        && translation.adjust(packet, ip.proto, EthHdr::LEN + Ipv4Hdr::LEN).is_err()
+    {
+        return Event::PodEncapFailed;
+    }
+    send(packet, vtep);
+    Event::PodDirect
 }
 
 /// What goes in front of a packet that bypasses the stack, and the beginning of the packet itself.

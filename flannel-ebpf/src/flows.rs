@@ -268,14 +268,16 @@ pub(crate) fn released(packet: &Packet<'_>, config: &Config, is_changed: &mut bo
 }
 
 impl Released {
-    /// Of a packet that is in its tunnel, and has still the mark and the priority that the stack gave it.
+    /// Of a packet that is sent, in its tunnel or without one, and has still the mark and the priority that the stack gave it.
     #[inline(always)]
-    pub(crate) fn note(&self, packet: &Packet<'_>) {
+    pub(crate) fn note(&self, packet: &Packet<'_>, is_direct: bool) {
         let Self { original, sent_as } = *self;
         if is_excluded(&original, &sent_as) {
             return;
         }
-        let Some([_, tos]) = packet.header::<[u8; 2]>(OuterHeader::LEN) else { return };
+        let begin =
+            if is_direct { packet.header::<[u8; 2]>(EthHdr::LEN) } else { packet.header::<[u8; 2]>(OuterHeader::LEN) };
+        let Some([_, tos]) = begin else { return };
         // Where there is no room, the flow goes on through the stack.
         let _full = remember(original, |flow| {
             let (mark, priority) = packet.mark_and_priority();

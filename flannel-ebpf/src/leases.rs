@@ -9,6 +9,26 @@ use flannel_common::{
 
 use crate::maps::{ACCEPTED, CONFIG, HEARD, PREFIXES, SUBNETS, UNSET, VTEP_ADDRESSES, VTEPS};
 
+/// A peer, and its number.
+#[derive(Clone, Copy)]
+pub(crate) struct Peer {
+    pub(crate) id: u32,
+    pub(crate) vtep: &'static Vtep,
+}
+
+impl Peer {
+    /// Whether packets to it are sent without encapsulation.
+    #[inline(always)]
+    pub(crate) fn is_direct(self, config: &Config) -> bool {
+        // The flag is a constant to the verifier.
+        if !config.has(Config::DIRECT) || self.vtep.flags & Vtep::ON_LINK == 0 {
+            return false;
+        }
+        // SAFETY: a map value lives as long as the program; a mixture of two of its states is one of them or leads to the tunnel.
+        HEARD.get_ptr(self.id).is_some_and(|heard| unsafe { heard.read_volatile() }.is_direct())
+    }
+}
+
 pub(crate) struct Leases<'a> {
     pub(crate) config: &'a Config,
 }
@@ -16,8 +36,9 @@ pub(crate) struct Leases<'a> {
 impl Leases<'_> {
     /// The peer that leases the subnet of `address` (host order).
     #[inline(always)]
-    pub(crate) fn peer_of(&self, address: u32) -> Option<&'static Vtep> {
-        VTEPS.get(self.id_of(address)?)
+    pub(crate) fn peer_of(&self, address: u32) -> Option<Peer> {
+        let id = self.id_of(address)?;
+        Some(Peer { id, vtep: VTEPS.get(id)? })
     }
 
     #[inline(always)]
@@ -65,14 +86,29 @@ pub(crate) fn overlay_device() -> u32 {
 /// Notes that a VTEP is alive. One store in a second: between these, all CPUs share a clean cache line.
 #[inline(always)]
 pub(crate) fn note_heard(id: u32, now: u64) {
-    let now = heard_time(now);
     if let Some(heard) = HEARD.get_ptr_mut(id) {
-        // SAFETY: a map value lives as long as the program. Other CPUs may store at the same time; each stores a whole,
-        // aligned word.
-        unsafe {
-            if heard.read_volatile() != now {
-                heard.write_volatile(now);
-            }
+        // SAFETY: a map value lives as long as the program.
+        note(unsafe { &raw mut (*heard).last }, heard_time(now));
+    }
+}
+
+/// The same of a packet that was not encapsulated.
+#[inline(always)]
+pub(crate) fn note_heard_directly(id: u32, now: u64) {
+    if let Some(heard) = HEARD.get_ptr_mut(id) {
+        // SAFETY: as above.
+        let (last, direct) = unsafe { (&raw mut (*heard).last, &raw mut (*heard).direct) };
+        note(direct, heard_time(now));
+        note(last, heard_time(now));
+    }
+}
+
+#[inline(always)]
+fn note(time: *mut u32, now: u32) {
+    // SAFETY: part of a map value. Other CPUs may store at the same time; each stores a whole, aligned word.
+    unsafe {
+        if time.read_volatile() != now {
+            time.write_volatile(now);
         }
     }
 }

@@ -11,8 +11,8 @@ use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey, Original, SourcePorts},
     maps::{
-        Config, Counter, EXCLUDED_WORDS, GONE_SLOTS, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES,
-        Vtep,
+        Config, Counter, EXCLUDED_WORDS, GONE_SLOTS, Heard, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS,
+        MAX_PREFIXES, Vtep,
     },
     packet::Mac,
 };
@@ -33,7 +33,7 @@ pub(crate) static VTEP_ADDRESSES: HashMap<[u8; 4], u32> = HashMap::with_max_entr
 pub(crate) static ACCEPTED: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_ACCEPTED, 0);
 
 #[map]
-pub(crate) static HEARD: Array<u32> = Array::with_max_entries(1, 0);
+pub(crate) static HEARD: Array<Heard> = Array::with_max_entries(1, 0);
 
 #[map]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_FLOWS, 0);

@@ -3,8 +3,9 @@
 
 use core::mem::offset_of;
 
-use flannel_common::{checksum, flow::FlowKey};
+use flannel_common::{checksum, flow::FlowKey, packet::Mac};
 use network_types::{
+    eth::{EthHdr, EtherType},
     ip::{IpProto, Ipv4Hdr},
     tcp::TcpHdr,
     udp::UdpHdr,
@@ -47,6 +48,25 @@ impl NextHop {
             source_port: source.1,
             destination_port: destination.1,
         }
+    }
+}
+
+/// What a packet that bypasses the stack begins with where it is not encapsulated.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Framed {
+    ethernet: EthHdr,
+    next: NextHop,
+}
+
+// SAFETY: #[repr(C)] of two headers, without padding between them.
+unsafe impl Header for Framed {}
+
+impl Framed {
+    /// Between these MACs.
+    #[inline(always)]
+    pub(crate) fn new(dst_addr: Mac, src_addr: Mac, next: NextHop) -> Self {
+        Self { ethernet: EthHdr { dst_addr, src_addr, ether_type: EtherType::Ipv4 as u16 }, next }
     }
 }
 

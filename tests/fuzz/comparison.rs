@@ -4,7 +4,7 @@
 //! were heard. Not compared is what a program can't show here: the device that it redirects to, and what it does with a
 //! packet that carries XDP metadata; those are tested on wires.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{collections::BTreeSet, path::Path, process::Command, time::Duration};
 
 use flannel_agent::{
     bypass::{Plan, Ports, Protocol},
@@ -16,8 +16,8 @@ use flannel_agent::{
 use flannel_common::{
     event::{Event, Outcome},
     flow::{Egress, Flow, FlowKey, Ingress, Original},
-    maps::{Counter, Vtep},
-    model::{self, Excluded, Fate, FlowChange, Frame, Known, Lease, Overlay, ToldBy, World},
+    maps::{Counter, Heard, Vtep},
+    model::{self, Excluded, Fate, FlowChange, Frame, Known, LastHeard, Lease, Overlay, ToldBy, World},
     packet::{OuterHeader, Tunnel},
     vxlan::Vni,
 };
@@ -56,6 +56,8 @@ struct Loaded {
     programs: TestRuns,
     /// What the counters must be.
     counters: Vec<Counter>,
+    /// When each peer was heard.
+    heard: Heard,
 }
 
 /// Two answers to one input.
@@ -145,7 +147,8 @@ impl Loaded {
                 address: u32::from_be_bytes(peer.address),
                 next_hop: peer.address,
                 ifindex: if peer.has_route { ifindex } else { 0 },
-                flags: if peer.next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 },
+                flags: if peer.next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 }
+                    | if peer.is_on_link { Vtep::ON_LINK } else { 0 },
             };
             dataplane.peers.set(format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap(), &vtep).unwrap();
         }
@@ -162,7 +165,7 @@ impl Loaded {
             Overlay::Is(_) => dataplane.peers.set_overlay_device(overlay).unwrap(),
         }
         let counters = vec![Counter::default(); Event::ALL.len()];
-        Self { world, programs: TestRuns::new(dataplane).unwrap(), counters }
+        Self { world, programs: TestRuns::new(dataplane).unwrap(), counters, heard: Heard::default() }
     }
 
     fn compare(
@@ -194,8 +197,10 @@ impl Loaded {
                 received_as,
                 original: input.original(),
                 sender: input.sender(),
+                heard: input.heard(),
             },
         };
+        self.set_heard(packet.known.heard);
         let place = self.place_of_original(program, note, key);
         let left = if key.is_some() && goes_in(program) { Original::default() } else { packet.known.original };
         self.programs.set_original(place, left).unwrap();
@@ -211,10 +216,7 @@ impl Loaded {
         equal("what is left for the other side of the stack", after, fate.original.unwrap_or(left))?;
         self.programs.set_original(place, Original::default()).unwrap();
         equal("the MAC that the pod sends from", self.programs.pod(ifindex).unwrap(), fate.sender)?;
-        match fate.heard {
-            Some(address) if !self.take_heard(address) => Err(format!("{address:?} was not heard")),
-            _ => Ok(()),
-        }
+        self.check_heard(&fate)
     }
 
     /// Has the programs know the packet's flow, as the input says.
@@ -277,7 +279,7 @@ impl Loaded {
                 let after = self.programs.note(hook, packet, out).map_err(|error| error.to_string())?;
                 equal("note", after.note, fate.note)?;
                 // PACKET_HOST (include/uapi/linux/if_packet.h): the pod's stack takes TCP in no other.
-                if fate.event == Some(Event::Delivered) {
+                if [Event::Delivered, Event::DirectDelivered].map(Some).contains(&fate.event) {
                     equal("packet type", after.packet_type, 0)?;
                 }
                 after
@@ -365,9 +367,37 @@ impl Loaded {
         Original::index(tag, is_from_pod)
     }
 
-    fn take_heard(&mut self, address: [u8; 4]) -> bool {
+    /// Has all peers' last packets have come so, long ago.
+    fn set_heard(&mut self, heard: LastHeard) {
+        let heard = match heard {
+            LastHeard::Never => Heard::default(),
+            LastHeard::InTunnel => Heard { last: 3, direct: 1 },
+            LastHeard::Directly => Heard { last: 2, direct: 1 },
+        };
+        if std::mem::replace(&mut self.heard, heard) == heard {
+            return;
+        }
+        for address in self.addresses() {
+            let id = self.programs.id_of(address).unwrap();
+            self.programs.set_heard(id, heard).unwrap();
+        }
+    }
+
+    fn check_heard(&mut self, fate: &Fate) -> Result<(), String> {
+        let Some(address) = fate.heard else { return Ok(()) };
         let id = self.programs.id_of(address).unwrap();
-        self.programs.take_heard(id).unwrap()
+        let Heard { last, direct } = self.programs.heard(id).unwrap();
+        equal(
+            "whether it was heard, and without a tunnel",
+            (last != self.heard.last, direct != self.heard.direct),
+            (true, fate.is_heard_directly),
+        )?;
+        self.programs.set_heard(id, self.heard).unwrap();
+        Ok(())
+    }
+
+    fn addresses(&self) -> BTreeSet<[u8; 4]> {
+        self.world.leases.iter().map(|lease| lease.peer.address).collect()
     }
 
     fn look_around(&mut self) -> Result<(), String> {
@@ -376,8 +406,9 @@ impl Loaded {
             return Err(format!("counted besides: {}", self.moved()));
         }
         equal("flows", self.programs.flows().unwrap(), vec![])?;
-        let addresses: Vec<_> = self.world.leases.iter().map(|lease| lease.peer.address).collect();
-        match addresses.into_iter().find(|address| self.take_heard(*address)) {
+        let is_heard =
+            |address: &[u8; 4]| self.programs.heard(self.programs.id_of(*address).unwrap()).unwrap() != self.heard;
+        match self.addresses().into_iter().find(is_heard) {
             Some(address) => Err(format!("{address:?} was heard")),
             None => Ok(()),
         }

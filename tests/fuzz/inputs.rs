@@ -7,14 +7,14 @@ use etherparse::EtherType;
 use flannel_common::{
     flow::{Constants, FlowKey, Original, SourcePorts, Treatment},
     maps::Config,
-    model::{self, Excluded, Lease, Note, Overlay, Peer, Program, Route, ToldBy, World},
+    model::{self, Excluded, LastHeard, Lease, Note, Overlay, Peer, Program, Route, ToldBy, World},
 };
 use rand::{Rng, RngExt as _, seq::IndexedRandom as _};
 
 use crate::{comparison::hex, frames::*};
 
 /// The worlds that programs are loaded for.
-pub const WORLDS: [fn() -> World; 9] = [
+pub const WORLDS: [fn() -> World; 11] = [
     || World { config: config(), leases: leases(), ..routed() },
     || World { config: Config { bypass_time: 0, ..config() }, leases: leases(), ..routed() },
     small_subnets,
@@ -24,6 +24,8 @@ pub const WORLDS: [fn() -> World; 9] = [
     || World { excluded: excluded(), leases: leases(), ..routed() },
     || with_flags(Config::QUEUED | Config::LEFT_IN_TUNNEL),
     || with_flags(Config::SHOWN),
+    || World { config: Config { flags: Config::DIRECT, ..config() }, leases: leases(), ..routed() },
+    || with_flags(Config::DIRECT | Config::QUEUED | Config::SHOWN),
 ];
 
 /// Of what is not bypassed.
@@ -215,6 +217,11 @@ impl<'a> Input<'a> {
         self.head[6] >> 4 == 0xe
     }
 
+    /// How the peers' last packets came.
+    pub fn heard(&self) -> LastHeard {
+        [LastHeard::Never, LastHeard::InTunnel, LastHeard::Directly][usize::from(self.head[4]) % 3]
+    }
+
     /// By what a packet is told from others when a program gets it: seldom by anything.
     pub fn told_by(&self) -> ToldBy {
         match self.head[2] >> 4 & 7 {
@@ -275,7 +282,12 @@ impl<'a> Input<'a> {
     /// The flow that the program looks for.
     pub fn flow(&self) -> Option<FlowKey> {
         match self.program() {
-            Program::FromUnderlay => model::flow_of(self.frame, INNER_IPV4, false),
+            Program::FromUnderlay => {
+                let config = WORLDS[self.world()]().config;
+                let to = self.frame.get(IPV4 + 16..).and_then(|octets| octets.first_chunk().copied());
+                let is_direct = to.is_some_and(|to| config.is_local(u32::from_be_bytes(to)));
+                model::flow_of(self.frame, if is_direct { IPV4 } else { INNER_IPV4 }, false)
+            }
             Program::FromPod | Program::ToOverlay => model::flow_of(self.frame, IPV4, true),
             Program::ToPod | Program::FromOverlay => model::flow_of(self.frame, IPV4, false),
             Program::XdpDecap => None,
@@ -294,6 +306,7 @@ impl fmt::Debug for Input<'_> {
             .field("sender, is gone", &(self.sender(), self.is_gone()))
             .field("original", &self.original())
             .field("sent_as, received_as", &self.flow().map(|key| self.sent_and_received_as(key)))
+            .field("heard", &self.heard())
             .field("told by, known", &(self.told_by(), self.known_treatment()))
             .field("look", &self.look())
             .field("frame", &hex(self.frame))
@@ -321,10 +334,30 @@ fn config() -> Config {
     }
 }
 
-const TWO: Peer = Peer { address: NODE_TWO, vtep_mac: VTEP_TWO_MAC, next_hop_mac: Some(NODE_TWO_MAC), has_route: true };
-const THREE: Peer = Peer { address: NODE_THREE, vtep_mac: VTEP_THREE_MAC, next_hop_mac: None, has_route: true };
-const FOUR: Peer =
-    Peer { address: [192, 168, 64, 4], vtep_mac: [0x0a, 0, 0, 0, 0, 4], next_hop_mac: None, has_route: false };
+const TWO: Peer = Peer {
+    address: NODE_TWO,
+    vtep_mac: VTEP_TWO_MAC,
+    next_hop_mac: Some(NODE_TWO_MAC),
+    has_route: true,
+    is_on_link: true,
+};
+const THREE: Peer =
+    Peer { address: NODE_THREE, vtep_mac: VTEP_THREE_MAC, next_hop_mac: None, has_route: true, is_on_link: true };
+const FOUR: Peer = Peer {
+    address: [192, 168, 64, 4],
+    vtep_mac: [0x0a, 0, 0, 0, 0, 4],
+    next_hop_mac: None,
+    has_route: false,
+    is_on_link: false,
+};
+/// Behind a router.
+const FIVE: Peer = Peer {
+    address: [192, 168, 65, 5],
+    vtep_mac: [0x0a, 0, 0, 0, 0, 5],
+    next_hop_mac: Some(NODE_TWO_MAC),
+    has_route: true,
+    is_on_link: false,
+};
 
 const fn lease(network: [u8; 4], len: u32, peer: Peer) -> Lease {
     Lease { network, len, peer }
@@ -336,6 +369,7 @@ fn leases() -> Vec<Lease> {
         lease([10, 5, 2, 0], 24, TWO),
         lease([10, 5, 3, 0], 24, THREE),
         lease([10, 5, 5, 0], 24, FOUR),
+        lease([10, 5, 6, 0], 24, FIVE),
         lease([10, 5, 4, 128], 25, TWO),
         lease([10, 5, 4, 160], 27, THREE),
         lease([10, 5, 2, 128], 25, THREE),
@@ -408,6 +442,10 @@ fn frame(program: Program, world: &World, random: &mut impl Rng) -> Vec<u8> {
     let here = within(world.config.subnet.to_be_bytes(), world.config.subnet_mask.leading_ones(), random);
     let of = |packet: Vec<u8>, source, destination| [ethernet(source, destination, EtherType::IPV4), packet].concat();
     match program {
+        Program::FromUnderlay if random.random_ratio(1, 4) => {
+            let from = lease.peer.next_hop_mac.filter(|_| random.random_ratio(7, 8)).unwrap_or(FOREIGN_MAC);
+            of(packet(there, here, random), from, world.config.underlay_mac)
+        }
         Program::FromUnderlay | Program::XdpDecap => {
             let peer = lease.peer;
             let to = if random.random_ratio(1, 16) { DEVICE_MAC } else { world.config.vtep_mac };

@@ -19,7 +19,7 @@ use aya::{
     },
 };
 use flannel_common::maps::{
-    Config, HEARD, HEARD_UNIT_SHIFT, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep, heard_time,
+    Config, HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep, heard_time,
 };
 use ipnet::Ipv4Net;
 use nix::time::{ClockId, clock_gettime};
@@ -39,7 +39,7 @@ pub struct PeerMaps {
     prefixes: LpmTrie<MapData, [u8; 4], u32>,
     vteps: Array<MapData, Vtep>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
-    heard: Array<MapData, u32>,
+    heard: Array<MapData, Heard>,
     /// The id that each subnet has in `SUBNETS` or `PREFIXES`.
     published: BTreeMap<Ipv4Net, u32>,
     /// The VTEPs in use.
@@ -213,7 +213,7 @@ impl PeerMaps {
     pub fn silence_of(&self, subnet: Ipv4Net) -> Result<Option<Duration>, DataplaneError> {
         let unknown = self.blind_since.map(|since| since.elapsed());
         let Some(id) = self.published.get(&subnet) else { return Ok(unknown) };
-        let heard = self.heard.get(id, 0).map_err(DataplaneError::map("read", HEARD))?;
+        let heard = self.heard.get(id, 0).map_err(DataplaneError::map("read", HEARD))?.last;
         if heard == 0 {
             return Ok(unknown);
         }
@@ -231,7 +231,7 @@ impl PeerMaps {
         let full = DataplaneError::Full { used: self.entries.len(), capacity: self.vteps.len() };
         let id = self.ids.take(Instant::now()).ok_or(full)?;
         let same_host = before.filter(|id| self.entries.get(id).is_some_and(|old| old.vtep.address == vtep.address));
-        let heard = same_host.map_or(Ok(0), |before| self.heard.get(&before, 0));
+        let heard = same_host.map_or(Ok(Heard::default()), |before| self.heard.get(&before, 0));
         let written = heard
             .and_then(|heard| self.heard.set(id, heard, 0))
             .map_err(DataplaneError::map("write", HEARD))

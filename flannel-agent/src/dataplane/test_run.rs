@@ -9,7 +9,7 @@ use aya::{
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey, Original},
-    maps::{Counter, FLOWS, GONE, HEARD, ORIGINALS, PODS, VTEP_ADDRESSES, gone_slot},
+    maps::{Counter, FLOWS, GONE, HEARD, Heard, ORIGINALS, PODS, VTEP_ADDRESSES, gone_slot},
     noted,
     packet::Mac,
 };
@@ -44,7 +44,7 @@ pub struct TestRuns {
     noted: Ebpf,
     /// Which these are; they stay in it as long as it lives.
     _programs: ProgramArray<MapData>,
-    heard: Array<MapData, u32>,
+    heard: Array<MapData, Heard>,
     originals: Array<MapData, Original>,
     gone: Array<MapData, u32>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
@@ -279,16 +279,20 @@ impl TestRuns {
         self.addresses.get(&address, 0).map_err(DataplaneError::map("read", VTEP_ADDRESSES))
     }
 
-    /// Whether a packet of a VTEP was admitted since this was last asked.
+    /// When packets of a VTEP were admitted.
     ///
     /// # Errors
     /// [`DataplaneError::Map`].
-    pub fn take_heard(&mut self, id: u32) -> Result<bool, DataplaneError> {
-        let heard = self.heard.get(&id, 0).map_err(DataplaneError::map("read", HEARD))? != 0;
-        if heard {
-            self.heard.set(id, 0, 0).map_err(DataplaneError::map("write", HEARD))?;
-        }
-        Ok(heard)
+    pub fn heard(&self, id: u32) -> Result<Heard, DataplaneError> {
+        self.heard.get(&id, 0).map_err(DataplaneError::map("read", HEARD))
+    }
+
+    /// Has them be admitted then.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn set_heard(&mut self, id: u32, heard: Heard) -> Result<(), DataplaneError> {
+        self.heard.set(id, heard, 0).map_err(DataplaneError::map("write", HEARD))
     }
 }
 

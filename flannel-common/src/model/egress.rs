@@ -20,11 +20,7 @@ impl World {
         if self.config.flags & Config::SHOWN != 0 && packet.note == self.note(Note::HandedOn) {
             return Fate { note: 0, ..Fate::unchanged(Event::EncapShown, packet) };
         }
-        let is_queued = self.config.flags & Config::QUEUED != 0 && packet.frame.starts_with(&NEXT_HOP_MAC);
-        let fate = match is_queued {
-            true => Fate::unchanged(Event::EncapQueued, packet),
-            false => self.encapsulated(packet),
-        };
+        let fate = self.encapsulated(packet, self.config.flags & Config::QUEUED != 0);
         let outcome = fate.event.map(Event::outcome);
         // What begins or ends a connection, under the name that it has by now; and what is not treated as others are.
         let ended = self.left_by_pod(packet, Kind::Turn).map(|_| FlowChange::Removed);
@@ -68,7 +64,7 @@ impl World {
     /// The kernel's vxlan device gives back what was handed to it, or what came in a tunnel: that only with a note.
     pub(super) fn ingress_of_overlay(&self, packet: Packet<'_>) -> Fate {
         if packet.note == self.note(Note::HandedOn) {
-            let fate = self.encapsulated(packet);
+            let fate = self.encapsulated(packet, false);
             let event = match fate.event {
                 Some(event) if event.outcome() == Outcome::Pass => Some(Event::EncapImpossible),
                 other => other,
@@ -92,7 +88,7 @@ impl World {
     }
 
     /// A tunnel carries every IPv4 packet that has a peer and a size.
-    fn encapsulated(&self, packet: Packet<'_>) -> Fate {
+    fn encapsulated(&self, packet: Packet<'_>, is_queued: bool) -> Fate {
         let unchanged = |event| Fate::unchanged(event, packet);
         if !is_ipv4(packet.frame) {
             return unchanged(Event::EncapNotIpv4);
@@ -105,6 +101,12 @@ impl World {
         let Some(peer) = self.leaseholder(ip.destination()) else { return unchanged(Event::EncapNoPeer) };
         if !peer.has_route {
             return unchanged(Event::EncapNoRoute);
+        }
+        if self.is_direct(peer, packet.known.heard) {
+            return Fate { frame: self.on_link(peer, inner), note: 0, ..unchanged(Event::Direct) };
+        }
+        if is_queued {
+            return unchanged(Event::EncapQueued);
         }
         if packet.is_gso {
             return unchanged(Event::EncapNoRoom);
@@ -160,20 +162,34 @@ impl World {
             return Fate { flow: FlowChange::Removed, ..slow };
         }
         let sent_as = packet.known.sent_as;
-        let is_fit = !packet.is_gso && inner.len() <= self.config.mtu as usize && ip.ttl() > 1;
-        let is_fit = is_fit && ip.dscp() == packet.known.dscp;
+        let is_fit = inner.len() <= self.config.mtu as usize && ip.ttl() > 1 && ip.dscp() == packet.known.dscp;
         if !self.may_bypass() || kind != Kind::Data || !packet.known.egress || !is_fit {
             return slow;
         }
         let Some(peer) = self.leaseholder(sent_as.remote).filter(|peer| peer.has_route) else { return slow };
+        let is_direct = self.is_direct(peer, packet.known.heard);
+        // What is to be segmented gets no tunnel here.
+        if packet.is_gso && !is_direct {
+            return slow;
+        }
         let event = match (sent_as == key, peer.next_hop_mac) {
+            _ if is_direct => Event::PodDirect,
             (false, _) => Event::PodTranslated,
             (true, Some(_)) => Event::PodEncapsulated,
             (true, None) => Event::PodEncapsulatedNeighbour,
         };
         let inner = translated(one_hop_on(inner), key, sent_as, End::Source);
-        let frame = Frame::InTunnel(self.in_tunnel(peer, ip, &inner));
+        let frame = match is_direct {
+            true => self.on_link(peer, &inner),
+            false => Frame::InTunnel(self.in_tunnel(peer, ip, &inner)),
+        };
         Fate { event: Some(event), frame, note: 0, told_by: packet.known.told_by, original: None, ..slow }
+    }
+
+    /// The frame as the underlay's link carries it. A next hop that is not known is left to the kernel.
+    fn on_link(&self, peer: &Peer, inner: &[u8]) -> Frame {
+        let [to, from] = [peer.next_hop_mac.unwrap_or_default(), self.config.underlay_mac];
+        Frame::Is([&to[..], &from, &[8, 0], inner].concat())
     }
 
     /// The frame with all outer headers (RFC 7348 section 5), zero where the packet alone does not decide.

@@ -43,6 +43,9 @@ impl World {
         if !is_ipv4(frame) || to_another {
             return Fate::unchanged(Event::NotTunnel, packet);
         }
+        if let Some(fate) = self.without_tunnel(packet) {
+            return fate;
+        }
         let admitted = match self.admit(frame, packet.is_gso) {
             Ok(admitted) => admitted,
             Err(event) => return Fate::unchanged(event, packet),
@@ -69,6 +72,41 @@ impl World {
         out.extend(translated(one_hop_on(&frame[INNER_AT..]), key, received_as, End::Destination));
         let event = if received_as == key { Event::Delivered } else { Event::DeliveredTranslated };
         Fate { event: Some(event), frame: Frame::Is(out), note: packet.note, ..slow }
+    }
+
+    /// A peer on the link may send its pods' packets to ours as they are, from the MAC that it is known by.
+    fn without_tunnel(&self, packet: Packet<'_>) -> Option<Fate> {
+        let frame = packet.frame;
+        let ip = Ipv4::at(frame, ETHERNET)?;
+        let (from, to) = (ip.source(), ip.destination());
+        let is_ours = self.is_of_own_subnet(to) && !self.is_own_broadcast(to) && !self.is_of_own_subnet(from);
+        let peer = self.leaseholder(from).filter(|peer| is_ours && peer.is_on_link && peer.has_route)?;
+        if frame[0] & 1 != 0 {
+            return None;
+        }
+        if peer.next_hop_mac.is_some_and(|mac| frame[6..12] != mac) {
+            let is_direct = self.config.flags & Config::DIRECT != 0;
+            return is_direct.then(|| Fate::unchanged(Event::DirectForeignMac, packet));
+        }
+        let (kind, key) = flow(frame, ip, ETHERNET, End::Destination);
+        let slow = Fate {
+            note: self.note(Note::Admitted(key)),
+            heard: Some(peer.address),
+            is_heard_directly: true,
+            flow: match kind == Kind::Turn && self.may_bypass() {
+                true => FlowChange::Removed,
+                false => FlowChange::Unchanged,
+            },
+            ..Fate::unchanged(Event::DirectHandedIn, packet)
+        };
+        let may_bypass = self.may_bypass() && kind == Kind::Data && packet.known.ingress && !packet.known.is_gone;
+        if !may_bypass || ip.ttl() < 2 {
+            return Some(slow);
+        }
+        let received_as = packet.known.received_as;
+        let inner = translated(one_hop_on(&frame[ETHERNET..]), key, received_as, End::Destination);
+        let out = [&packet.known.pod_mac[..], &packet.known.gateway_mac, &[8, 0], &inner].concat();
+        Some(Fate { event: Some(Event::DirectDelivered), frame: Frame::Is(out), note: packet.note, ..slow })
     }
 
     pub(super) fn xdp_decap(&self, packet: Packet<'_>) -> Fate {

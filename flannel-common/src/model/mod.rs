@@ -111,6 +111,8 @@ pub struct Peer {
     pub next_hop_mac: Option<Mac>,
     /// Whether the underlay has a route to it.
     pub has_route: bool,
+    /// Whether it is on the same link as this host.
+    pub is_on_link: bool,
 }
 
 /// A packet that a program sees.
@@ -162,6 +164,20 @@ pub struct Known {
     pub original: Original,
     /// The MAC that the pod at this veth last sent from, of what took the stack.
     pub sender: Option<Mac>,
+    /// How peers sent their last packets.
+    pub heard: LastHeard,
+}
+
+/// How a packet of a peer came last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LastHeard {
+    /// None came.
+    #[default]
+    Never,
+    /// In a tunnel.
+    InTunnel,
+    /// Without one.
+    Directly,
 }
 
 /// What must become of a packet.
@@ -181,6 +197,8 @@ pub struct Fate {
     pub original: Option<Original>,
     /// Which VTEP is known to be alive.
     pub heard: Option<[u8; 4]>,
+    /// Its packet was in no tunnel.
+    pub is_heard_directly: bool,
     /// The MAC that the pod at this veth is known to send from, from then on.
     pub sender: Option<Mac>,
 }
@@ -239,6 +257,7 @@ impl Fate {
             flow: FlowChange::Unchanged,
             original: None,
             heard: None,
+            is_heard_directly: false,
             sender: packet.known.sender,
         }
     }
@@ -334,6 +353,12 @@ impl World {
         let first = u64::from(network);
         let end = first + (u64::from(slots) << slot_shift);
         lease.len + slot_shift == 32 && (first..end).contains(&u64::from(u32::from_be_bytes(lease.network)))
+    }
+
+    /// Whether a packet to a peer goes without a tunnel: where the operator wants that, both are on one link, and the peer does
+    /// it so, as far as is known.
+    fn is_direct(&self, peer: &Peer, heard: LastHeard) -> bool {
+        self.config.flags & Config::DIRECT != 0 && peer.has_route && peer.is_on_link && heard != LastHeard::InTunnel
     }
 
     fn is_peer(&self, address: [u8; 4]) -> bool {
