@@ -1,28 +1,18 @@
 //! The life of the daemon: wait for the store, set up, follow changes.
 //!
 //! * `start` — what is known before anything is touched: from the store, or where that is away, from the last run
-//! * `setup` — making the datapath
-//! * `agent` — keeping it in step with store and kernel
-//! * `store` — what the agent makes of what the store says
-//! * `drift` — bringing back in step what somebody else changed
-//! * `record` — what it writes into its run directory
-//! * `endings` — connections and pods that end
-//! * `inspection` — which packets others' packet rules are looked through for
-//! * `renewal` — keeping this host's own lease, and taking another where it is lost
-//! * `restrictions` — what has to see each packet of this host, and what follows for the bypass
-//! * `routes` — which routes lead into the overlay, and keeping them so
+//! * `setup` — making all of it
+//! * `agent` — the loop that carries what happens between the three, none of which knows another:
+//! * `leases` — what follows the store
+//! * `reconcile` — what keeps the kernel in step
+//! * `report` — what is told
 
 mod agent;
-mod drift;
-mod endings;
-mod inspection;
-mod record;
-mod renewal;
-mod restrictions;
-mod routes;
+mod leases;
+mod reconcile;
+mod report;
 mod setup;
 mod start;
-mod store;
 
 use std::io;
 
@@ -139,11 +129,12 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
         Some(lock) => lock,
         None => Lock::take(&cli.run_dir, prepared.network.backend.vni)?,
     };
-    let agent = setup::set_up(cli, netlink, prepared, features, &health).await?;
+    let agent = setup::set_up(cli, netlink, device_events, prepared, features, &health).await?;
     health.set_ready();
     health::ready();
     tokio::spawn(health::keep_watchdog(health));
-    agent.follow(device_events, shutdown).await
+    agent.follow(shutdown).await;
+    Ok(())
 }
 
 /// SIGINT and SIGTERM.

@@ -10,7 +10,7 @@ use ipnet::Ipv4Net;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::{DaemonError, record, renewal::CLAIM_PERIOD};
+use super::{DaemonError, leases::CLAIM_PERIOD, report};
 use crate::{
     cli::Cli,
     config::NetworkConfig,
@@ -151,7 +151,7 @@ impl Waiting<'_> {
         }
         let mut lease = LeaseStatus::new(contested.subnet, contested.vtep_mac, LeaseState::Contested);
         lease.contested = Some(contested.to_string());
-        let mut status = record::status(self.kind, self.network, self.external, self.device, lease);
+        let mut status = report::status(self.kind, self.network, self.external, self.device, lease);
         status.written = status::now();
         Ok(status.write(&self.cli.run_dir, vni)?)
     }

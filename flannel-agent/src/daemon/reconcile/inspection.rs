@@ -11,7 +11,7 @@ use nix::net::if_::if_indextoname;
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::{agent::Agent, restrictions::Observer};
+use super::{Reconciler, restrictions::Observer};
 use crate::{
     bypass::{BypassFlag, Kind, Restriction, Scope},
     device::PodLink,
@@ -19,6 +19,7 @@ use crate::{
         Pod, Surroundings,
         reader::{Found, Reader},
     },
+    lease::LeaseTable,
 };
 
 /// For how long the first look at the rule sets may hold up the start.
@@ -35,35 +36,35 @@ pub(super) struct Inspected {
     pub(super) marks: u32,
 }
 
-impl Agent<'_> {
+impl Reconciler<'_> {
     /// Pods are at these places.
     pub(super) fn inspect_for_pods(&mut self, links: &[PodLink]) {
         // One that is gone has no packets.
         let name = |bridge| if_indextoname(bridge).ok()?.into_string().ok();
         let bridges: BTreeSet<u32> = links.iter().filter_map(|link| link.bridge).collect();
         let pod = |link: &PodLink| (link.name.clone(), Pod { index: link.index, is_bridged: link.bridge.is_some() });
-        self.inspected.bridges = bridges.into_iter().filter_map(name).collect();
-        self.inspected.pods = links.iter().map(pod).collect();
+        self.bypass.inspected.bridges = bridges.into_iter().filter_map(name).collect();
+        self.bypass.inspected.pods = links.iter().map(pod).collect();
         self.inspect();
     }
 
     /// Peers may be others. Rules for the tunnel packets to them are named only, so that it need not be at once.
-    pub(super) fn inspect_for_peers(&mut self) {
-        let peers: BTreeSet<_> = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
-        if *self.inspected.peers != peers {
-            self.inspected.peers = Arc::new(peers);
+    pub(super) fn inspect_for_peers(&mut self, table: &LeaseTable) {
+        let peers: BTreeSet<_> = table.iter().map(|(_, peer)| peer.public_ip).collect();
+        if *self.bypass.inspected.peers != peers {
+            self.bypass.inspected.peers = Arc::new(peers);
             self.inspect();
         }
     }
 
     /// Waits until the rule sets were looked through, before anything bypasses the stack. Where that takes too long, all takes it
     /// until then.
-    pub(super) async fn wait_for_inspection(&mut self) {
+    pub(super) async fn wait_for_inspection(&mut self, table: &LeaseTable) {
         if self.cli.bypass != BypassFlag::Auto {
             return;
         }
-        match timeout(FIRST_LOOK, self.inspected.reader.changed()).await {
-            Ok(found) => self.take_found(found).await,
+        match timeout(FIRST_LOOK, self.bypass.inspected.reader.changed()).await {
+            Ok(found) => self.take_found(found, table).await,
             Err(_) => {
                 warn!(
                     "reading this host's packet rules takes longer than {FIRST_LOOK:?}; nothing bypasses the stack until then"
@@ -76,22 +77,22 @@ impl Agent<'_> {
     }
 
     /// Takes what the rule sets come to.
-    pub(super) async fn take_found(&mut self, Found { restrictions, marks }: Found) {
+    pub(super) async fn take_found(&mut self, Found { restrictions, marks }: Found, table: &LeaseTable) {
         self.observed(Observer::Rules, restrictions.into_iter().collect());
-        if std::mem::replace(&mut self.inspected.marks, marks) != marks {
-            self.look_at_routing_rules().await;
+        if std::mem::replace(&mut self.bypass.inspected.marks, marks) != marks {
+            self.look_at_routing_rules(table).await;
         }
     }
 
     fn inspect(&self) {
-        let Inspected { reader, bridges, pods, peers, marks: _ } = &self.inspected;
+        let Inspected { reader, bridges, pods, peers, marks: _ } = &self.bypass.inspected;
         reader.set(Surroundings {
-            network: self.network.network,
-            subnet: self.own.key.subnet,
-            overlay: self.device.name.clone(),
-            external: self.external.link.name.clone(),
-            address: self.external.address,
-            port: self.device.port,
+            network: self.target.network.network,
+            subnet: self.target.lease.key.subnet,
+            overlay: self.target.device.name.clone(),
+            external: self.uplink.external.link.name.clone(),
+            address: self.uplink.external.address,
+            port: self.target.device.port,
             bridges: bridges.clone(),
             pods: pods.clone(),
             peers: Arc::clone(peers),

@@ -22,13 +22,13 @@ use crate::{
 };
 
 /// How long a host waits that found another living one with its address, before it looks whether that is gone.
-pub(super) const CLAIM_PERIOD: Duration = Duration::from_secs(10);
+pub(in crate::daemon) const CLAIM_PERIOD: Duration = Duration::from_secs(10);
 /// For how long the lease table is waited for, before the store is asked again.
 const JUDGEMENT_TIME: Duration = Duration::from_secs(15);
 
 /// What becomes of the own lease.
 #[derive(Debug)]
-pub(super) enum RenewalEvent {
+pub(in crate::daemon) enum RenewalEvent {
     /// It is kept for another term.
     Renewed,
     /// Another host claims it, and was answered.

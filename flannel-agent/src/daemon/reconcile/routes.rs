@@ -10,17 +10,18 @@ use ipnet::Ipv4Net;
 use tokio::{net::lookup_host, sync::mpsc, time::timeout};
 use tracing::{info, warn};
 
-use super::{DaemonError, agent::Agent};
+use super::Reconciler;
 use crate::{
     cli::Cli,
     config::NetworkConfig,
+    daemon::DaemonError,
     device::{
         DeviceError, Link, Netlink,
         host_routes::{HostRoutes, Interest},
         overlay_route::{ForeignNextHops, KernelPeer, OverlayRoutes},
     },
-    lease::PeerChange,
-    registry::Registry,
+    lease::{LeaseTable, PeerChange},
+    registry::StoreKind,
     repair::Repair,
     routes::{self, Choice, Obstacle, RoutesFlag, Routing},
     status::RoutesStatus,
@@ -29,6 +30,8 @@ use crate::{
 const RESOLVERS: &str = "/etc/resolv.conf";
 /// For how long the name of a store's server is asked for.
 const NAME_LIMIT: Duration = Duration::from_secs(1);
+/// How often everything is asked for that events tell of anyway, route by route.
+pub(super) const ROUTES_PERIOD: Duration = Duration::from_secs(60);
 /// How much longer it rests than the host's routes took to read.
 const IDLE_FOR_EACH: u32 = 9;
 const TAKEN: &str = "routes of leases";
@@ -36,18 +39,24 @@ const TAKEN: &str = "routes of leases";
 const MOST_NAMED: usize = 5;
 
 /// What was read of the host.
-pub(super) struct Scan {
+pub(in crate::daemon) struct Scan {
     routes: Result<HostRoutes, DeviceError>,
     store: Vec<Ipv4Addr>,
     took: Duration,
 }
 
+/// How the store is reached.
+pub(super) struct Endpoints {
+    pub(super) store_kind: StoreKind,
+    pub(super) urls: Vec<String>,
+}
+
 /// What is known of routes, and what was made of it.
 pub(super) struct RouteState {
     flag: RoutesFlag,
-    endpoints: Vec<String>,
+    endpoints: Endpoints,
     prefixes: Vec<Ipv4Net>,
-    /// Of the endpoints.
+    /// Addresses of the endpoints.
     store: Vec<Ipv4Addr>,
     pub(super) host: HostRoutes,
     choice: Option<Choice>,
@@ -56,19 +65,39 @@ pub(super) struct RouteState {
     foreign: ForeignNextHops,
     /// Next hops of others' routes into the overlay, also where they are none of a lease's.
     foreign_gateways: BTreeSet<Ipv4Addr>,
-    is_scanning: bool,
-    is_scan_due: bool,
+    pub(super) scanning: Scanning,
+}
+
+/// Reading the host's routes beside the agent's own work.
+pub(super) struct Scanning {
+    is_under_way: bool,
+    is_due: bool,
     last_took: Duration,
     sender: mpsc::Sender<Scan>,
-    pub(super) scans: mpsc::Receiver<Scan>,
+    scans: mpsc::Receiver<Scan>,
+}
+
+impl Scanning {
+    fn new() -> Self {
+        let (sender, scans) = mpsc::channel(1);
+        Self { is_under_way: false, is_due: false, last_took: Duration::ZERO, sender, scans }
+    }
+
+    /// What was read.
+    pub(super) async fn next(&mut self) -> Scan {
+        match self.scans.recv().await {
+            Some(scan) => scan,
+            // It has a sender itself.
+            None => std::future::pending().await,
+        }
+    }
 }
 
 impl RouteState {
-    pub(super) fn new(cli: &Cli, registry: &Registry, network: &NetworkConfig) -> Self {
-        let (sender, scans) = mpsc::channel(1);
+    pub(super) fn new(cli: &Cli, endpoints: Endpoints, network: &NetworkConfig) -> Self {
         Self {
             flag: cli.routes,
-            endpoints: registry.endpoints(),
+            endpoints,
             prefixes: routes::shared_prefixes(network),
             store: Vec::new(),
             host: HostRoutes::default(),
@@ -76,11 +105,7 @@ impl RouteState {
             made: None,
             foreign: ForeignNextHops::new(),
             foreign_gateways: BTreeSet::new(),
-            is_scanning: false,
-            is_scan_due: false,
-            last_took: Duration::ZERO,
-            sender,
-            scans,
+            scanning: Scanning::new(),
         }
     }
 
@@ -89,27 +114,29 @@ impl RouteState {
     }
 }
 
-impl Agent<'_> {
+impl Reconciler<'_> {
     /// Reads the host's routes, before anything depends on them.
-    pub(super) async fn read_routes(&mut self) -> Result<(), DaemonError> {
-        if let Some(existing) = self.netlink.link_by_name(&self.device.name).await? {
+    pub(super) async fn read_routes(&mut self, table: &LeaseTable) -> Result<(), DaemonError> {
+        if let Some(existing) = self.netlink.link_by_name(&self.target.device.name).await? {
             self.underlay.set_overlay(existing.header.index);
         }
-        let interest = self.interest();
+        let interest = self.interest(table);
         self.netlink.set_interest(interest.clone());
-        let scan = scan(self.netlink.clone(), interest, self.routes.endpoints.clone()).await;
-        (self.routes.host, self.routes.store, self.routes.last_took) = (scan.routes?, scan.store, scan.took);
+        let scan = scan(self.netlink.clone(), interest, self.routes.endpoints.urls.clone()).await;
+        (self.routes.host, self.routes.store, self.routes.scanning.last_took) = (scan.routes?, scan.store, scan.took);
         Ok(())
     }
 
     /// Reads them again, beside the agent's own work.
-    pub(super) fn scan_routes(&mut self) {
-        if std::mem::replace(&mut self.routes.is_scanning, true) {
-            self.routes.is_scan_due = true;
+    pub(super) fn scan_routes(&mut self, table: &LeaseTable) {
+        if std::mem::replace(&mut self.routes.scanning.is_under_way, true) {
+            self.routes.scanning.is_due = true;
             return;
         }
-        let (netlink, interest, endpoints) = (self.netlink.clone(), self.interest(), self.routes.endpoints.clone());
-        let (sender, rest) = (self.routes.sender.clone(), std::mem::take(&mut self.routes.last_took) * IDLE_FOR_EACH);
+        let (netlink, interest, endpoints) =
+            (self.netlink.clone(), self.interest(table), self.routes.endpoints.urls.clone());
+        let (sender, rest) =
+            (self.routes.scanning.sender.clone(), std::mem::take(&mut self.routes.scanning.last_took) * IDLE_FOR_EACH);
         tokio::spawn(async move {
             tokio::time::sleep(rest).await;
             let _gone = sender.send(scan(netlink, interest, endpoints).await).await;
@@ -117,11 +144,11 @@ impl Agent<'_> {
     }
 
     /// Takes in what was read. Whether something is another than before.
-    pub(super) fn take_scan(&mut self, Scan { routes, store, took }: Scan) -> bool {
-        self.routes.is_scanning = false;
-        if std::mem::take(&mut self.routes.is_scan_due) {
-            self.routes.last_took = took;
-            self.scan_routes();
+    pub(super) fn take_scan(&mut self, Scan { routes, store, took }: Scan, table: &LeaseTable) -> bool {
+        self.routes.scanning.is_under_way = false;
+        if std::mem::take(&mut self.routes.scanning.is_due) {
+            self.routes.scanning.last_took = took;
+            self.scan_routes(table);
         }
         match routes {
             Ok(host) => {
@@ -137,19 +164,19 @@ impl Agent<'_> {
     }
 
     /// Says what changes of routes matter.
-    pub(super) fn follow_routes(&self) {
-        self.netlink.set_interest(self.interest());
+    pub(super) fn follow_routes(&self, table: &LeaseTable) {
+        self.netlink.set_interest(self.interest(table));
     }
 
-    fn interest(&self) -> Interest {
-        let mut addresses: Vec<_> = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
+    fn interest(&self, table: &LeaseTable) -> Interest {
+        let mut addresses: Vec<_> = table.iter().map(|(_, peer)| peer.public_ip).collect();
         addresses.extend(self.other_needs().map(|(address, _)| address));
         addresses.sort_unstable();
         addresses.dedup();
         Interest {
             overlay: self.underlay.overlay(),
             prefixes: self.routes.prefixes.clone(),
-            subnet: self.own.key.subnet,
+            subnet: self.target.lease.key.subnet,
             addresses,
         }
     }
@@ -158,42 +185,42 @@ impl Agent<'_> {
     fn other_needs(&self) -> impl Iterator<Item = (Ipv4Addr, &'static str)> {
         let resolvers = routes::resolvers(&std::fs::read_to_string(RESOLVERS).unwrap_or_default());
         let of = |addresses: Vec<Ipv4Addr>, what| addresses.into_iter().map(move |address| (address, what));
-        of(self.routes.store.clone(), self.registry.kind().name())
+        of(self.routes.store.clone(), self.routes.endpoints.store_kind.name())
             .chain(of(self.routes.host.gateways.clone(), "the default gateway"))
             .chain(of(resolvers, "a resolver"))
     }
 
     /// Decides which routes there are to be.
-    async fn choose_routes(&mut self) -> Result<Routing, DaemonError> {
+    async fn choose_routes(&mut self, table: &LeaseTable) -> Result<Routing, DaemonError> {
         let obstacle = match self.routes.flag {
             RoutesFlag::Leases => None,
-            RoutesFlag::Auto | RoutesFlag::Network => self.obstacle().await?,
+            RoutesFlag::Auto | RoutesFlag::Network => self.obstacle(table).await?,
         };
         let choice = routes::choose(self.routes.flag, &self.routes.prefixes, obstacle.as_ref());
         if self.routes.choice.as_ref() != Some(&choice) {
             info!("routes into the overlay: {}", choice.reason);
         }
-        self.record.routes(RoutesStatus::of(&choice));
+        self.status.routes(RoutesStatus::of(&choice));
         let routing = choice.routing;
         self.routes.choice = Some(choice);
         Ok(routing)
     }
 
     /// Decides again, and looks at the routes only where that comes out otherwise.
-    pub(super) async fn choose_routes_again(&mut self) {
+    pub(super) async fn choose_routes_again(&mut self, table: &LeaseTable) {
         let before = self.routes.routing();
-        match self.choose_routes().await {
+        match self.choose_routes(table).await {
             Ok(routing) if before == Some(routing) => {}
-            Ok(_) => self.ensure_or_say().await,
+            Ok(_) => self.ensure_or_say(table).await,
             Err(error) => warn!("{error}; comparing again later"),
         }
     }
 
-    async fn obstacle(&self) -> Result<Option<Obstacle>, DeviceError> {
+    async fn obstacle(&self, table: &LeaseTable) -> Result<Option<Obstacle>, DeviceError> {
         if let Some((prefix, to)) = self.routes.host.foreign.clone() {
             return Ok(Some(Obstacle::ForeignRoute { prefix, to }));
         }
-        let peers: BTreeSet<_> = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
+        let peers: BTreeSet<_> = table.iter().map(|(_, peer)| peer.public_ip).collect();
         let needs = self.other_needs().chain(peers.into_iter().map(|address| (address, "a peer")));
         for (address, what) in needs {
             if let Some(obstacle) = self.obstacle_to(address, what).await? {
@@ -218,40 +245,40 @@ impl Agent<'_> {
     }
 
     /// Has the routes be as they should. What somebody else had changed.
-    pub(super) async fn ensure_routes(&mut self, link: &Link) -> Result<Vec<Repair>, DaemonError> {
-        let routing = self.choose_routes().await?;
-        let leases = self.table.iter().map(|(subnet, _)| subnet);
+    pub(super) async fn ensure_routes(&mut self, link: &Link, table: &LeaseTable) -> Result<Vec<Repair>, DaemonError> {
+        let routing = self.choose_routes(table).await?;
+        let leases = table.iter().map(|(subnet, _)| subnet);
         let wanted = OverlayRoutes {
-            source: self.own.key.subnet.network(),
+            source: self.target.lease.key.subnet.network(),
             shared: if routing == Routing::Shared { self.routes.prefixes.clone() } else { Vec::new() },
             leases: routes::of_their_own(routing, &self.routes.prefixes, leases),
         };
         let peers: HashMap<Ipv4Addr, KernelPeer> =
-            self.table.iter().map(|(subnet, peer)| (subnet.network(), (peer.vtep_mac.0, peer.public_ip))).collect();
+            table.iter().map(|(subnet, peer)| (subnet.network(), (peer.vtep_mac.0, peer.public_ip))).collect();
         let state = &mut self.routes;
         let peer = |address| peers.get(&address).copied();
-        let ensured = self.netlink.ensure_routes(link, &self.device, &wanted, peer, &mut state.foreign).await?;
+        let ensured = self.netlink.ensure_routes(link, &self.target.device, &wanted, peer, &mut state.foreign).await?;
         state.foreign_gateways = ensured.foreign_gateways;
         let made = Some((link.clone(), wanted));
         let is_repair = state.made == made;
         state.made = made;
         let mut elsewhere = ensured.taken;
         if routing == Routing::Shared {
-            elsewhere.extend(self.led_elsewhere());
+            elsewhere.extend(self.led_elsewhere(table));
         }
-        self.record.waiting(TAKEN, taken(&elsewhere));
+        self.status.waiting(TAKEN, taken(&elsewhere));
         Ok(if is_repair { ensured.repairs } else { Vec::new() })
     }
 
     /// The leases that a route of somebody else's leads elsewhere, since it is more specific than the shared ones.
-    fn led_elsewhere(&self) -> impl Iterator<Item = Ipv4Net> {
+    fn led_elsewhere(&self, table: &LeaseTable) -> impl Iterator<Item = Ipv4Net> {
         let within = &self.routes.host.within;
         let is_led = |lease: &Ipv4Net| within.iter().any(|route| route.contains(lease) || lease.contains(route));
-        self.table.iter().map(|(lease, _)| *lease).filter(move |lease| is_led(lease))
+        table.iter().map(|(lease, _)| *lease).filter(move |lease| is_led(lease))
     }
 
     /// Brings the routes up by one change of the peers.
-    pub(super) async fn route_peer(&mut self, change: &PeerChange) {
+    pub(super) async fn route_peer(&mut self, change: &PeerChange, table: &LeaseTable) {
         let (subnet, address) = match change {
             PeerChange::Set(subnet, peer) => (*subnet, Some(peer.public_ip)),
             PeerChange::Remove(subnet) => (*subnet, None),
@@ -264,7 +291,7 @@ impl Agent<'_> {
             _ => false,
         };
         if is_obstacle || self.routes.foreign_gateways.contains(&subnet.network()) {
-            return self.ensure_or_say().await;
+            return self.ensure_or_say(table).await;
         }
         let has_its_own = routes::has_its_own(routing, &self.routes.prefixes, subnet);
         let Some((link, made)) = self.routes.made.as_mut().filter(|_| has_its_own) else { return };
@@ -277,23 +304,23 @@ impl Agent<'_> {
         };
         match result {
             Ok(true) => {}
-            Ok(false) => self.record.waiting(TAKEN, taken(&[subnet])),
+            Ok(false) => self.status.waiting(TAKEN, taken(&[subnet])),
             Err(error) => warn!("{error}; comparing again later"),
         }
     }
 }
 
-impl Agent<'_> {
+impl Reconciler<'_> {
     /// Takes away what a flannel that ran here before made for its peers.
-    pub(super) async fn sweep(&self, link: &Link) {
-        let (network, subnet_len) = (self.network.network, self.own.key.subnet.prefix_len());
-        let leases: HashSet<Ipv4Addr> = self.table.iter().map(|(subnet, _)| subnet.network()).collect();
+    pub(in crate::daemon) async fn sweep(&self, link: &Link, table: &LeaseTable) {
+        let (network, subnet_len) = (self.target.network.network, self.target.lease.key.subnet.prefix_len());
+        let leases: HashSet<Ipv4Addr> = table.iter().map(|(subnet, _)| subnet.network()).collect();
         // Also of leases that are over by now.
         let is_on_grid = |address: Ipv4Addr| {
             Ipv4Net::new(address, subnet_len).is_ok_and(|lease| lease.network() == address && network.contains(&lease))
         };
         let is_lease = |address| leases.contains(&address) || is_on_grid(address);
-        let macs = self.table.iter().map(|(_, peer)| peer.vtep_mac.0).collect();
+        let macs = table.iter().map(|(_, peer)| peer.vtep_mac.0).collect();
         if let Err(error) = self.netlink.sweep(link, is_lease, &macs, &self.routes.foreign).await {
             warn!("{error}");
         }

@@ -7,20 +7,19 @@ use std::{
 
 use tracing::{debug, info, warn};
 
-use super::{
-    DaemonError,
-    agent::{Agent, COMPARE_PERIOD},
-};
+use super::{COMPARE_PERIOD, Reconciler};
 use crate::{
     bypass::{BypassFlag, Kind, Plan, Restriction},
+    daemon::DaemonError,
     device::{
         PodLink,
         observers::{Places, Tap},
     },
+    lease::LeaseTable,
 };
 
 /// How often it is looked who captures; programs at TCX hooks are looked at every second time.
-pub(super) const WATCH_PERIOD: Duration = Duration::from_millis(250);
+pub(in crate::daemon) const WATCH_PERIOD: Duration = Duration::from_millis(250);
 /// After so many looks, programs of others are looked at as if they were new.
 const DOUBT_LOOKS: u32 = 40;
 
@@ -95,46 +94,46 @@ impl Restrictions {
     }
 }
 
-impl Agent<'_> {
+impl Reconciler<'_> {
     /// Finds the pods, and what there is on the devices that their packets cross.
     pub(super) async fn look_at_links(&mut self) -> Result<Vec<PodLink>, DaemonError> {
-        let (subnet, routed) = (self.own.key.subnet, &self.routes.host.pods);
-        let (overlay, external) = (self.underlay.overlay(), self.external.link.index);
+        let (subnet, routed) = (self.target.lease.key.subnet, &self.routes.host.pods);
+        let (overlay, external) = (self.underlay.overlay(), self.uplink.external.link.index);
         let places = self.netlink.places(subnet, routed, overlay, external).await?;
         match self.netlink.traffic_control(&places).await {
             Ok(found) => self.observed(Observer::TrafficControl, found),
             Err(error) => warn!("{error}; who has to see each packet may not; trying again in {COMPARE_PERIOD:?}"),
         }
-        self.restrictions.places = places;
-        self.observed(Observer::Settings, self.restrictions.places.settings());
+        self.bypass.restrictions.places = places;
+        self.observed(Observer::Settings, self.bypass.restrictions.places.settings());
         self.look_at_programs();
         self.look_at_captures();
-        self.observed(Observer::Xdp, self.restrictions.places.xdp_programs());
-        Ok(self.restrictions.places.pods.clone())
+        self.observed(Observer::Xdp, self.bypass.restrictions.places.xdp_programs());
+        Ok(self.bypass.restrictions.places.pods.clone())
     }
 
     /// Looks for what the kernel does not tell of.
-    pub(super) async fn watch_observers(&mut self) {
-        self.restrictions.looks = self.restrictions.looks.wrapping_add(1);
+    pub(in crate::daemon) async fn watch_observers(&mut self) {
+        self.bypass.restrictions.looks = self.bypass.restrictions.looks.wrapping_add(1);
         self.look_at_captures();
-        if self.restrictions.looks.is_multiple_of(2) {
+        if self.bypass.restrictions.looks.is_multiple_of(2) {
             self.look_at_programs();
-            match self.netlink.look_for_xdp(&mut self.restrictions.places).await {
-                Ok(()) => self.observed(Observer::Xdp, self.restrictions.places.xdp_programs()),
+            match self.netlink.look_for_xdp(&mut self.bypass.restrictions.places).await {
+                Ok(()) => self.observed(Observer::Xdp, self.bypass.restrictions.places.xdp_programs()),
                 Err(error) => debug!("{error}; looking again in {WATCH_PERIOD:?}"),
             }
         }
-        if self.restrictions.looks.is_multiple_of(DOUBT_LOOKS) {
+        if self.bypass.restrictions.looks.is_multiple_of(DOUBT_LOOKS) {
             self.dataplane.doubt_foreign_programs();
         }
     }
 
     /// Looks for routing rules by which tunnel packets of one peer would go different ways.
-    pub(super) async fn look_at_routing_rules(&mut self) {
+    pub(super) async fn look_at_routing_rules(&mut self, table: &LeaseTable) {
         // What a filter or a program writes into marks can't be told.
         let is_program = |restriction: &Restriction| matches!(restriction.kind, Kind::Filter | Kind::Program);
-        let marks = if self.restrictions.all().any(is_program) { u32::MAX } else { self.inspected.marks };
-        let peers = self.table.iter().map(|(_, peer)| peer.public_ip).collect();
+        let marks = if self.bypass.restrictions.all().any(is_program) { u32::MAX } else { self.bypass.inspected.marks };
+        let peers = table.iter().map(|(_, peer)| peer.public_ip).collect();
         match self.netlink.rules_by_packet(self.underlay.tunnel_packets(marks), &peers).await {
             Ok(found) => self.observed(Observer::Routing, found),
             Err(error) => warn!("{error}; routing rules for tunnel packets are looked for again later"),
@@ -142,10 +141,10 @@ impl Agent<'_> {
     }
 
     fn look_at_programs(&mut self) {
-        if !self.restrictions.has_tcx {
+        if !self.bypass.restrictions.has_tcx {
             return;
         }
-        let places = &self.restrictions.places;
+        let places = &self.bypass.restrictions.places;
         let programs = self.dataplane.foreign_programs(places.indexes());
         let found = programs.into_iter().flat_map(|(index, side, id)| {
             places.restrictions(Kind::Program, &format!("TCX program {id}"), index, side)
@@ -155,8 +154,8 @@ impl Agent<'_> {
     }
 
     fn look_at_captures(&mut self) {
-        let tap = self.xdp.mode.map_or(Tap::Tunnelled, |_| Tap::Decapsulated(self.device.port));
-        match self.restrictions.places.captures(tap) {
+        let tap = self.uplink.xdp.mode.map_or(Tap::Tunnelled, |_| Tap::Decapsulated(self.target.device.port));
+        match self.bypass.restrictions.places.captures(tap) {
             Ok(found) => self.observed(Observer::Captures, found),
             Err(error) => debug!("who captures can't be told: {error}"),
         }
@@ -164,15 +163,15 @@ impl Agent<'_> {
 
     /// Takes what an observer has found, and has the dataplane act on it.
     pub(super) fn observed(&mut self, observer: Observer, found: BTreeSet<Restriction>) {
-        if self.restrictions.replace(observer, found) {
-            self.record.restrictions(self.restrictions.all());
+        if self.bypass.restrictions.replace(observer, found) {
+            self.status.restrictions(self.bypass.restrictions.all());
             self.restrict_or_say();
         }
     }
 
     /// Has the dataplane carry the plan out.
     pub(super) fn restrict_or_say(&mut self) {
-        if let Err(error) = self.dataplane.restrict(self.restrictions.plan()) {
+        if let Err(error) = self.dataplane.restrict(self.bypass.restrictions.plan()) {
             warn!("{error}; what has to see each packet may not; trying again in {COMPARE_PERIOD:?}");
         }
     }

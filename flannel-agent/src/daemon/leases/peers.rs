@@ -1,0 +1,93 @@
+//! Which of the store's entries are peers, and which is this host's own lease.
+
+use ipnet::Ipv4Net;
+
+use super::Leases;
+use crate::{
+    device::vxlan::VxlanDevice,
+    lease::{LeaseKey, Peer},
+    registry::{Entry, PassedOver},
+    status::LeaseState,
+};
+
+impl Leases {
+    /// An entry names a VTEP.
+    pub(super) fn take_note(&mut self, entry: &Entry, peer: Peer) {
+        self.announced.note(entry, peer);
+        let own_mac = || {
+            format!(
+                "it announces the MAC {} of this host's vxlan device; give each host a device of its own: `ip link delete \
+                 {}` on one of them, and start its agent again",
+                peer.vtep_mac,
+                VxlanDevice::name_of(self.network.backend.vni)
+            )
+        };
+        let remark = entry.remark.clone().or_else(|| (peer.vtep_mac == self.own.vtep_mac).then(own_mac));
+        if let Some(remark) = remark {
+            self.status.remark(&entry.name, &remark);
+        }
+    }
+
+    /// Takes note of what names no VTEP. What the same holder announced before counts in its place.
+    pub(super) fn last_of(&mut self, passed_over: PassedOver) -> Option<(LeaseKey, Peer)> {
+        let own = self.own.key.subnet;
+        let key = passed_over.key.filter(|key| !overlap(own, key.subnet));
+        let last = key.and_then(|_| self.announced.in_place_of(&passed_over));
+        if last.is_some() || !passed_over.is_silent {
+            self.status.pass_over(passed_over, last);
+        } else {
+            self.status.usable(&passed_over.name);
+        }
+        key.zip(last)
+    }
+
+    /// The host to encapsulate to for an entry; [`None`] for this one.
+    pub(super) fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, PassedOver> {
+        let before = self.announced.before(entry);
+        if entry.attributes.public_ip == self.public_ip() {
+            return match entry.attributes.announced_mac() {
+                _ if entry.key == self.own.key => Ok(None),
+                Some(mac) if mac != self.own.vtep_mac => Err(entry.passed_over(format!(
+                    "it names this host's own address {} with the MAC {mac} of another: two hosts must not have one \
+                     --public-ip",
+                    self.public_ip()
+                ))),
+                // A lease that this host had before has never been another's.
+                _ if before.is_some() => {
+                    Err(entry.passed_over(format!("it names this host's own address {}", self.public_ip())))
+                }
+                _ => Ok(None),
+            };
+        }
+        let (own, theirs) = (self.own.key.subnet, entry.key.subnet);
+        if overlap(own, theirs) {
+            return Err(entry.passed_over(format!("it overlaps this host's own lease {own}")));
+        }
+        let peer = entry.peer(self.network.backend.vni).map_err(|error| entry.passed_over(error.to_string()))?;
+        if peer.vtep_mac == self.own.vtep_mac && before.is_some_and(|before| before.vtep_mac != peer.vtep_mac) {
+            return Err(entry.passed_over(format!("it names the MAC {} of this host's own VTEP", peer.vtep_mac)));
+        }
+        Ok(Some(peer))
+    }
+
+    pub(super) fn is_own(&self, entry: &Entry) -> bool {
+        entry.key == self.own.key && entry.attributes.public_ip == self.public_ip()
+    }
+
+    /// Whether an entry is this host's lease as it was taken, and nobody wrote it since.
+    pub(super) fn is_held(&self, entry: &Entry) -> bool {
+        self.is_own(entry) && self.own.is_as_written(entry) && entry.peer(self.network.backend.vni).is_ok()
+    }
+
+    /// The table says something that does not go with holding the lease. Only where it is held: whoever is taking
+    /// one looks anyway.
+    pub(super) fn doubt_lease(&self) {
+        if self.status.lease_state() == LeaseState::Held {
+            self.holder.doubt.notify_one();
+        }
+    }
+}
+
+fn overlap(one: Ipv4Net, other: Ipv4Net) -> bool {
+    one.contains(&other) || other.contains(&one)
+}

@@ -1,0 +1,76 @@
+//! The device, what leads into it and what is attached to it; and the programs of pods.
+
+use tracing::warn;
+
+use super::{COMPARE_PERIOD, Reconciler, target::Target, uplink::Uplink};
+use crate::{
+    daemon::DaemonError,
+    dataplane::Hook,
+    device::Link,
+    lease::LeaseTable,
+    repair::Repair,
+    xdp::{self, XdpFlag},
+};
+
+impl Reconciler<'_> {
+    /// Makes the device, what leads into it and what is attached to it, or what of that is not there. What there was to do.
+    pub(super) async fn ensure_datapath(&mut self, table: &LeaseTable) -> Result<(Link, Vec<Repair>), DaemonError> {
+        let Self { netlink, dataplane, underlay, uplink: Uplink { external, .. }, target, .. } = self;
+        let Target { network, lease: own, device, .. } = target;
+        let (link, device_repair) = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
+        underlay.set_overlay(link.index);
+        dataplane.peers.set_overlay_device(link.index)?;
+        dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
+        dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
+        dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
+        let address = netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
+        let route = self.ensure_routes(&link, table).await?;
+        let blackhole = self.cli.packet_rules.ip_blackhole_route.then_some(self.target.lease.key.subnet);
+        self.netlink.set_blackhole(self.target.device.vni, blackhole).await?;
+        self.attach_pods_or_say().await;
+        self.ensure_xdp()?;
+        let repairs = match device_repair {
+            // What hangs on it went with it.
+            Some(Repair::Device) => vec![Repair::Device],
+            other => other.into_iter().chain(address.then_some(Repair::DeviceAddress)).chain(route).collect(),
+        };
+        Ok((link, repairs))
+    }
+
+    /// Last: it leaves its packets to the programs before it, and nothing else hangs on it.
+    pub(super) fn ensure_xdp(&mut self) -> Result<(), DaemonError> {
+        let Self { cli, dataplane, uplink: Uplink { xdp, external, .. }, status, .. } = self;
+        match dataplane.set_xdp(xdp.mode, external.link.index) {
+            Err(error) if cli.xdp == XdpFlag::Auto => {
+                warn!("{error}; packets are taken out of the tunnel without XDP");
+                *xdp = xdp::Choice { mode: None, reason: error.to_string() };
+                dataplane.set_xdp(None, external.link.index)?;
+            }
+            result => result?,
+        }
+        status.xdp(xdp);
+        Ok(())
+    }
+
+    /// A pod that gets no programs goes through the stack, as all packets once did.
+    pub(super) async fn attach_pods_or_say(&mut self) {
+        if let Err(error) = self.attach_pods().await {
+            warn!("{error}; its pod goes through the stack; trying again in {COMPARE_PERIOD:?}");
+        }
+    }
+
+    async fn attach_pods(&mut self) -> Result<(), DaemonError> {
+        // First: a pod that has a queue has it from its first packet on.
+        let pods = self.look_at_links().await?;
+        self.inspect_for_pods(&pods);
+        if !self.dataplane.knows_pods(&pods) {
+            // Those that were there before have no need to send something again. Where that can't be told, they do.
+            let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);
+            let noted = noted.and_then(|macs| Ok(self.dataplane.note_pods(&pods, &macs)?));
+            if let Err(error) = noted {
+                warn!("{error}; flows into new pods take the stack until these have sent something");
+            }
+        }
+        Ok(self.dataplane.attach_pods(&pods)?)
+    }
+}

@@ -1,0 +1,226 @@
+//! What keeps the kernel in step with network config, lease and peers: what there should be, what there is, and repair.
+//!
+//! * `target` — making the datapath for a lease, and for another one
+//! * `uplink` — following the external interface
+//! * `datapath` — device, programs, routes, and the programs of pods
+//! * `drift` — bringing back in step what somebody else changed
+//! * `schedule` — what is to be looked at, and when
+//! * `endings` — connections and pods that end
+//! * `inspection` — which packets others' packet rules are looked through for
+//! * `restrictions` — what has to see each packet of this host, and what follows for the bypass
+//! * `routes` — which routes lead into the overlay, and keeping them so
+//! * `status` — what is told of it
+
+mod datapath;
+mod drift;
+mod endings;
+mod inspection;
+mod restrictions;
+mod routes;
+mod schedule;
+mod status;
+mod target;
+mod uplink;
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use ipnet::Ipv4Net;
+use tokio::sync::mpsc;
+use tracing::warn;
+
+pub(super) use self::{drift::LOOK_PERIOD, restrictions::WATCH_PERIOD};
+use self::{
+    endings::Endings,
+    inspection::Inspected,
+    restrictions::Restrictions,
+    routes::{Endpoints, RouteState},
+    schedule::Schedule,
+    status::DatapathStatus,
+    target::Target,
+    uplink::Uplink,
+};
+use super::DaemonError;
+use crate::{
+    cli::Cli,
+    config::NetworkConfig,
+    conntrack::Liberal,
+    dataplane::{Dataplane, Features},
+    device::{
+        self, Changed, DeviceEvent, Netlink,
+        external::{External, Selection},
+        offload::Offloads,
+        vxlan::VxlanDevice,
+    },
+    lease::{LeaseTable, PeerChange},
+    netfilter::keeper::Keeper,
+    registry::{OwnLease, Registry},
+    repair::Repair,
+    status::Status,
+    underlay::{Endpoint, Underlay},
+    xdp,
+};
+
+/// How often everything is compared without an event.
+pub(super) const COMPARE_PERIOD: Duration = Duration::from_secs(10);
+/// A host is alive that was heard within this time.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// What the datapath is made from.
+pub(super) struct Beginning<'a> {
+    pub(super) netlink: Netlink,
+    pub(super) device_events: mpsc::Receiver<DeviceEvent>,
+    pub(super) features: Features,
+    pub(super) network: NetworkConfig,
+    pub(super) lease: OwnLease,
+    /// The rule that the external interface is chosen by.
+    pub(super) selection: Selection,
+    pub(super) external: External,
+    pub(super) device: VxlanDevice,
+    pub(super) registry: &'a Registry,
+}
+
+/// Keeps the kernel in step.
+pub(super) struct Reconciler<'a> {
+    cli: &'a Cli,
+    netlink: Netlink,
+    dataplane: Dataplane,
+    target: Target,
+    uplink: Uplink,
+    underlay: Underlay,
+    routes: RouteState,
+    bypass: Bypass,
+    rules: Keeper,
+    /// `subnet.env` lacked something when it was last looked at.
+    is_subnet_env_incomplete: bool,
+    schedule: Schedule,
+    status: DatapathStatus,
+    events: Vec<Event>,
+}
+
+/// What keeps flows off the bypass, or ends it.
+struct Bypass {
+    /// What has to see each packet.
+    restrictions: Restrictions,
+    inspected: Inspected,
+    conntrack: Liberal,
+    endings: Endings,
+}
+
+/// What became of the datapath, that concerns who follows the store.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Event {
+    /// The external interface is another one, or something about it is different.
+    External {
+        /// The address that the others are told.
+        public_ip: Ipv4Addr,
+        /// Whether this host sends from another address than before.
+        is_other_source: bool,
+    },
+    /// Everything is made for another lease than before.
+    Moved,
+}
+
+impl<'a> Reconciler<'a> {
+    /// Loads the programs. Nothing else is made yet.
+    pub(super) async fn new(cli: &'a Cli, beginning: Beginning<'_>) -> Result<Self, DaemonError> {
+        let Beginning { netlink, device_events, features, network, lease, selection, external, device, registry } =
+            beginning;
+        let endpoint = Endpoint {
+            external: external.clone(),
+            port: device.port,
+            source_ports: device::local_ports(),
+            vni: device.vni,
+            vtep_mac: lease.vtep_mac,
+            overlay: 0,
+        };
+        let endpoints = Endpoints { store_kind: registry.kind(), urls: registry.endpoints() };
+        let status = DatapathStatus::new(features, &external, &device);
+        let target = Target { network, lease, moving_to: None, device };
+        Ok(Self {
+            cli,
+            netlink,
+            dataplane: target.load(cli, &external)?,
+            underlay: Underlay::new(endpoint),
+            routes: RouteState::new(cli, endpoints, &target.network),
+            bypass: Bypass {
+                restrictions: Restrictions::new(cli.bypass, features.tcx),
+                inspected: Inspected::default(),
+                conntrack: Liberal::new(&cli.run_dir),
+                endings: Endings::default(),
+            },
+            rules: Keeper::new(cli.packet_rules.resync()),
+            is_subnet_env_incomplete: false,
+            schedule: Schedule::new(device_events),
+            status,
+            events: Vec::new(),
+            uplink: Uplink {
+                xdp: xdp::choose(cli.xdp, &external.link, &Offloads::of(&external.link).await),
+                selection,
+                external,
+                is_present: true,
+                is_rebuild_due: false,
+                other_since: None,
+            },
+            target,
+        })
+    }
+
+    /// Whether packets arrive from the host behind a subnet. Where that can't be told, they do: the peer is kept.
+    pub(super) fn is_heard(&self) -> impl Fn(Ipv4Net) -> bool {
+        let maps = &self.dataplane.peers;
+        |subnet| maps.silence_of(subnet).map_or(true, |silence| silence.is_some_and(|silence| silence < SILENCE))
+    }
+
+    /// What has happened since it was asked for last.
+    pub(super) fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Whether something is told otherwise than when it was asked for last.
+    pub(super) const fn is_told_otherwise(&self) -> bool {
+        self.status.is_due
+    }
+
+    /// Puts what is known of the datapath into this host's status.
+    pub(super) fn tell(&mut self, status: &mut Status) {
+        self.status.tell(status);
+    }
+
+    /// Brings the maps to what lease table and kernel say now.
+    async fn compare(&mut self, event: Changed, table: &LeaseTable) -> Result<(), DaemonError> {
+        // First: what changes while it asks is heard of.
+        self.follow_routes(table);
+        for next_hop in self.underlay.refresh(&self.netlink, table, event).await? {
+            self.status.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
+        }
+        self.dataplane.peers.sync(&self.underlay.desired(table))?;
+        if event >= Changed::Way {
+            self.look_at_routing_rules(table).await;
+        }
+        Ok(())
+    }
+
+    /// Brings the maps up by these changes only, which the table has already.
+    pub(super) async fn apply(&mut self, changes: Vec<PeerChange>, table: &LeaseTable) {
+        if changes.is_empty() {
+            return;
+        }
+        self.follow_routes(table);
+        for change in &changes {
+            let written = match change {
+                PeerChange::Set(subnet, peer) => {
+                    self.underlay.look_up(&self.netlink, peer.public_ip).await;
+                    self.dataplane.peers.set(*subnet, &self.underlay.vtep(peer))
+                }
+                PeerChange::Remove(subnet) => self.dataplane.peers.withdraw(*subnet),
+            };
+            if let Err(error) = written {
+                warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
+            }
+        }
+        // After the maps: what is routed there has somewhere to go.
+        for change in &changes {
+            self.route_peer(change, table).await;
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! What is told: this host's status and what its next agent is left, as files in the run directory; whether it is well;
+//! and what an operator asks.
+
+use std::path::PathBuf;
+
+use flannel_common::vxlan::Vni;
+use tokio::{
+    sync::mpsc,
+    task::{JoinHandle, spawn_blocking},
+};
+use tracing::warn;
+
+use crate::{
+    config::NetworkConfig,
+    control::{self, Pending},
+    dataplane::Features,
+    device::{external::External, vxlan::VxlanDevice},
+    health::{Health, Heartbeat},
+    last_known::LastKnown,
+    registry::StoreKind,
+    status::{
+        API_VERSION, BypassStatus, DriftStatus, LeaseStatus, RoutesStatus, RulesStatus, Status, StoreStatus, XdpStatus,
+        now,
+    },
+};
+
+/// The status of an agent that has just begun.
+pub(super) fn status(
+    kind: StoreKind,
+    network: &NetworkConfig,
+    external: &External,
+    device: &VxlanDevice,
+    lease: LeaseStatus,
+) -> Status {
+    Status {
+        api_version: API_VERSION.to_owned(),
+        written: 0,
+        pid: std::process::id(),
+        vni: device.vni.get(),
+        network: network.network,
+        external_interface: external.link.name.clone(),
+        public_ip: external.public_ip,
+        mtu: device.mtu,
+        features: Features::default(),
+        bypass: BypassStatus::default(),
+        xdp: XdpStatus::default(),
+        routes: RoutesStatus::default(),
+        rules: RulesStatus::default(),
+        lease,
+        store: StoreStatus { kind, since: now(), ..StoreStatus::default() },
+        config_differs: None,
+        peers: 0,
+        held: Vec::new(),
+        held_total: Default::default(),
+        drift: DriftStatus::default(),
+    }
+}
+
+/// Tells others of this host.
+pub(super) struct Reporter {
+    run_dir: PathBuf,
+    vni: Vni,
+    /// The status of an agent that has just begun.
+    first: Status,
+    missing: Missing,
+    writing: Option<JoinHandle<()>>,
+    health: Health,
+    requests: mpsc::Receiver<Pending>,
+}
+
+/// What is to be written.
+pub(super) struct Due {
+    pub(super) status: Option<Status>,
+    pub(super) known: Option<LastKnown>,
+}
+
+/// Which of the files were gone when they were looked for, and are to be written again.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Missing {
+    pub(super) status: bool,
+    pub(super) known: bool,
+}
+
+impl Reporter {
+    pub(super) fn new(run_dir: PathBuf, vni: Vni, first: Status, health: Health) -> Self {
+        // Pods do not hang on what an operator may ask.
+        let requests = control::listen(&control::path(&run_dir, vni)).unwrap_or_else(|error| {
+            warn!("no requests can be taken: {error}");
+            mpsc::channel(1).1
+        });
+        Self { run_dir, vni, first, missing: Missing::default(), writing: None, health, requests }
+    }
+
+    pub(super) fn heartbeat(&self, name: &'static str) -> Heartbeat {
+        self.health.heartbeat(name)
+    }
+
+    /// The next thing that an operator asks.
+    pub(super) async fn asked(&mut self) -> Pending {
+        match self.requests.recv().await {
+            Some(pending) => pending,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// A status to put into what is known.
+    pub(super) fn status(&self) -> Status {
+        Status { written: now(), ..self.first.clone() }
+    }
+
+    /// Whether nothing is being written.
+    pub(super) fn is_idle(&self) -> bool {
+        self.writing.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Takes note of which files are gone.
+    pub(super) fn look_for_files(&mut self) {
+        self.missing.status |= !Status::path(&self.run_dir, self.vni).exists();
+        self.missing.known |= !LastKnown::path(&self.run_dir, self.vni).exists();
+    }
+
+    pub(super) const fn missing(&self) -> Missing {
+        self.missing
+    }
+
+    /// Writes what is due, beside the agent's own work.
+    pub(super) fn write(&mut self, due: Due) {
+        let write = self.writer(due);
+        self.writing = Some(spawn_blocking(write));
+    }
+
+    /// Writes what is due, at once.
+    pub(super) fn write_now(&mut self, due: Due) {
+        self.writer(due)();
+    }
+
+    /// Waits until nothing is being written.
+    pub(super) async fn written(&mut self) {
+        if let Some(writing) = self.writing.take() {
+            // It says itself what failed.
+            let _ended = writing.await;
+        }
+    }
+
+    fn writer(&mut self, Due { status, known }: Due) -> impl FnOnce() + use<> {
+        self.missing = Missing::default();
+        let (run_dir, vni) = (self.run_dir.clone(), self.vni);
+        move || {
+            let written = status.map_or(Ok(()), |status| status.write(&run_dir, vni));
+            let kept = known.map_or(Ok(()), |known| known.write(&run_dir, vni));
+            for error in [written, kept].into_iter().filter_map(Result::err) {
+                warn!("{error}");
+            }
+        }
+    }
+}
