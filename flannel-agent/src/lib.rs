@@ -19,6 +19,7 @@
 //! * [`xdp`] — whether XDP takes packets out of the tunnel, and why
 //! * [`routes`] — which routes lead into the overlay, and why; pure
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
+//! * [`backend`] — how packets get to the other hosts: its device, its MTU, what leases announce, the way to a peer
 //! * [`last_known`] — what was last known of the store, for when it is away
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
@@ -38,6 +39,7 @@
 //! and lost.
 
 pub mod atomic_file;
+pub mod backend;
 pub mod bypass;
 pub mod cleanup;
 pub mod cli;

@@ -4,6 +4,8 @@ use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 
+use super::BackendType;
+
 /// What a Network looks like.
 pub(super) const NETWORK_EXAMPLE: &str = r#""Network": "10.5.0.0/16""#;
 /// What a Backend looks like.
@@ -105,7 +107,7 @@ pub enum ConfigError {
     #[error("error decoding Backend property of config: {0}")]
     Backend(String),
     /// A backend that is none of ours.
-    #[error("unknown backend type: {0} (Backend.Type; this agent has vxlan: {BACKEND_EXAMPLE})")]
+    #[error("unknown backend type: {0} (Backend.Type; this agent has {labels}: {BACKEND_EXAMPLE})", labels = BackendType::labels())]
     UnknownBackend(String),
     /// VNI, Port or MTU out of range.
     #[error("{key}: {value} is out of range, expected {expected}")]

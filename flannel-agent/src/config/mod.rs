@@ -1,19 +1,23 @@
 //! The network configuration: the JSON object under `<prefix>/config`, with flannel's rules, defaults and messages
 //! (flannel: pkg/subnet/config.go, pkg/backend/vxlan/vxlan.go).
 //!
+//! * `backend` — the settings of the backends
 //! * `decode` — what Go's decoder takes
 //! * `error` — why a configuration can't be used
 
+mod backend;
 mod decode;
 mod error;
 
 use std::net::Ipv4Addr;
 
-use flannel_common::vxlan::{self, Vni};
 use ipnet::Ipv4Net;
 
-pub use self::error::ConfigError;
-use self::{decode::Object, error::BACKEND_EXAMPLE};
+use self::{backend::BACKEND_KEYS, decode::Object};
+pub use self::{
+    backend::{BackendConfig, BackendType, VxlanConfig},
+    error::ConfigError,
+};
 
 /// A valid network configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,23 +34,8 @@ pub struct NetworkConfig {
     pub has_subnet_range: bool,
     /// Whether packet rules are nftables' or iptables', where it is said.
     pub enable_nftables: Option<bool>,
-    /// The backend's own settings.
-    pub backend: VxlanConfig,
-}
-
-/// Settings of the vxlan backend.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VxlanConfig {
-    /// The overlay's VXLAN network identifier.
-    pub vni: Vni,
-    /// UDP port of the tunnel.
-    pub port: u16,
-    /// MTU of the underlay to assume instead of the external interface's, in bytes.
-    pub mtu: Option<u32>,
-    /// Whether the kernel's vxlan device learns addresses; the programs do not depend on it.
-    pub learning: bool,
-    /// flannel's option to route to peers on the same link without encapsulation.
-    pub direct_routing: bool,
+    /// The backend, with its own settings.
+    pub backend: BackendConfig,
 }
 
 /// flannel's keys, on all platforms.
@@ -64,43 +53,12 @@ const KEYS: [&str; 12] = [
     "IPv6SubnetLen",
     "Backend",
 ];
-/// Those of its backends, on all platforms.
-const BACKEND_KEYS: [&str; 24] = [
-    "Type",
-    "VNI",
-    "Port",
-    "MTU",
-    "GBP",
-    "Learning",
-    "DirectRouting",
-    "Name",
-    "MacPrefix",
-    "DNSServerList",
-    "ListenPort",
-    "ListenPortV6",
-    "PSK",
-    "PersistentKeepaliveInterval",
-    "Mode",
-    "UDPEncap",
-    "ESPProposal",
-    "PreStartupCommand",
-    "PostStartupCommand",
-    "ShutdownCommand",
-    "SubnetAddCommand",
-    "SubnetRemoveCommand",
-    "AccessKeyID",
-    "AccessKeySecret",
-];
-
 /// kube-controller-manager's length of a node's podCIDR where nothing is said (`--node-cidr-mask-size`).
 const ASSIGNED_LEN: u8 = 24;
 
 type Address = Option<Ipv4Addr>;
 /// Their length, the first, the last, and whether one of these two was given.
 type Subnets = Result<(u8, Ipv4Addr, Ipv4Addr, bool), ConfigError>;
-
-/// The smallest MTU of an underlay whose overlay still has the 68 bytes that IPv4 requires (RFC 791).
-const MIN_MTU: u32 = 68 + vxlan::OVERHEAD as u32;
 
 impl NetworkConfig {
     /// Reads and checks a configuration.
@@ -144,7 +102,7 @@ impl NetworkConfig {
         let (subnet_len, subnet_min, subnet_max, has_subnet_range) = subnets(network, len, min, max)?;
         let backend = object.json("Backend");
         let backend = backend.ok_or_else(|| ConfigError::NoBackend { hint: misspelt(&object, "Backend") })?;
-        let backend = VxlanConfig::from_json(backend)?;
+        let backend = BackendConfig::parse(backend)?;
         Ok(Self { network, subnet_len, subnet_min, subnet_max, has_subnet_range, enable_nftables, backend })
     }
 }
@@ -174,8 +132,6 @@ fn misspelt(object: &Object<'_>, key: &str) -> String {
 impl NetworkConfig {
     /// What another configuration has otherwise, in words.
     pub fn differences(&self, other: &Self) -> Vec<String> {
-        let (a, b) = (&self.backend, &other.backend);
-        let mtu = |backend: &VxlanConfig| backend.mtu.map_or("the interface's".to_owned(), |mtu| mtu.to_string());
         let nftables = |value: Option<bool>| value.map_or("not there".to_owned(), |value| value.to_string());
         let rows = [
             ("Network", self.network.to_string(), other.network.to_string()),
@@ -183,60 +139,10 @@ impl NetworkConfig {
             ("SubnetMin", self.subnet_min.to_string(), other.subnet_min.to_string()),
             ("SubnetMax", self.subnet_max.to_string(), other.subnet_max.to_string()),
             ("EnableNFTables", nftables(self.enable_nftables), nftables(other.enable_nftables)),
-            ("VNI", a.vni.to_string(), b.vni.to_string()),
-            ("Port", a.port.to_string(), b.port.to_string()),
-            ("MTU", mtu(a), mtu(b)),
-            ("Learning", a.learning.to_string(), b.learning.to_string()),
-            ("DirectRouting", a.direct_routing.to_string(), b.direct_routing.to_string()),
         ];
-        let differing = rows.into_iter().filter(|(_, ours, theirs)| ours != theirs);
+        let rows = rows.into_iter().chain(self.backend.beside(&other.backend));
+        let differing = rows.filter(|(_, ours, theirs)| ours != theirs);
         differing.map(|(name, ours, theirs)| format!("{name} {theirs}, not {ours}")).collect()
-    }
-}
-
-impl VxlanConfig {
-    fn from_json(json: &str) -> Result<Self, ConfigError> {
-        // As flannel, which looks for the type first.
-        let object = match json {
-            "null" => Object::parse("{}", "Backend."),
-            json => Object::parse(json, "Backend."),
-        };
-        let object = object.map_err(|_| ConfigError::Backend(format!("{json} (expected {BACKEND_EXAMPLE})")))?;
-        let kind = object.string("Type", "vxlan").map_err(|error| ConfigError::Backend(error.to_string()))?;
-        let kind = kind.unwrap_or_default();
-        if kind.to_lowercase() != "vxlan" {
-            return Err(ConfigError::UnknownBackend(kind));
-        }
-        if object.boolean("GBP")? == Some(true) {
-            return Err(ConfigError::Unsupported("Backend GBP"));
-        }
-        let in_range =
-            |key, value: i64, expected: &str| ConfigError::Range { key, value, expected: expected.to_owned() };
-        let vni = object.integer("VNI", "1")?.unwrap_or_else(|| Vni::DEFAULT.get().into());
-        let checked = u32::try_from(vni).ok().and_then(|vni| Vni::new_checked(vni).ok());
-        let port = object.integer("Port", "8472")?.unwrap_or_default();
-        let mtu = object.integer("MTU", "1450")?.unwrap_or_default();
-        Ok(Self {
-            vni: checked.ok_or_else(|| in_range("Backend.VNI", vni, "0 to 9999999"))?,
-            port: match u16::try_from(port) {
-                Ok(0) => vxlan::DEFAULT_PORT,
-                Ok(port) => port,
-                Err(_) => {
-                    let expected = format!("1 to 65535, or 0 for the default {}", vxlan::DEFAULT_PORT);
-                    return Err(in_range("Backend.Port", port, &expected));
-                }
-            },
-            mtu: match u32::try_from(mtu) {
-                Ok(0) => None,
-                Ok(mtu @ MIN_MTU..=65535) => Some(mtu),
-                _ => {
-                    let expected = format!("{MIN_MTU} to 65535, or 0 for the external interface's");
-                    return Err(in_range("Backend.MTU", mtu, &expected));
-                }
-            },
-            learning: object.boolean("Learning")?.unwrap_or_default(),
-            direct_routing: object.boolean("DirectRouting")?.unwrap_or_default(),
-        })
     }
 }
 

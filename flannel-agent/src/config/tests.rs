@@ -1,5 +1,7 @@
 //! Configurations, and what is said of them.
 
+use flannel_common::vxlan::Vni;
+
 use super::*;
 
 fn parse(fields: &str) -> Result<NetworkConfig, ConfigError> {
@@ -7,7 +9,12 @@ fn parse(fields: &str) -> Result<NetworkConfig, ConfigError> {
 }
 
 fn backend(json: &str) -> Result<VxlanConfig, ConfigError> {
-    NetworkConfig::parse(&format!(r#"{{"Network": "10.5.0.0/16", "Backend": {json}}}"#)).map(|c| c.backend)
+    NetworkConfig::parse(&format!(r#"{{"Network": "10.5.0.0/16", "Backend": {json}}}"#)).map(vxlan)
+}
+
+fn vxlan(config: NetworkConfig) -> VxlanConfig {
+    let BackendConfig::Vxlan(vxlan) = config.backend;
+    vxlan
 }
 
 fn range(fields: &str) -> (u8, String, String) {
@@ -42,7 +49,8 @@ fn keys_have_no_case_and_the_last_value_counts() {
     .expect("valid");
     assert_eq!(config.network.to_string(), "10.2.0.0/16");
     assert_eq!((config.subnet_len, config.enable_nftables), (25, Some(true)));
-    assert_eq!((config.backend.vni.get(), config.backend.port, config.backend.mtu), (7, 4789, Some(9000)));
+    let backend = vxlan(config);
+    assert_eq!((backend.vni.get(), backend.port, backend.mtu), (7, 4789, Some(9000)));
 }
 
 /// What Go's decoder makes of the same bytes.
@@ -71,7 +79,7 @@ fn what_gos_decoder_takes_is_taken() {
     assert!(parse(&deep).is_ok());
     let replaced =
         r#"{"Network": "10.1.0.0/16", "Backend": {"Type": "vxlan", "VNI": 5}, "backend": {"Type": "vxlan"}}"#;
-    assert_eq!(NetworkConfig::parse(replaced).expect("valid").backend.vni, Vni::DEFAULT);
+    assert_eq!(NetworkConfig::parse(replaced).expect("valid").backend.vni(), Vni::DEFAULT);
 }
 
 #[test]

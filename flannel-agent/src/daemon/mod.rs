@@ -127,7 +127,7 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     };
     let _lock = match prepared.lock.take() {
         Some(lock) => lock,
-        None => Lock::take(&cli.run_dir, prepared.network.backend.vni)?,
+        None => Lock::take(&cli.run_dir, prepared.backend.vni())?,
     };
     let agent = setup::set_up(cli, netlink, device_events, prepared, features, &health).await?;
     health.set_ready();

@@ -11,10 +11,11 @@ use tokio::{
 use tracing::warn;
 
 use crate::{
+    backend::Backend,
     config::NetworkConfig,
     control::{self, Pending},
     dataplane::Features,
-    device::{external::External, vxlan::VxlanDevice},
+    device::external::External,
     health::{Health, Heartbeat},
     last_known::LastKnown,
     registry::StoreKind,
@@ -29,18 +30,18 @@ pub(super) fn status(
     kind: StoreKind,
     network: &NetworkConfig,
     external: &External,
-    device: &VxlanDevice,
+    backend: &Backend,
     lease: LeaseStatus,
 ) -> Status {
     Status {
         api_version: API_VERSION.to_owned(),
         written: 0,
         pid: std::process::id(),
-        vni: device.vni.get(),
+        vni: backend.vni().get(),
         network: network.network,
         external_interface: external.link.name.clone(),
         public_ip: external.public_ip,
-        mtu: device.mtu,
+        mtu: backend.mtu(),
         features: Features::default(),
         bypass: BypassStatus::default(),
         xdp: XdpStatus::default(),

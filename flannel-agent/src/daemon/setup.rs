@@ -30,9 +30,9 @@ pub(super) async fn set_up<'a>(
     features: Features,
     health: &Health,
 ) -> Result<Agent<'a>, DaemonError> {
-    let vni = prepared.network.backend.vni;
+    let vni = prepared.backend.vni();
     let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
-    let had_device = netlink.link_by_name(&prepared.device.name).await?.is_some();
+    let had_device = netlink.link_by_name(prepared.backend.device_name()).await?.is_some();
     let result = make(cli, netlink.clone(), device_events, prepared, features, health).await;
     if result.is_err() {
         let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;
@@ -58,16 +58,17 @@ async fn make<'a>(
         network,
         config,
         external,
-        device,
+        backend,
         request,
         lease,
         known,
         snapshot,
         lock: _,
     } = prepared;
+    let (vni, attributes) = (backend.vni(), backend.attributes());
     let lease_state = if snapshot.is_some() { LeaseState::Held } else { LeaseState::LastKnown };
     let own = LeaseStatus::new(lease.key.subnet, lease.vtep_mac, lease_state);
-    let first = report::status(registry.kind(), &network, &external, &device, own);
+    let first = report::status(registry.kind(), &network, &external, &backend, own);
     let beginning = reconcile::Beginning {
         netlink,
         device_events,
@@ -76,15 +77,16 @@ async fn make<'a>(
         lease: lease.clone(),
         selection,
         external: external.clone(),
-        device,
+        backend,
         registry: &registry,
     };
     let reconciler = Reconciler::new(cli, beginning).await?;
-    let reporter = Reporter::new(cli.run_dir.clone(), request.vni, first, health.clone());
+    let reporter = Reporter::new(cli.run_dir.clone(), vni, first, health.clone());
     let beginning = leases::Beginning {
         registry,
         host,
         network,
+        attributes,
         config,
         public_ip: external.public_ip,
         lease,

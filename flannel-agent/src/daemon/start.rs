@@ -12,15 +12,15 @@ use tracing::{info, warn};
 
 use super::{DaemonError, leases::CLAIM_PERIOD, report};
 use crate::{
+    backend::Backend,
     cli::Cli,
     config::NetworkConfig,
     device::{
         Netlink,
         external::{External, Selection},
-        vxlan::VxlanDevice,
     },
     last_known::LastKnown,
-    lease::{MacAddress, Peer},
+    lease::Peer,
     lock::Lock,
     registry::{Contested, HostAddresses, LeaseRequest, OwnLease, Registry, RegistryError, Snapshot, StoreKind},
     retry,
@@ -39,7 +39,7 @@ pub(super) struct Prepared {
     /// As the store has it.
     pub(super) config: Vec<u8>,
     pub(super) external: External,
-    pub(super) device: VxlanDevice,
+    pub(super) backend: Backend,
     pub(super) request: LeaseRequest,
     pub(super) lease: OwnLease,
     /// The peers of the last run.
@@ -71,18 +71,18 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
     let is_final = |error: &RegistryError| error.is_final() || known.is_some() && error.is_away();
     let from_store = async {
         let (network, config) = retry::until_ok(async || registry.network_config().await, is_final).await?;
-        let device = VxlanDevice::new(&network.backend, &external);
+        let backend = Backend::new(&network.backend, &external);
         let request = LeaseRequest {
             public_ip: external.public_ip,
-            vtep_mac: netlink.vxlan_mac(&device).await?.map(MacAddress),
+            vtep_mac: backend.device_mac(netlink).await?,
             previous: subnet_env::previous_subnet(&cli.subnet_file()),
-            vni: network.backend.vni,
+            backend: backend.attributes(),
             ttl: cli.lease_ttl(),
             avoid: known.as_ref().map(|(known, _)| known.peers.keys().copied().collect()).unwrap_or_default(),
             is_contested: false,
         };
         let kind = registry.kind();
-        let mut waiting = Waiting { cli, kind, network: &network, external: &external, device: &device, lock: None };
+        let mut waiting = Waiting { cli, kind, network: &network, external: &external, backend: &backend, lock: None };
         let lease = loop {
             // Not among what is tried again at once: somebody has to do something.
             let attempt = async || match registry.acquire(&network, &request).await {
@@ -98,36 +98,49 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
         let lock = waiting.lock;
         let snapshot = retry::until_ok(async || registry.snapshot().await, is_final).await?;
         info!("lease {} of {}", lease.key.subnet, network.network);
-        Ok((network, config, device, request, lease, snapshot, lock))
+        Ok((network, config, backend, request, lease, snapshot, lock))
     };
     let outcome: Result<_, DaemonError> = from_store.await;
-    let (network, config, device, request, lease, known, snapshot, lock) = match (outcome, known) {
-        (Ok((network, config, device, request, lease, snapshot, lock)), known) => {
+    let (network, config, backend, request, lease, known, snapshot, lock) = match (outcome, known) {
+        (Ok((network, config, backend, request, lease, snapshot, lock)), known) => {
             let known = known.filter(|(_, before)| before.network == network.network);
             let known = known.map(|(known, _)| known.peers).unwrap_or_default();
-            if network.backend.direct_routing {
-                warn!("DirectRouting is not used: packets to peers on the same link are encapsulated too");
+            if let Some(what) = Backend::without_effect(&network.backend) {
+                warn!("{what}");
             }
-            (network, config, device, request, lease, known, Some(snapshot), lock)
+            (network, config, backend, request, lease, known, Some(snapshot), lock)
         }
         (Err(DaemonError::Registry(error)), Some((known, network))) if error.is_away() => {
             let LastKnown { config, lease, peers, .. } = known;
             warn!("{error}; going on with the lease {} and {} peers that were last known", lease.key, peers.len());
-            let device = VxlanDevice::new(&network.backend, &external);
+            let backend = Backend::new(&network.backend, &external);
             let request = LeaseRequest {
                 public_ip: external.public_ip,
                 vtep_mac: Some(lease.vtep_mac),
                 previous: Some(lease.key.subnet),
-                vni: network.backend.vni,
+                backend: backend.attributes(),
                 ttl: cli.lease_ttl(),
                 avoid: BTreeSet::new(),
                 is_contested: false,
             };
-            (network, config.into_bytes(), device, request, lease, peers, None, None)
+            (network, config.into_bytes(), backend, request, lease, peers, None, None)
         }
         (Err(error), _) => return Err(error),
     };
-    Ok(Prepared { registry, host, selection, network, config, external, device, request, lease, known, snapshot, lock })
+    Ok(Prepared {
+        registry,
+        host,
+        selection,
+        network,
+        config,
+        external,
+        backend,
+        request,
+        lease,
+        known,
+        snapshot,
+        lock,
+    })
 }
 
 /// An agent whose address another living host has, so that it has no lease.
@@ -136,7 +149,7 @@ struct Waiting<'a> {
     kind: StoreKind,
     network: &'a NetworkConfig,
     external: &'a External,
-    device: &'a VxlanDevice,
+    backend: &'a Backend,
     /// Held while it waits: by it `status` knows that an agent is running.
     lock: Option<Lock>,
 }
@@ -144,14 +157,14 @@ struct Waiting<'a> {
 impl Waiting<'_> {
     /// Says who has the lease, in the log and as this host's status. Nothing else on the host is touched.
     fn say(&mut self, contested: Contested) -> Result<(), DaemonError> {
-        let vni = self.network.backend.vni;
+        let vni = self.backend.vni();
         if self.lock.is_none() {
             self.lock = Some(Lock::take(&self.cli.run_dir, vni)?);
             warn!("{contested}");
         }
         let mut lease = LeaseStatus::new(contested.subnet, contested.vtep_mac, LeaseState::Contested);
         lease.contested = Some(contested.to_string());
-        let mut status = report::status(self.kind, self.network, self.external, self.device, lease);
+        let mut status = report::status(self.kind, self.network, self.external, self.backend, lease);
         status.written = status::now();
         Ok(status.write(&self.cli.run_dir, vni)?)
     }

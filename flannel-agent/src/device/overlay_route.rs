@@ -28,7 +28,7 @@ use rtnetlink::{
     },
 };
 
-use super::{DeviceError, Link, Netlink, vxlan::VxlanDevice};
+use super::{DeviceError, Link, Netlink};
 use crate::repair::Repair;
 
 /// What our routes say of who made them (`rtm_protocol`), so that we know them again: a number that nobody has, neither
@@ -144,7 +144,7 @@ impl Netlink {
     pub async fn ensure_routes(
         &self,
         link: &Link,
-        device: &VxlanDevice,
+        local: Ipv4Addr,
         routes: &OverlayRoutes,
         peer: impl Fn(Ipv4Addr) -> Option<KernelPeer>,
         foreign: &mut ForeignNextHops,
@@ -157,10 +157,10 @@ impl Netlink {
         let gateway = self.free_next_hop(link, routes.source).await?;
 
         // Of a forwarding entry the family says nothing about the destination's.
-        let local = NeighbourAttribute::Destination(NeighbourAddress::Other(device.local.octets().to_vec()));
+        let vtep = NeighbourAttribute::Destination(NeighbourAddress::Other(local.octets().to_vec()));
         let mac = NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.to_vec());
-        if !self.has_forwarding_entry(link, mac, &local).await? {
-            self.set_forwarding_entry(link, NEXT_HOP_MAC, device.local).await?;
+        if !self.has_forwarding_entry(link, mac, &vtep).await? {
+            self.set_forwarding_entry(link, NEXT_HOP_MAC, local).await?;
             ensured.repairs.push(Repair::ForwardingEntry);
         }
         let neighbours = self.permanent_neighbours(link).await?;

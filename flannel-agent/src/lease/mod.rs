@@ -1,8 +1,9 @@
-//! Leases: the key and value formats in the store (here), which subnet a host gets (`allocation`), and the peers that
+//! Leases: the key and value formats in the store (here, and for each backend in `backend`), which subnet a host gets (`allocation`), and the peers that
 //! follow from what the store says (`table`). Plain functions without I/O
 //! (flannel: pkg/lease, pkg/subnet/subnet.go, pkg/subnet/etcd/local_manager.go).
 
 mod allocation;
+mod backend;
 mod burst;
 mod table;
 
@@ -20,6 +21,7 @@ use serde_json::Value;
 
 pub use self::{
     allocation::{allocate, is_allocatable},
+    backend::BackendAttributes,
     table::{Credibility, Hold, HoldReason, LeaseTable, OwnDeletion, PeerChange},
 };
 

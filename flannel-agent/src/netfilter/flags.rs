@@ -41,7 +41,7 @@ impl Flags {
     /// The rules for a host's subnet.
     pub fn rules(&self, network: &NetworkConfig, subnet: Ipv4Net) -> Rules {
         Rules {
-            vni: network.backend.vni,
+            vni: network.backend.vni(),
             network: network.network,
             subnet,
             masquerade: match (self.ip_masq, self.ip_masq_fully_random_disable) {

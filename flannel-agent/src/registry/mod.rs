@@ -16,7 +16,6 @@ mod store;
 
 use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
-use flannel_common::{packet::is_unicast, vxlan::Vni};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +24,7 @@ pub use self::{
     resync::ResyncCause,
     store::{Registry, RegistryError, StoreKind, StoreOptions},
 };
-use crate::lease::{InvalidLease, LeaseAttributes, LeaseKey, MacAddress, Peer};
+use crate::lease::{BackendAttributes, LeaseAttributes, LeaseKey, MacAddress};
 
 /// One lease as the store has it.
 #[derive(Clone, Debug)]
@@ -45,21 +44,6 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// The lease as a host to encapsulate to.
-    ///
-    /// # Errors
-    /// [`InvalidLease`] for a host without a VTEP in this overlay.
-    pub fn peer(&self, vni: Vni) -> Result<Peer, InvalidLease> {
-        let data = self.attributes.vxlan_data()?;
-        if data.vni != vni.get() {
-            return Err(InvalidLease::Vni { theirs: data.vni, ours: vni });
-        }
-        if !is_unicast(self.attributes.public_ip.to_bits()) {
-            return Err(InvalidLease::PublicIp(self.attributes.public_ip));
-        }
-        Ok(Peer { public_ip: self.attributes.public_ip, vtep_mac: data.vtep_mac })
-    }
-
     /// The same, as none that can be used.
     pub fn passed_over(&self, reason: String) -> PassedOver {
         let grant = Some(self.grant.clone());
@@ -140,8 +124,8 @@ pub struct LeaseRequest {
     pub vtep_mac: Option<MacAddress>,
     /// The subnet it had before.
     pub previous: Option<Ipv4Net>,
-    /// The overlay that it is in.
-    pub vni: Vni,
+    /// What the leases of this overlay's hosts have in common.
+    pub backend: BackendAttributes,
     /// For how long the store keeps the lease of a host that is silent.
     pub ttl: Duration,
     /// Subnets that hosts may have which the store does not name: not taken while there are others.

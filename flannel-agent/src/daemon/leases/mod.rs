@@ -34,7 +34,7 @@ use crate::{
     config::NetworkConfig,
     health::Health,
     last_known::LastKnown,
-    lease::{LeaseTable, OwnDeletion, Peer, PeerChange},
+    lease::{BackendAttributes, LeaseTable, OwnDeletion, Peer, PeerChange},
     registry::{Announced, HostAddresses, LeaseRequest, OwnLease, Registry, ResyncCause, Update},
     status::{LeaseState, LeaseStatus, Status},
 };
@@ -45,6 +45,8 @@ pub(super) struct Beginning {
     /// What the store says of this host's addresses.
     pub(super) host: HostAddresses,
     pub(super) network: NetworkConfig,
+    /// What leases of this host's backend have in common.
+    pub(super) attributes: BackendAttributes,
     /// As the store has it.
     pub(super) config: Vec<u8>,
     /// This host's VTEP address.
@@ -62,6 +64,7 @@ pub(super) struct Leases {
     registry: Registry,
     /// The network config that the datapath is made for.
     network: NetworkConfig,
+    attributes: BackendAttributes,
     table: LeaseTable,
     grace: Duration,
     /// What counts where an entry comes to name no VTEP.
@@ -114,12 +117,14 @@ pub(super) enum Change {
 
 impl Leases {
     pub(super) fn new(beginning: Beginning, health: Health) -> Self {
-        let Beginning { registry, host, network, config, public_ip, lease, lease_state, known, grace } = beginning;
+        let Beginning { registry, host, network, attributes, config, public_ip, lease, lease_state, known, grace } =
+            beginning;
         let own = LeaseStatus::new(lease.key.subnet, lease.vtep_mac, lease_state);
         let mut status = LeasesStatus::new(registry.kind(), registry.config_place(), own);
         status.review_config(&config);
         Self {
             network,
+            attributes,
             announced: Announced::new(&known),
             table: LeaseTable::new(known, grace),
             grace,

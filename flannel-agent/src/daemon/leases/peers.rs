@@ -19,7 +19,7 @@ impl Leases {
                 "it announces the MAC {} of this host's vxlan device; give each host a device of its own: `ip link delete \
                  {}` on one of them, and start its agent again",
                 peer.vtep_mac,
-                VxlanDevice::name_of(self.network.backend.vni)
+                VxlanDevice::name_of(self.network.backend.vni())
             )
         };
         let remark = entry.remark.clone().or_else(|| (peer.vtep_mac == self.own.vtep_mac).then(own_mac));
@@ -63,7 +63,7 @@ impl Leases {
         if overlap(own, theirs) {
             return Err(entry.passed_over(format!("it overlaps this host's own lease {own}")));
         }
-        let peer = entry.peer(self.network.backend.vni).map_err(|error| entry.passed_over(error.to_string()))?;
+        let peer = self.attributes.peer(&entry.attributes).map_err(|error| entry.passed_over(error.to_string()))?;
         if peer.vtep_mac == self.own.vtep_mac && before.is_some_and(|before| before.vtep_mac != peer.vtep_mac) {
             return Err(entry.passed_over(format!("it names the MAC {} of this host's own VTEP", peer.vtep_mac)));
         }
@@ -76,7 +76,7 @@ impl Leases {
 
     /// Whether an entry is this host's lease as it was taken, and nobody wrote it since.
     pub(super) fn is_held(&self, entry: &Entry) -> bool {
-        self.is_own(entry) && self.own.is_as_written(entry) && entry.peer(self.network.backend.vni).is_ok()
+        self.is_own(entry) && self.own.is_as_written(entry) && self.attributes.peer(&entry.attributes).is_ok()
     }
 
     /// The table says something that does not go with holding the lease. Only where it is held: whoever is taking

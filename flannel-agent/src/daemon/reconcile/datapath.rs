@@ -16,8 +16,8 @@ impl Reconciler<'_> {
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there. What there was to do.
     pub(super) async fn ensure_datapath(&mut self, table: &LeaseTable) -> Result<(Link, Vec<Repair>), DaemonError> {
         let Self { netlink, dataplane, underlay, uplink: Uplink { external, .. }, target, .. } = self;
-        let Target { network, lease: own, device, .. } = target;
-        let (link, device_repair) = netlink.ensure_vxlan(device, own.vtep_mac.0).await?;
+        let Target { network, lease: own, backend, .. } = target;
+        let (link, device_repair) = backend.ensure_device(netlink, own.vtep_mac).await?;
         underlay.set_overlay(link.index);
         dataplane.peers.set_overlay_device(link.index)?;
         dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
@@ -26,7 +26,7 @@ impl Reconciler<'_> {
         let address = netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
         let route = self.ensure_routes(&link, table).await?;
         let blackhole = self.cli.packet_rules.ip_blackhole_route.then_some(self.target.lease.key.subnet);
-        self.netlink.set_blackhole(self.target.device.vni, blackhole).await?;
+        self.netlink.set_blackhole(self.target.backend.vni(), blackhole).await?;
         self.attach_pods_or_say().await;
         self.ensure_xdp()?;
         let repairs = match device_repair {

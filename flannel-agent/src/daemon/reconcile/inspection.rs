@@ -89,10 +89,10 @@ impl Reconciler<'_> {
         reader.set(Surroundings {
             network: self.target.network.network,
             subnet: self.target.lease.key.subnet,
-            overlay: self.target.device.name.clone(),
+            overlay: self.target.backend.device_name().to_owned(),
             external: self.uplink.external.link.name.clone(),
             address: self.uplink.external.address,
-            port: self.target.device.port,
+            port: self.target.backend.port(),
             bridges: bridges.clone(),
             pods: pods.clone(),
             peers: Arc::clone(peers),

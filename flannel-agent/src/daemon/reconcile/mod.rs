@@ -41,22 +41,22 @@ use self::{
 };
 use super::DaemonError;
 use crate::{
+    backend::Backend,
     cli::Cli,
     config::NetworkConfig,
     conntrack::Liberal,
     dataplane::{Dataplane, Features},
     device::{
-        self, Changed, DeviceEvent, Netlink,
+        Changed, DeviceEvent, Netlink,
         external::{External, Selection},
         offload::Offloads,
-        vxlan::VxlanDevice,
     },
     lease::{LeaseTable, PeerChange},
     netfilter::keeper::Keeper,
     registry::{OwnLease, Registry},
     repair::Repair,
     status::Status,
-    underlay::{Endpoint, Underlay},
+    underlay::Underlay,
     xdp,
 };
 
@@ -75,7 +75,7 @@ pub(super) struct Beginning<'a> {
     /// The rule that the external interface is chosen by.
     pub(super) selection: Selection,
     pub(super) external: External,
-    pub(super) device: VxlanDevice,
+    pub(super) backend: Backend,
     pub(super) registry: &'a Registry,
 }
 
@@ -123,19 +123,12 @@ pub(super) enum Event {
 impl<'a> Reconciler<'a> {
     /// Loads the programs. Nothing else is made yet.
     pub(super) async fn new(cli: &'a Cli, beginning: Beginning<'_>) -> Result<Self, DaemonError> {
-        let Beginning { netlink, device_events, features, network, lease, selection, external, device, registry } =
+        let Beginning { netlink, device_events, features, network, lease, selection, external, backend, registry } =
             beginning;
-        let endpoint = Endpoint {
-            external: external.clone(),
-            port: device.port,
-            source_ports: device::local_ports(),
-            vni: device.vni,
-            vtep_mac: lease.vtep_mac,
-            overlay: 0,
-        };
+        let endpoint = backend.endpoint(&external, lease.vtep_mac);
         let endpoints = Endpoints { store_kind: registry.kind(), urls: registry.endpoints() };
-        let status = DatapathStatus::new(features, &external, &device);
-        let target = Target { network, lease, moving_to: None, device };
+        let status = DatapathStatus::new(features, &external, &backend);
+        let target = Target { network, lease, moving_to: None, backend };
         Ok(Self {
             cli,
             netlink,

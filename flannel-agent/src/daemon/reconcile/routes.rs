@@ -117,7 +117,7 @@ impl RouteState {
 impl Reconciler<'_> {
     /// Reads the host's routes, before anything depends on them.
     pub(super) async fn read_routes(&mut self, table: &LeaseTable) -> Result<(), DaemonError> {
-        if let Some(existing) = self.netlink.link_by_name(&self.target.device.name).await? {
+        if let Some(existing) = self.netlink.link_by_name(self.target.backend.device_name()).await? {
             self.underlay.set_overlay(existing.header.index);
         }
         let interest = self.interest(table);
@@ -257,7 +257,8 @@ impl Reconciler<'_> {
             table.iter().map(|(subnet, peer)| (subnet.network(), (peer.vtep_mac.0, peer.public_ip))).collect();
         let state = &mut self.routes;
         let peer = |address| peers.get(&address).copied();
-        let ensured = self.netlink.ensure_routes(link, &self.target.device, &wanted, peer, &mut state.foreign).await?;
+        let ensured =
+            self.netlink.ensure_routes(link, self.uplink.external.address, &wanted, peer, &mut state.foreign).await?;
         state.foreign_gateways = ensured.foreign_gateways;
         let made = Some((link.clone(), wanted));
         let is_repair = state.made == made;

@@ -5,9 +5,10 @@ use std::{net::Ipv4Addr, time::Duration};
 use tracing::{info, warn};
 
 use crate::{
+    backend::Backend,
     bypass::{BypassFlag, Restriction},
     dataplane::Features,
-    device::{external::External, vxlan::VxlanDevice},
+    device::external::External,
     repair::Repair,
     status::{BypassStatus, DriftStatus, EndsStatus, RoutesStatus, RulesStatus, Status, XdpStatus, now},
     xdp::Choice,
@@ -29,11 +30,11 @@ pub(super) struct DatapathStatus {
 }
 
 impl DatapathStatus {
-    pub(super) fn new(features: Features, external: &External, device: &VxlanDevice) -> Self {
+    pub(super) fn new(features: Features, external: &External, backend: &Backend) -> Self {
         Self {
             external_interface: external.link.name.clone(),
             public_ip: external.public_ip,
-            mtu: device.mtu,
+            mtu: backend.mtu(),
             features,
             bypass: BypassStatus::default(),
             xdp: XdpStatus::default(),
@@ -109,9 +110,9 @@ impl DatapathStatus {
     }
 
     /// The external interface is another one, or has another address or MTU.
-    pub(super) fn external(&mut self, external: &External, device: &VxlanDevice) {
+    pub(super) fn external(&mut self, external: &External, backend: &Backend) {
         self.external_interface.clone_from(&external.link.name);
-        (self.public_ip, self.mtu) = (external.public_ip, device.mtu);
+        (self.public_ip, self.mtu) = (external.public_ip, backend.mtu());
         self.is_due = true;
     }
 

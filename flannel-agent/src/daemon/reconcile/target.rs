@@ -5,12 +5,13 @@ use tracing::{info, warn};
 
 use super::{COMPARE_PERIOD, Event, Reconciler, endings, restrictions::Observer};
 use crate::{
+    backend::Backend,
     cli::Cli,
     config::NetworkConfig,
     conntrack::helpers,
     daemon::DaemonError,
     dataplane::{Capacity, Dataplane, PinDirectory},
-    device::{self, Changed, Link, external::External, vxlan::VxlanDevice},
+    device::{self, Changed, Link, external::External},
     lease::LeaseTable,
     ownership::Written,
     registry::OwnLease,
@@ -23,13 +24,13 @@ pub(super) struct Target {
     pub(super) lease: OwnLease,
     /// The lease that it has still to be made for.
     pub(super) moving_to: Option<OwnLease>,
-    pub(super) device: VxlanDevice,
+    pub(super) backend: Backend,
 }
 
 impl Target {
     /// Loads the programs.
     pub(super) fn load(&self, cli: &Cli, external: &External) -> Result<Dataplane, DaemonError> {
-        let Self { network, lease, moving_to: _, device } = self;
+        let Self { network, lease, moving_to: _, backend } = self;
         let subnet = lease.key.subnet;
         // Those of others have it too, but for a few.
         let subnet_len = subnet.prefix_len();
@@ -42,16 +43,16 @@ impl Target {
             subnet: subnet.network().to_bits(),
             subnet_mask: subnet.netmask().to_bits(),
             vtep_address: external.address.to_bits(),
-            vni: device.vni.get(),
-            mtu: device.mtu,
+            vni: backend.vni().get(),
+            mtu: backend.mtu(),
             underlay_header_len: if external.link.mac.is_some() { 14 } else { 0 },
             underlay_mac: external.link.mac.unwrap_or_default(),
-            port: device.port,
+            port: backend.port(),
             vtep_mac: lease.vtep_mac.0,
             source_ports: device::local_ports(),
             flags: 0,
         };
-        let pins = PinDirectory::new(&cli.bpf_pin_dir, device.vni);
+        let pins = PinDirectory::new(&cli.bpf_pin_dir, backend.vni());
         let mut dataplane = Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?;
         dataplane.accept(&cli.accept_source)?;
         Ok(dataplane)
@@ -59,7 +60,7 @@ impl Target {
 
     /// What container runtimes are told.
     pub(super) fn subnet_env(&self, ip_masq: bool) -> SubnetEnv {
-        let (network, subnet, mtu) = (self.network.network, self.lease.key.subnet, self.device.mtu);
+        let (network, subnet, mtu) = (self.network.network, self.lease.key.subnet, self.backend.mtu());
         SubnetEnv { network, subnet, mtu, ip_masq }
     }
 }
@@ -71,7 +72,7 @@ impl Reconciler<'_> {
         // Peers before programs: none that is attached may meet empty maps.
         self.compare(Changed::Topology, table).await?;
         // Before programs: none passes by who looks already.
-        if let Some(link) = self.netlink.link_by_name(&self.target.device.name).await? {
+        if let Some(link) = self.netlink.link_by_name(self.target.backend.device_name()).await? {
             self.underlay.set_overlay(link.header.index);
         }
         let pods = self.look_at_links().await?;
@@ -151,7 +152,7 @@ impl Reconciler<'_> {
     pub(in crate::daemon) fn write_subnet_env(&self) -> Result<(), DaemonError> {
         let path = self.cli.subnet_file();
         self.target.subnet_env(self.cli.packet_rules.ip_masq).write(&path)?;
-        Ok(Written::remember(&self.cli.run_dir, self.target.device.vni, &path)?)
+        Ok(Written::remember(&self.cli.run_dir, self.target.backend.vni(), &path)?)
     }
 
     pub(in crate::daemon) fn say_carried(&self, link: &Link) {

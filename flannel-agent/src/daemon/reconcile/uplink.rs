@@ -6,11 +6,11 @@ use tracing::{info, warn};
 
 use super::{Event, LOOK_PERIOD, Reconciler};
 use crate::{
+    backend::Backend,
     daemon::DaemonError,
     device::{
         external::{External, SelectError, Selection},
         offload::Offloads,
-        vxlan::VxlanDevice,
     },
     lease::LeaseTable,
     repair::Repair,
@@ -75,11 +75,11 @@ impl Reconciler<'_> {
         self.uplink.is_rebuild_due = true;
         self.uplink.is_present = true;
         let address_before = std::mem::replace(&mut self.uplink.external, external).address;
-        self.target.device = VxlanDevice::new(&self.target.network.backend, &self.uplink.external);
+        self.target.backend = Backend::new(&self.target.network.backend, &self.uplink.external);
         self.underlay.set_external(self.uplink.external.clone());
         self.uplink.xdp =
             xdp::choose(self.cli.xdp, &self.uplink.external.link, &Offloads::of(&self.uplink.external.link).await);
-        self.status.external(&self.uplink.external, &self.target.device);
+        self.status.external(&self.uplink.external, &self.target.backend);
         let External { address, public_ip, .. } = self.uplink.external;
         self.events.push(Event::External { public_ip, is_other_source: address != address_before });
         self.rebuild(table).await?;

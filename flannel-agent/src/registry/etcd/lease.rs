@@ -32,7 +32,7 @@ use tracing::{info, warn};
 use super::{Etcd, EtcdError, Read, Stored, Table};
 use crate::{
     config::NetworkConfig,
-    lease::{LeaseAttributes, LeaseKey, MacAddress, allocate, is_allocatable},
+    lease::{LeaseKey, MacAddress, allocate, is_allocatable},
     registry::{Contested, Grant, LeaseRequest, OwnLease, OwnLeaseState},
 };
 
@@ -316,7 +316,7 @@ impl Etcd {
     }
 
     fn value(&self, request: &LeaseRequest, vtep_mac: MacAddress) -> String {
-        LeaseAttributes::vxlan(request.public_ip, request.vni.get(), vtep_mac).to_json()
+        request.backend.of_host(request.public_ip, vtep_mac).to_json()
     }
 
     async fn grant(&mut self, ttl: Duration) -> Result<i64, EtcdError> {

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     config::NetworkConfig,
-    lease::{LeaseAttributes, LeaseKey, MacAddress, beginning},
+    lease::{LeaseKey, MacAddress, beginning},
     registry::{Grant, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState},
 };
 
@@ -155,7 +155,7 @@ impl Kubernetes {
             return Ok(OwnLeaseState::Expired);
         }
         let now = self.names.read(node.metadata.annotations.take().unwrap_or_default());
-        let own = LeaseAttributes::vxlan(request.public_ip, request.vni.get(), lease.vtep_mac);
+        let own = request.backend.of_host(request.public_ip, lease.vtep_mac);
         if let Some((public_ip, vtep_mac)) = now.rival(&own) {
             let is_answer = self.written.is_some_and(|written| written.elapsed() < ANSWER_PERIOD);
             self.write_period = if is_answer { (self.write_period * 2).min(LONGEST_PERIOD) } else { WRITE_PERIOD };
@@ -195,7 +195,7 @@ impl Kubernetes {
         request: &LeaseRequest,
         vtep_mac: MacAddress,
     ) -> Result<bool, KubernetesError> {
-        let attributes = LeaseAttributes::vxlan(request.public_ip, request.vni.get(), vtep_mac);
+        let attributes = request.backend.of_host(request.public_ip, vtep_mac);
         let Some(patch) = self.names.patch(now, &attributes) else { return Ok(false) };
         if let Some(written) = self.written {
             sleep_until(written + self.write_period).await;

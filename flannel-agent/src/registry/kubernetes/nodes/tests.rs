@@ -10,9 +10,11 @@ use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::*;
 use crate::{
-    lease::{LeaseAttributes, Peer},
+    lease::{BackendAttributes, LeaseAttributes, Peer},
     registry::Announced,
 };
+
+const BACKEND: BackendAttributes = BackendAttributes::Vxlan { vni: Vni::DEFAULT };
 
 /// A node as the API server has it.
 #[derive(Clone, Debug)]
@@ -131,7 +133,7 @@ impl Follower {
                     }
                     let value = (entry.name.clone(), entry.grant.clone(), entry.attributes.clone());
                     self.entries.insert(entry.key, value);
-                    match entry.peer(Vni::DEFAULT) {
+                    match BACKEND.peer(&entry.attributes) {
                         Ok(peer) => {
                             self.announced.note(&entry, peer);
                             self.peers.insert(entry.key, peer);
@@ -209,8 +211,7 @@ fn event() -> impl Strategy<Value = Event> {
 
 fn peer_of(announcement: &Announcement) -> Option<Peer> {
     let attributes = announcement.attributes().ok().filter(|_| announcement.is_managed)?;
-    let (key, grant) = (POD_CIDRS[0].parse::<Ipv4Net>().ok()?.into(), Grant::EtcdLease(0));
-    Entry { key, name: String::new(), attributes, grant, version: 0, remark: None }.peer(Vni::DEFAULT).ok()
+    BACKEND.peer(&attributes).ok()
 }
 
 /// Has the nodes read that are to be, until none is.
@@ -289,7 +290,7 @@ proptest! {
             let mut named = BTreeSet::new();
             for entry in &entries {
                 named.insert(entry.key);
-                match entry.peer(Vni::DEFAULT) {
+                match BACKEND.peer(&entry.attributes) {
                     Ok(peer) => {
                         last.insert(entry.key, (entry.grant.clone(), peer));
                         peers.insert(entry.key, peer);

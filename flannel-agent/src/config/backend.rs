@@ -1,0 +1,179 @@
+//! The network configuration's Backend: which backend it is, and what it has settings for. A backend that is added has a
+//! variant in each of the enumerations here, and a module in [`backend`](crate::backend).
+
+use std::fmt;
+
+use flannel_common::vxlan::{self, Vni};
+
+use super::{ConfigError, decode::Object, error::BACKEND_EXAMPLE};
+
+/// Those of its backends, on all platforms.
+pub(super) const BACKEND_KEYS: [&str; 24] = [
+    "Type",
+    "VNI",
+    "Port",
+    "MTU",
+    "GBP",
+    "Learning",
+    "DirectRouting",
+    "Name",
+    "MacPrefix",
+    "DNSServerList",
+    "ListenPort",
+    "ListenPortV6",
+    "PSK",
+    "PersistentKeepaliveInterval",
+    "Mode",
+    "UDPEncap",
+    "ESPProposal",
+    "PreStartupCommand",
+    "PostStartupCommand",
+    "ShutdownCommand",
+    "SubnetAddCommand",
+    "SubnetRemoveCommand",
+    "AccessKeyID",
+    "AccessKeySecret",
+];
+
+/// The smallest MTU of an underlay whose overlay still has the 68 bytes that IPv4 requires (RFC 791).
+const MIN_MTU: u32 = 68 + vxlan::OVERHEAD as u32;
+
+/// A backend that this agent has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendType {
+    /// Packets in UDP, as the kernel's vxlan device sends them.
+    Vxlan,
+}
+
+impl BackendType {
+    /// Each of them.
+    pub const ALL: [Self; 1] = [Self::Vxlan];
+
+    /// Its `Type` in network configs, which is also the `BackendType` of leases.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Vxlan => "vxlan",
+        }
+    }
+
+    /// All labels, for people.
+    pub(super) fn labels() -> String {
+        Self::ALL.map(Self::label).join(", ")
+    }
+}
+
+impl fmt::Display for BackendType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+/// A backend and its settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackendConfig {
+    /// The vxlan backend.
+    Vxlan(VxlanConfig),
+}
+
+/// Settings of the vxlan backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VxlanConfig {
+    /// The overlay's VXLAN network identifier.
+    pub vni: Vni,
+    /// UDP port of the tunnel.
+    pub port: u16,
+    /// MTU of the underlay to assume instead of the external interface's, in bytes.
+    pub mtu: Option<u32>,
+    /// Whether the kernel's vxlan device learns addresses; the programs do not depend on it.
+    pub learning: bool,
+    /// flannel's option to route to peers on the same link without encapsulation.
+    pub direct_routing: bool,
+}
+
+impl BackendConfig {
+    /// Reads the value of the key Backend.
+    pub(super) fn parse(json: &str) -> Result<Self, ConfigError> {
+        // As flannel, which looks for the type first.
+        let object = match json {
+            "null" => Object::parse("{}", "Backend."),
+            json => Object::parse(json, "Backend."),
+        };
+        let object = object.map_err(|_| ConfigError::Backend(format!("{json} (expected {BACKEND_EXAMPLE})")))?;
+        let kind = object.string("Type", "vxlan").map_err(|error| ConfigError::Backend(error.to_string()))?;
+        let kind = kind.unwrap_or_default();
+        match BackendType::ALL.into_iter().find(|known| known.label() == kind.to_lowercase()) {
+            Some(BackendType::Vxlan) => Ok(Self::Vxlan(VxlanConfig::from_object(&object)?)),
+            None => Err(ConfigError::UnknownBackend(kind)),
+        }
+    }
+
+    /// Which it is.
+    pub const fn kind(&self) -> BackendType {
+        match self {
+            Self::Vxlan(_) => BackendType::Vxlan,
+        }
+    }
+
+    /// The number that this host knows the overlay by: its files, locks and pins are under it.
+    pub const fn vni(&self) -> Vni {
+        match self {
+            Self::Vxlan(vxlan) => vxlan.vni,
+        }
+    }
+
+    /// The settings beside those of another configuration, by their keys.
+    pub(super) fn beside(&self, other: &Self) -> Vec<(&'static str, String, String)> {
+        match (self, other) {
+            (Self::Vxlan(ours), Self::Vxlan(theirs)) => {
+                let settings = ours.settings().into_iter().zip(theirs.settings());
+                settings.map(|((key, ours), (_, theirs))| (key, ours, theirs)).collect()
+            }
+        }
+    }
+}
+
+impl VxlanConfig {
+    fn from_object(object: &Object<'_>) -> Result<Self, ConfigError> {
+        if object.boolean("GBP")? == Some(true) {
+            return Err(ConfigError::Unsupported("Backend GBP"));
+        }
+        let in_range =
+            |key, value: i64, expected: &str| ConfigError::Range { key, value, expected: expected.to_owned() };
+        let vni = object.integer("VNI", "1")?.unwrap_or_else(|| Vni::DEFAULT.get().into());
+        let checked = u32::try_from(vni).ok().and_then(|vni| Vni::new_checked(vni).ok());
+        let port = object.integer("Port", "8472")?.unwrap_or_default();
+        let mtu = object.integer("MTU", "1450")?.unwrap_or_default();
+        Ok(Self {
+            vni: checked.ok_or_else(|| in_range("Backend.VNI", vni, "0 to 9999999"))?,
+            port: match u16::try_from(port) {
+                Ok(0) => vxlan::DEFAULT_PORT,
+                Ok(port) => port,
+                Err(_) => {
+                    let expected = format!("1 to 65535, or 0 for the default {}", vxlan::DEFAULT_PORT);
+                    return Err(in_range("Backend.Port", port, &expected));
+                }
+            },
+            mtu: match u32::try_from(mtu) {
+                Ok(0) => None,
+                Ok(mtu @ MIN_MTU..=65535) => Some(mtu),
+                _ => {
+                    let expected = format!("{MIN_MTU} to 65535, or 0 for the external interface's");
+                    return Err(in_range("Backend.MTU", mtu, &expected));
+                }
+            },
+            learning: object.boolean("Learning")?.unwrap_or_default(),
+            direct_routing: object.boolean("DirectRouting")?.unwrap_or_default(),
+        })
+    }
+
+    /// Each setting by its key, in words.
+    fn settings(&self) -> [(&'static str, String); 5] {
+        [
+            ("VNI", self.vni.to_string()),
+            ("Port", self.port.to_string()),
+            ("MTU", self.mtu.map_or("the interface's".to_owned(), |mtu| mtu.to_string())),
+            ("Learning", self.learning.to_string()),
+            ("DirectRouting", self.direct_routing.to_string()),
+        ]
+    }
+}
