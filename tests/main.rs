@@ -79,6 +79,7 @@ mod cni;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
 mod counted;
+mod direct_routing;
 mod docker;
 mod docker_opts;
 mod drift;

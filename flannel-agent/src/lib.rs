@@ -63,6 +63,7 @@ pub mod operator;
 pub mod ownership;
 pub mod preflight;
 pub mod privileges;
+pub mod probe;
 pub mod registry;
 pub mod repair;
 pub mod retry;

@@ -57,6 +57,9 @@ pub struct Status {
     pub public_ip: Ipv4Addr,
     /// MTU of the overlay, in bytes.
     pub mtu: u32,
+    /// Whether peers on the same link are sent packets without encapsulation (`DirectRouting`).
+    #[serde(default)]
+    pub direct_routing: bool,
     /// What the kernel has of what the dataplane calls for.
     #[serde(default)]
     pub features: Features,

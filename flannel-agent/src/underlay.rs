@@ -195,6 +195,9 @@ impl Underlay {
             (Some(_), None) => Some(Mac::default()),
             (None, _) => None,
         };
+        // Programs see what comes from there.
+        let is_on_link =
+            device_mac.is_some() && next_hop == Some(NextHop { ifindex: external.link.index, address: peer.public_ip });
         let header = OuterHeader::template(&Tunnel {
             next_hop_mac: next_hop_mac.unwrap_or_default(),
             device_mac: device_mac.unwrap_or_default(),
@@ -210,7 +213,7 @@ impl Underlay {
             address: peer.public_ip.to_bits(),
             next_hop: next_hop.map_or([0; 4], |next_hop| next_hop.address.octets()),
             ifindex: next_hop.map_or(0, |next_hop| next_hop.ifindex),
-            flags: if next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 },
+            flags: if next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 } | if is_on_link { Vtep::ON_LINK } else { 0 },
         }
     }
 }

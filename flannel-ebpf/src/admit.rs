@@ -122,8 +122,7 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
     })
 }
 
-/// Whether a packet for this host's pods that was not encapsulated is one of a peer on the same link, and takes note of the peer
-/// then. [`None`] for what is nobody's, or may be anybody's: the kernel decides. The peer's MAC is known as its neighbour's; where
+/// The peer on the same link that sent a packet for this host's pods without encapsulation; it is noted as heard. [`None`] for what is nobody's, or may be anybody's: the kernel decides. The peer's MAC is known as its neighbour's; where
 /// it is not known yet, nothing speaks against the sender.
 #[inline(always)]
 pub(crate) fn admit_directly(
@@ -131,7 +130,7 @@ pub(crate) fn admit_directly(
     config: &Config,
     ip: &Ipv4Hdr,
     now: u64,
-) -> Option<Result<(), Event>> {
+) -> Option<Result<&'static Vtep, Event>> {
     let ethernet = packet.header::<EthHdr>(0)?;
     let source = u32::from_be_bytes(ip.src_addr);
     let is_group_mac = ethernet.dst_addr[0] & 1 != 0;
@@ -147,5 +146,5 @@ pub(crate) fn admit_directly(
         return config.has(Config::DIRECT).then_some(Err(Event::DirectForeignMac));
     }
     note_heard_directly(peer.id, now);
-    Some(Ok(()))
+    Some(Ok(peer.vtep))
 }

@@ -77,9 +77,10 @@ fn directly(packet: &Packet<'_>, config: &Config, now: u64) -> Option<Event> {
     if !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
         return None;
     }
-    if let Err(event) = admit_directly(packet, config, &ip, now)? {
-        return Some(event);
-    }
+    let peer = match admit_directly(packet, config, &ip, now)? {
+        Ok(peer) => peer,
+        Err(event) => return Some(event),
+    };
     let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
     if let Some(known) = place.fresh_ingress(config, now)
         && ip.ttl > 1
@@ -88,6 +89,11 @@ fn directly(packet: &Packet<'_>, config: &Config, now: u64) -> Option<Event> {
             Event::DecapFailed => Event::DecapFailed,
             _ => Event::DirectDelivered,
         });
+    }
+    // As it would come out of the tunnel: the device takes what is for its MAC.
+    let (dst_addr, src_addr) = (config.vtep_mac, peer.header.peer_vtep_mac());
+    if packet.write(&EthHdr { dst_addr, src_addr, ether_type: EtherType::Ipv4 as u16 }).is_err() {
+        return Some(Event::DecapFailed);
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
     packet.redirect_to_ingress(overlay_device());

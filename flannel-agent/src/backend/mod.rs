@@ -36,10 +36,10 @@ impl Backend {
         }
     }
 
-    /// What has no effect of all that its configuration asks for, in words.
-    pub const fn without_effect(config: &BackendConfig) -> Option<&'static str> {
-        match config {
-            BackendConfig::Vxlan(config) => Vxlan::without_effect(config),
+    /// Whether peers on the same link are sent packets without encapsulation.
+    pub const fn is_direct(&self) -> bool {
+        match self {
+            Self::Vxlan(vxlan) => vxlan.is_direct(),
         }
     }
 

@@ -14,20 +14,17 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vxlan {
     device: VxlanDevice,
+    is_direct: bool,
 }
 
 impl Vxlan {
     /// For a configuration, on an external interface.
     pub fn new(config: &VxlanConfig, external: &External) -> Self {
-        Self { device: VxlanDevice::new(config, external) }
+        Self { device: VxlanDevice::new(config, external), is_direct: config.direct_routing }
     }
 
-    pub(super) const fn without_effect(config: &VxlanConfig) -> Option<&'static str> {
-        if config.direct_routing {
-            Some("DirectRouting is not used: packets to peers on the same link are encapsulated too")
-        } else {
-            None
-        }
+    pub(super) const fn is_direct(&self) -> bool {
+        self.is_direct
     }
 
     pub(super) const fn vni(&self) -> Vni {

@@ -42,6 +42,7 @@ pub(super) fn status(
         external_interface: external.link.name.clone(),
         public_ip: external.public_ip,
         mtu: backend.mtu(),
+        direct_routing: backend.is_direct(),
         features: Features::default(),
         bypass: BypassStatus::default(),
         xdp: XdpStatus::default(),

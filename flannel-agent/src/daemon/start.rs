@@ -105,9 +105,6 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
         (Ok((network, config, backend, request, lease, snapshot, lock)), known) => {
             let known = known.filter(|(_, before)| before.network == network.network);
             let known = known.map(|(known, _)| known.peers).unwrap_or_default();
-            if let Some(what) = Backend::without_effect(&network.backend) {
-                warn!("{what}");
-            }
             (network, config, backend, request, lease, known, Some(snapshot), lock)
         }
         (Err(DaemonError::Registry(error)), Some((known, network))) if error.is_away() => {

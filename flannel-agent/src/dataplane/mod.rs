@@ -24,6 +24,7 @@ mod pods;
 mod restrict;
 #[cfg(feature = "generator")]
 pub mod test_run;
+mod ways;
 mod xdp;
 
 use std::{
@@ -54,8 +55,9 @@ pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
 pub use forget::{Forgetter, Left};
 pub use held::Repaired;
 use ipnet::Ipv4Net;
-pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets};
+pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets, Unheard};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
+pub use ways::{PeerWay, Way, pinned_ways};
 pub use xdp::XdpMode;
 
 use self::{held::Place, restrict::Variant};

@@ -57,6 +57,17 @@ pub struct PeerMaps {
     blind_since: Option<Instant>,
 }
 
+/// A peer on the same link that is not known to send without encapsulation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unheard {
+    /// What it leases.
+    pub subnet: Ipv4Net,
+    /// How it is reached.
+    pub vtep: Vtep,
+    /// When it was heard.
+    pub heard: Heard,
+}
+
 /// A VTEP in use.
 struct Entry {
     vtep: Vtep,
@@ -220,6 +231,25 @@ impl PeerMaps {
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?;
         let units = heard_time(Duration::from(now).as_nanos() as u64).saturating_sub(heard);
         Ok(Some(Duration::from_nanos(u64::from(units) << HEARD_UNIT_SHIFT)))
+    }
+
+    /// The peers on the same link that are not known to send without encapsulation.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn unheard_on_link(&self) -> Result<Vec<Unheard>, DataplaneError> {
+        let mut unheard = Vec::new();
+        for (subnet, id) in &self.published {
+            let Some(Entry { vtep, .. }) = self.entries.get(id) else { continue };
+            if vtep.flags & Vtep::ON_LINK == 0 {
+                continue;
+            }
+            let heard = self.heard.get(id, 0).map_err(DataplaneError::map("read", HEARD))?;
+            if heard.last == 0 || !heard.is_direct() {
+                unheard.push(Unheard { subnet: *subnet, vtep: *vtep, heard });
+            }
+        }
+        Ok(unheard)
     }
 
     /// The id of a VTEP, a new one where it has none. That inherits when the host of `before` was last heard, where it

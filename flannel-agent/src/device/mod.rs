@@ -15,6 +15,7 @@ pub mod offload;
 pub mod overlay_route;
 mod pods;
 mod raw;
+pub mod raw_frame;
 mod raw_route;
 pub mod routing_rules;
 mod sweep;

@@ -12,7 +12,8 @@ use super::{
 use crate::{
     cli::Cli,
     dataplane::{
-        Attachment, AttachmentState, Directions, Flows, PinDirectory, XdpMode, attached_xdp, attachments, pinned_flows,
+        Attachment, AttachmentState, Directions, Flows, PeerWay, PinDirectory, Way, XdpMode, attached_xdp, attachments,
+        pinned_flows, pinned_ways,
     },
     device::Netlink,
     operator::OperatorError,
@@ -24,6 +25,7 @@ pub(super) struct Dataplane {
     attachments: Vec<Attachment>,
     xdp: Option<XdpMode>,
     flows: Flows,
+    ways: Vec<PeerWay>,
     /// Those that have dropped something.
     drops: Vec<Reason>,
     /// What of known hosts was refused lately, in words.
@@ -40,8 +42,9 @@ impl Dataplane {
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
+        let ways = pinned_ways(&pins, status.network, status.lease.subnet.prefix_len(), status.direct_routing)?;
         let refused = refused::troubles(&pins, status.network)?;
-        Ok(Self { attachments, xdp, flows, drops, refused })
+        Ok(Self { attachments, xdp, flows, ways, drops, refused })
     }
 
     /// What is not as it should be.
@@ -74,6 +77,12 @@ impl Dataplane {
         let words = |Directions { egress, ingress }| format!("{egress} from pods, {ingress} to pods");
         let Flows { plain, translated } = self.flows;
         rows.push(["flows".to_owned(), format!("{}; translated: {}", words(plain), words(translated))]);
+        if !self.ways.is_empty() {
+            let ways = [Way::Direct, Way::Encapsulated, Way::NoRoute].map(|way| (way, self.peers_by(way).count()));
+            let ways: Vec<_> = ways.iter().filter(|(_, count)| *count > 0).collect();
+            let words: Vec<_> = ways.iter().map(|(way, count)| format!("{count} {}", way.label())).collect();
+            rows.push(["reached".to_owned(), words.join(", ")]);
+        }
         rows.extend(self.drops.iter().map(|reason| {
             let last = reason.samples.first().map(|sample| {
                 format!(", last {} ago: {}", drops::age(Duration::from_millis(sample.age_ms)), sample.summary)
@@ -97,8 +106,13 @@ impl Dataplane {
             "hooks": hooks.collect::<Vec<_>>(),
             "xdp": self.xdp(),
             "flows": self.flows,
+            "peers": self.ways,
             "drops": self.drops,
         })
+    }
+
+    fn peers_by(&self, way: Way) -> impl Iterator<Item = &PeerWay> {
+        self.ways.iter().filter(move |peer| peer.way == way)
     }
 
     const fn xdp(&self) -> &'static str {

@@ -91,6 +91,8 @@ impl World {
         let (kind, key) = flow(frame, ip, ETHERNET, End::Destination);
         let slow = Fate {
             note: self.note(Note::Admitted(key)),
+            // As from its device to ours.
+            frame: Frame::Is([&self.config.vtep_mac[..], &peer.vtep_mac, &[8, 0], &frame[ETHERNET..]].concat()),
             heard: Some(peer.address),
             is_heard_directly: true,
             flow: match kind == Kind::Turn && self.may_bypass() {

@@ -26,7 +26,7 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use ipnet::Ipv4Net;
 use tokio::sync::mpsc;
-use tracing::warn;
+use tracing::{debug, warn};
 
 pub(super) use self::{drift::LOOK_PERIOD, restrictions::WATCH_PERIOD};
 use self::{
@@ -53,6 +53,7 @@ use crate::{
     },
     lease::{LeaseTable, PeerChange},
     netfilter::keeper::Keeper,
+    probe::Probes,
     registry::{OwnLease, Registry},
     repair::Repair,
     status::Status,
@@ -87,6 +88,7 @@ pub(super) struct Reconciler<'a> {
     target: Target,
     uplink: Uplink,
     underlay: Underlay,
+    probes: Probes,
     routes: RouteState,
     bypass: Bypass,
     rules: Keeper,
@@ -134,6 +136,7 @@ impl<'a> Reconciler<'a> {
             netlink,
             dataplane: target.load(cli, &external)?,
             underlay: Underlay::new(endpoint),
+            probes: Probes::default(),
             routes: RouteState::new(cli, endpoints, &target.network),
             bypass: Bypass {
                 restrictions: Restrictions::new(cli.bypass, features.tcx),
@@ -187,10 +190,25 @@ impl<'a> Reconciler<'a> {
             self.status.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
         }
         self.dataplane.peers.sync(&self.underlay.desired(table))?;
+        self.ask_peers();
         if event >= Changed::Way {
             self.look_at_routing_rules(table).await;
         }
         Ok(())
+    }
+
+    /// Has peers on the link show how they send, where that matters and is not known.
+    fn ask_peers(&mut self) {
+        let Target { backend, lease, .. } = &self.target;
+        if !backend.is_direct() {
+            return;
+        }
+        match self.dataplane.peers.unheard_on_link() {
+            Ok(peers) => {
+                self.probes.ask(&peers, self.uplink.external.address, lease.key.subnet.network(), backend.port())
+            }
+            Err(error) => debug!("{error}; peers on the link are asked later how they send"),
+        }
     }
 
     /// Brings the maps up by these changes only, which the table has already.
@@ -211,6 +229,7 @@ impl<'a> Reconciler<'a> {
                 warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
             }
         }
+        self.ask_peers();
         // After the maps: what is routed there has somewhere to go.
         for change in &changes {
             self.route_peer(change, table).await;

@@ -50,7 +50,7 @@ impl Target {
             port: backend.port(),
             vtep_mac: lease.vtep_mac.0,
             source_ports: device::local_ports(),
-            flags: 0,
+            flags: if backend.is_direct() { Config::DIRECT } else { 0 },
         };
         let pins = PinDirectory::new(&cli.bpf_pin_dir, backend.vni());
         let mut dataplane = Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?;
