@@ -79,6 +79,19 @@ events! {
     /// to_overlay: the outer header could not be written into the room made for it.
     EncapFailed = "encap_failed", Drop;
 
+    /// to_underlay: routed by the stack to a peer on the same link; sent to its MAC.
+    Routed = "routed", Pass;
+    /// to_underlay: the same, to a peer whose MAC the kernel resolves.
+    RoutedNeighbour = "routed_neighbour", Forward;
+    /// to_underlay: routed to a peer; the host changes more of its flow's packets than addresses, ports and TTL, so that all take the stack.
+    RoutedChanged = "routed_changed", Pass;
+    /// to_underlay: for nobody who leases a subnet.
+    RoutedOther = "routed_other", Pass;
+    /// to_underlay: by the route that leases share, but no host leases the destination's subnet.
+    RoutedNoPeer = "routed_no_peer", Drop;
+    /// to_underlay: by the route that leases share, to a peer that is not on the external interface's link.
+    RoutedNotOnLink = "routed_not_on_link", Drop;
+
     /// from_pod: a packet of a flow that the stack let out a moment ago; encapsulated past the stack.
     PodEncapsulated = "pod_encapsulated", Forward;
     /// from_pod: the same, to a peer whose next hop the kernel resolves.
@@ -131,6 +144,8 @@ events! {
     HandedIn = "handed_in", Forward;
     /// from_underlay: a packet without encapsulation from a known peer on the same link, with an address of its lease, handed to flannel.VNI as received.
     DirectHandedIn = "direct_handed_in", Forward;
+    /// from_underlay: the same, where there is no tunnel; on to the host's stack.
+    DirectReceived = "direct_received", Pass;
     /// from_underlay: the same, of a flow that the stack let in a moment ago, unchanged or translated; put into the pod.
     DirectDelivered = "direct_delivered", Forward;
     /// from_underlay: a packet without encapsulation from an address of a peer's lease, but from another MAC than that peer's.

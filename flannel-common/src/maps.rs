@@ -181,6 +181,9 @@ impl Config {
     pub const LEFT_IN_TUNNEL: u32 = 1 << 2;
     /// Peers on the same link are sent packets without encapsulation (`DirectRouting`).
     pub const DIRECT: u32 = 1 << 3;
+    /// There is no tunnel and no `flannel.<VNI>`: the stack's packets leave by the external interface, and come in by it
+    /// (host-gw). With [`Config::DIRECT`].
+    pub const NO_TUNNEL: u32 = 1 << 4;
 
     /// Whether this is among the flags. A constant to the verifier.
     #[inline(always)]

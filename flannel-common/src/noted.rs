@@ -9,4 +9,4 @@ pub const NOTE: usize = 2;
 /// Whom the packet is for (`pkt_type`), after it has run.
 pub const PACKET_TYPE: usize = 3;
 /// How many programs there can be.
-pub const PROGRAMS: u32 = 5;
+pub const PROGRAMS: u32 = 6;

@@ -22,6 +22,7 @@ use crate::{
     leases::overlay_device,
     maps::CONFIG,
     next_hop::{Framed, NextHop, Translation},
+    originals,
     packet::{Headers, Note, Packet, Unframed},
 };
 
@@ -38,6 +39,9 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let is_framed = config.underlay_header_len != 0;
     if is_framed && let Some(event) = directly(packet, &config, now) {
         return event;
+    }
+    if config.has(Config::NO_TUNNEL) {
+        return Event::NotTunnel;
     }
     // One offset in two values would be a number in a register, which may not be added to a pointer into a packet where the
     // agent lacks CAP_PERFMON (`sanitize_ptr_alu`). The verifier leaves one of the two out.
@@ -89,6 +93,14 @@ fn directly(packet: &Packet<'_>, config: &Config, now: u64) -> Option<Event> {
             Event::DecapFailed => Event::DecapFailed,
             _ => Event::DirectDelivered,
         });
+    }
+    if config.has(Config::NO_TUNNEL) {
+        let tag = place.key.tag(config.vni);
+        packet.write_note(Note::Received(tag));
+        if config.bypass_time != 0 {
+            originals::leave(packet, &ip, &place, tag, Direction::Ingress);
+        }
+        return Some(Event::DirectReceived);
     }
     // As it would come out of the tunnel: the device takes what is for its MAC.
     let (dst_addr, src_addr) = (config.vtep_mac, peer.header.peer_vtep_mac());

@@ -22,7 +22,7 @@ use network_types::{
 
 use crate::{
     flows::{self, Direction, Kind, Place, place},
-    leases::{Leases, overlay_device},
+    leases::{Leases, Peer, overlay_device},
     maps::CONFIG,
     next_hop::{Framed, NextHop, Translation},
     originals,
@@ -175,6 +175,52 @@ fn show(packet: &Packet<'_>, config: &Config, vtep: &Vtep) -> Result<(), ()> {
     Ok(())
 }
 
+/// Egress of the external interface, where there is no tunnel: of what the stack routed to a peer, sees to the MAC where one of the
+/// agent's shared routes led it there, and notes what it let out.
+#[inline(always)]
+pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
+    let config = CONFIG.load();
+    if !packet.is_ipv4() {
+        return Event::RoutedOther;
+    }
+    let (Some(ethernet), Some(ip)) = (packet.header::<EthHdr>(0), packet.header::<Ipv4Hdr>(EthHdr::LEN)) else {
+        return Event::RoutedOther;
+    };
+    let is_by_shared_route = ethernet.dst_addr == NEXT_HOP_MAC;
+    if !is_by_shared_route && !packet.is_from_pod() {
+        return Event::RoutedOther;
+    }
+    let mut is_changed = false;
+    let released = flows::released(packet, &config, &mut is_changed);
+    // It is for programs of this host only.
+    packet.forget_note();
+    let peer = (Leases { config: &config }).peer_of(u32::from_be_bytes(ip.dst_addr));
+    let on_link = peer.filter(|peer| peer.vtep.flags & Vtep::ON_LINK != 0 && peer.vtep.ifindex == packet.device());
+    let Some(Peer { vtep, .. }) = on_link else {
+        return match (is_by_shared_route, peer.is_some()) {
+            (false, _) => Event::RoutedOther,
+            (true, false) => Event::RoutedNoPeer,
+            (true, true) => Event::RoutedNotOnLink,
+        };
+    };
+    // One that was changed is none.
+    if let Some(released) = released {
+        released.note(packet, true);
+    }
+    if is_by_shared_route {
+        if vtep.flags & Vtep::RESOLVED == 0 {
+            packet.redirect_to_neighbour(vtep.ifindex, vtep.next_hop);
+            return Event::RoutedNeighbour;
+        }
+        let (next_hop, device) = vtep.header.underlay_macs();
+        let ethernet = EthHdr { dst_addr: next_hop, src_addr: device, ether_type: EtherType::Ipv4 as u16 };
+        if packet.write(&ethernet).is_err() {
+            return Event::EncapFailed;
+        }
+    }
+    if is_changed { Event::RoutedChanged } else { Event::Routed }
+}
+
 /// Ingress of the host's side of a pod's veth.
 #[inline(always)]
 pub(crate) fn from_pod(packet: &Packet<'_>) -> Event {
@@ -197,7 +243,7 @@ fn bypass_or_leave(packet: &Packet<'_>, config: &Config) -> Event {
     let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
         return Event::PodOther;
     };
-    if flows::is_tunnel(packet, config, &ip) {
+    if !config.has(Config::NO_TUNNEL) && flows::is_tunnel(packet, config, &ip) {
         return Event::PodTunnel;
     }
     let destination = u32::from_be_bytes(ip.dst_addr);
@@ -255,6 +301,9 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
     let translation = Translation::between(&place.key, &sent_as);
     if peer.is_direct(config) {
         return Some(bypass_directly(packet, ip, place, &sent_as, vtep));
+    }
+    if config.has(Config::NO_TUNNEL) {
+        return None;
     }
     let inner = make_room(packet, config, len, ip.tos).ok()?;
     let mut header =

@@ -171,11 +171,12 @@ fn forget(key: &FlowKey) {
     let _absent = FLOWS.remove(key);
 }
 
-/// Puts a whole entry in the place of the one before: what `fill` makes of one of which nothing is known.
+/// An entry of which nothing is known, to be filled in. (No closure does that: one that is called from two programs would be a
+/// function, with a stack of its own.)
 #[inline(always)]
-fn remember(key: FlowKey, fill: impl FnOnce(&mut Flow)) -> Result<(), i32> {
+fn blank(key: FlowKey) -> Option<&'static mut Flow> {
     // Always there.
-    let Some(flow) = NOTED.get_ptr_mut(0) else { return Err(0) };
+    let flow = NOTED.get_ptr_mut(0)?;
     // SAFETY: the map's value for this CPU, of integers and byte arrays only. Programs on a CPU do not preempt each other at the
     // same side of a device, and only those of egress call this.
     let flow = unsafe {
@@ -183,9 +184,13 @@ fn remember(key: FlowKey, fill: impl FnOnce(&mut Flow)) -> Result<(), i32> {
         &mut *flow
     };
     flow.key = key;
-    fill(flow);
-    let noted: &Flow = flow;
-    FLOWS.insert(key, noted, 0)
+    Some(flow)
+}
+
+/// Puts a whole entry in the place of the one before.
+#[inline(always)]
+fn remember(flow: &Flow) -> Result<(), i32> {
+    FLOWS.insert(flow.key, flow, 0)
 }
 
 /// Whether the link is gone. Where the kernel has given its number to another one since, the agent has taken note of that.
@@ -278,14 +283,14 @@ impl Released {
         let begin =
             if is_direct { packet.header::<[u8; 2]>(EthHdr::LEN) } else { packet.header::<[u8; 2]>(OuterHeader::LEN) };
         let Some([_, tos]) = begin else { return };
+        let Some(flow) = blank(original) else { return };
+        let (mark, priority) = packet.mark_and_priority();
+        flow.egress = Egress { released: now(), sent_as, mark, priority, dscp: dscp(tos), reserved: 0 };
+        if let Some(ingress) = known_ingress(&original) {
+            flow.ingress = ingress;
+        }
         // Where there is no room, the flow goes on through the stack.
-        let _full = remember(original, |flow| {
-            let (mark, priority) = packet.mark_and_priority();
-            flow.egress = Egress { released: now(), sent_as, mark, priority, dscp: dscp(tos), reserved: 0 };
-            if let Some(ingress) = known_ingress(&original) {
-                flow.ingress = ingress;
-            }
-        });
+        let _full = remember(flow);
     }
 }
 
@@ -338,19 +343,18 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
         return Event::PodUnnoted;
     }
     let is_ambiguous = before != veth && age < config.bypass_time;
-    let remembered = remember(original, |flow| {
-        if is_ambiguous {
-            // Too old already to be fresh.
-            flow.ingress.released = now.wrapping_sub(config.bypass_time);
-        } else {
-            let (pod_mac, gateway_mac) = (ethernet.dst_addr, ethernet.src_addr);
-            flow.ingress = Ingress { released: now, received_as: place.key, veth, pod_mac, gateway_mac };
-        }
-        if let Some(egress) = known_egress(&original) {
-            flow.egress = egress;
-        }
-    });
-    if remembered.is_ok() && !is_ambiguous { Event::PodReleased } else { Event::PodUnnoted }
+    let Some(flow) = blank(original) else { return Event::PodUnnoted };
+    if is_ambiguous {
+        // Too old already to be fresh.
+        flow.ingress.released = now.wrapping_sub(config.bypass_time);
+    } else {
+        let (pod_mac, gateway_mac) = (ethernet.dst_addr, ethernet.src_addr);
+        flow.ingress = Ingress { released: now, received_as: place.key, veth, pod_mac, gateway_mac };
+    }
+    if let Some(egress) = known_egress(&original) {
+        flow.egress = egress;
+    }
+    if remember(flow).is_ok() && !is_ambiguous { Event::PodReleased } else { Event::PodUnnoted }
 }
 
 /// Ingress of the host's side of a pod's veth: notes which MAC the pod sends from, of packets that take the stack. Those are

@@ -24,6 +24,9 @@ impl Peer {
         if !config.has(Config::DIRECT) || self.vtep.flags & Vtep::ON_LINK == 0 {
             return false;
         }
+        if config.has(Config::NO_TUNNEL) {
+            return true;
+        }
         // SAFETY: a map value lives as long as the program; a mixture of two of its states is one of them or leads to the tunnel.
         HEARD.get_ptr(self.id).is_some_and(|heard| unsafe { heard.read_volatile() }.is_direct())
     }

@@ -91,6 +91,14 @@ pub(crate) fn from_pod(ctx: TcContext) -> i32 {
     conclude(&ctx, encap::from_pod(&packet), len)
 }
 
+/// Egress of the external interface, where there is no tunnel: gives packets to peers their MAC.
+#[classifier]
+pub(crate) fn to_underlay(ctx: TcContext) -> i32 {
+    let packet = Packet::new(&ctx);
+    let len = packet.len();
+    conclude(&ctx, encap::to_underlay(&packet), len)
+}
+
 /// Egress of the host's side of a pod's veth: notes what the stack let through.
 #[classifier]
 pub(crate) fn to_pod(ctx: TcContext) -> i32 {

@@ -397,6 +397,13 @@ impl<'a> Packet<'a> {
         unsafe { (*self.skb()).tc_index == note.index() }
     }
 
+    /// Whether `from_pod` left it to the stack.
+    #[inline(always)]
+    pub(crate) fn is_from_pod(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).tc_index & !FlowKey::TAG_MASK == Note::FromPod(0).index() }
+    }
+
     /// Takes away whatever is noted.
     #[inline(always)]
     pub(crate) fn forget_note(&self) {

@@ -16,7 +16,7 @@ use flannel_agent::{
 use flannel_common::{
     event::{Event, Outcome},
     flow::{Egress, Flow, FlowKey, Ingress, Original},
-    maps::{Counter, Heard, Vtep},
+    maps::{Config, Counter, Heard, Vtep},
     model::{self, Excluded, Fate, FlowChange, Frame, Known, LastHeard, Lease, Overlay, ToldBy, World},
     packet::{OuterHeader, Tunnel},
     vxlan::Vni,
@@ -121,8 +121,10 @@ fn egress(released: u64, sent_as: FlowKey, told_by: ToldBy, dscp: u8) -> Egress 
 }
 
 /// Whether a program is on the side of the stack where packets go in.
-fn goes_in(program: model::Program) -> bool {
+fn goes_in(world: &World, program: model::Program) -> bool {
+    let has_no_tunnel = world.config.flags & Config::NO_TUNNEL != 0;
     matches!(program, model::Program::FromPod | model::Program::FromOverlay)
+        || has_no_tunnel && program == model::Program::FromUnderlay
 }
 
 impl Loaded {
@@ -202,7 +204,8 @@ impl Loaded {
         };
         self.set_heard(packet.known.heard);
         let place = self.place_of_original(program, note, key);
-        let left = if key.is_some() && goes_in(program) { Original::default() } else { packet.known.original };
+        let left =
+            if key.is_some() && goes_in(&self.world, program) { Original::default() } else { packet.known.original };
         self.programs.set_original(place, left).unwrap();
         self.programs.set_pod(ifindex, packet.known.sender).unwrap();
         self.programs.set_gone(ifindex, input.is_gone()).unwrap();
@@ -253,6 +256,7 @@ impl Loaded {
             model::Program::FromUnderlay => Hook::FromUnderlay,
             model::Program::FromPod => Hook::FromPod,
             model::Program::ToPod => Hook::ToPod,
+            model::Program::ToUnderlay => Hook::ToUnderlay,
             model::Program::XdpDecap => {
                 let mode = if input.is_generic() { XdpMode::Generic } else { XdpMode::Native };
                 let verdict = self.programs.xdp(mode, input.frame, out).map_err(|error| error.to_string())?;
@@ -359,9 +363,10 @@ impl Loaded {
 
     /// Where a program leaves the packet's flow, or else looks for it.
     fn place_of_original(&self, program: model::Program, note: u16, key: Option<FlowKey>) -> u32 {
-        let is_from_pod = matches!(program, model::Program::FromPod | model::Program::ToOverlay);
+        let is_from_pod =
+            matches!(program, model::Program::FromPod | model::Program::ToOverlay | model::Program::ToUnderlay);
         let tag = match key {
-            Some(key) if goes_in(program) => key.tag(self.world.config.vni),
+            Some(key) if goes_in(&self.world, program) => key.tag(self.world.config.vni),
             _ => note.into(),
         };
         Original::index(tag, is_from_pod)

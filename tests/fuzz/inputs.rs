@@ -14,7 +14,7 @@ use rand::{Rng, RngExt as _, seq::IndexedRandom as _};
 use crate::{comparison::hex, frames::*};
 
 /// The worlds that programs are loaded for.
-pub const WORLDS: [fn() -> World; 11] = [
+pub const WORLDS: [fn() -> World; 12] = [
     || World { config: config(), leases: leases(), ..routed() },
     || World { config: Config { bypass_time: 0, ..config() }, leases: leases(), ..routed() },
     small_subnets,
@@ -26,6 +26,7 @@ pub const WORLDS: [fn() -> World; 11] = [
     || with_flags(Config::SHOWN),
     || World { config: Config { flags: Config::DIRECT, ..config() }, leases: leases(), ..routed() },
     || with_flags(Config::DIRECT | Config::QUEUED | Config::SHOWN),
+    || World { config: Config { flags: Config::DIRECT | Config::NO_TUNNEL, ..config() }, leases: leases(), ..routed() },
 ];
 
 /// Of what is not bypassed.
@@ -135,7 +136,7 @@ pub struct Input<'a> {
     pub frame: &'a [u8],
 }
 
-const PROGRAMS: [Program; 8] = [
+const PROGRAMS: [Program; 9] = [
     Program::FromUnderlay,
     Program::XdpDecap,
     Program::ToOverlay,
@@ -144,6 +145,7 @@ const PROGRAMS: [Program; 8] = [
     Program::ToPod,
     Program::XdpDecap,
     Program::FromUnderlay,
+    Program::ToUnderlay,
 ];
 
 impl<'a> Input<'a> {
@@ -253,7 +255,7 @@ impl<'a> Input<'a> {
 
     /// The flow that a packet out of the stack had before.
     fn original_flow(&self) -> Option<FlowKey> {
-        let sends = self.program() == Program::ToOverlay;
+        let sends = matches!(self.program(), Program::ToOverlay | Program::ToUnderlay);
         let after = model::flow_of(self.frame, IPV4, sends)?;
         Some(Translated::of(self.head[1] >> 2).apply(after, self.head[5]))
     }
@@ -288,7 +290,7 @@ impl<'a> Input<'a> {
                 let is_direct = to.is_some_and(|to| config.is_local(u32::from_be_bytes(to)));
                 model::flow_of(self.frame, if is_direct { IPV4 } else { INNER_IPV4 }, false)
             }
-            Program::FromPod | Program::ToOverlay => model::flow_of(self.frame, IPV4, true),
+            Program::FromPod | Program::ToOverlay | Program::ToUnderlay => model::flow_of(self.frame, IPV4, true),
             Program::ToPod | Program::FromOverlay => model::flow_of(self.frame, IPV4, false),
             Program::XdpDecap => None,
         }
@@ -452,6 +454,10 @@ fn frame(program: Program, world: &World, random: &mut impl Rng) -> Vec<u8> {
             let inner = of(packet(there, here, random), peer.vtep_mac, to);
             around(world, peer, &inner)
         }
+        Program::ToUnderlay if random.random_ratio(1, 4) => {
+            of(packet(here, there, random), world.config.underlay_mac, lease.peer.next_hop_mac.unwrap_or(FOREIGN_MAC))
+        }
+        Program::ToUnderlay => of(packet(here, there, random), world.config.underlay_mac, NEXT_HOP_MAC),
         Program::ToOverlay => of(packet(here, there, random), world.config.vtep_mac, NEXT_HOP_MAC),
         Program::FromPod => of(packet(here, there, random), [0x0a, 0x58, 0, 0, 0, 2], [0x0a, 0x58, 0, 0, 0, 1]),
         Program::FromOverlay | Program::ToPod => {

@@ -35,16 +35,17 @@ pub(super) const fn filter_handle(vni: Vni) -> u32 {
 impl Hook {
     pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
-            Self::ToOverlay | Self::ToPod => TcAttachType::Egress,
+            Self::ToOverlay | Self::ToPod | Self::ToUnderlay => TcAttachType::Egress,
             Self::FromOverlay | Self::FromUnderlay | Self::FromPod => TcAttachType::Ingress,
         }
     }
 
-    /// Admission comes before others' programs, and what ends a packet's way here after them.
+    /// Admission comes before others' programs, as does what gives a packet the MAC that it is sent to, and what ends a packet's way
+    /// here after them.
     const fn order(self) -> LinkOrder {
         match self {
             Self::ToOverlay | Self::FromPod | Self::ToPod => LinkOrder::last(),
-            Self::FromOverlay | Self::FromUnderlay => LinkOrder::first(),
+            Self::FromOverlay | Self::FromUnderlay | Self::ToUnderlay => LinkOrder::first(),
         }
     }
 }

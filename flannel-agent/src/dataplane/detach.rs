@@ -27,7 +27,8 @@ const LINK_DETACH: i32 = 34;
 
 /// As [`Hook::ALL`], in the order in which they may go while packets pass: what takes another's word for a packet goes before
 /// that one. `from_overlay` drops what `from_underlay` did not let in.
-const ORDER: [Hook; 5] = [Hook::ToOverlay, Hook::FromOverlay, Hook::FromUnderlay, Hook::FromPod, Hook::ToPod];
+const ORDER: [Hook; 6] =
+    [Hook::ToOverlay, Hook::ToUnderlay, Hook::FromOverlay, Hook::FromUnderlay, Hook::FromPod, Hook::ToPod];
 
 /// Detaches the programs of an overlay, from these interfaces also where they are filters, and unpins everything that
 /// agents pinned for it, of every layout. What others keep below `root` stays.

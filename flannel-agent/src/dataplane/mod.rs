@@ -161,11 +161,14 @@ pub enum Hook {
     FromPod,
     /// `to_pod`, egress of the same.
     ToPod,
+    /// `to_underlay`, egress of the external interface, where there is no tunnel.
+    ToUnderlay,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::ToOverlay, Self::FromOverlay, Self::FromUnderlay, Self::FromPod, Self::ToPod];
+    pub const ALL: [Self; 6] =
+        [Self::ToOverlay, Self::FromOverlay, Self::FromUnderlay, Self::FromPod, Self::ToPod, Self::ToUnderlay];
     /// Those of which there is one for each pod.
     pub const OF_PODS: [Self; 2] = [Self::FromPod, Self::ToPod];
 
@@ -177,6 +180,7 @@ impl Hook {
             Self::FromUnderlay => "from_underlay",
             Self::FromPod => "from_pod",
             Self::ToPod => "to_pod",
+            Self::ToUnderlay => "to_underlay",
         }
     }
 }

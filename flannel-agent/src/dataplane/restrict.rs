@@ -58,7 +58,7 @@ impl Dataplane {
         let is_restricted = match place {
             Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex),
             Place::Tc(Hook::FromUnderlay) => *everything || *external_interface,
-            Place::Tc(Hook::ToOverlay | Hook::FromOverlay) => *everything,
+            Place::Tc(Hook::ToOverlay | Hook::FromOverlay | Hook::ToUnderlay) => *everything,
             Place::Xdp(_) => false,
         };
         let flag = |is_set: bool, flag| if is_set { flag } else { 0 };

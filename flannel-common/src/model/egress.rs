@@ -41,6 +41,39 @@ impl World {
         Fate { event, flow, note, ..fate }
     }
 
+    /// The stack sends it out on the link: where that is to a peer, by the route that all share, it is given the peer's MAC.
+    pub(super) fn to_underlay(&self, packet: Packet<'_>) -> Fate {
+        let other = Fate::unchanged(Event::RoutedOther, packet);
+        let Some(ip) = Ipv4::at(packet.frame, ETHERNET).filter(|_| is_ipv4(packet.frame)) else { return other };
+        let is_shared = packet.frame.starts_with(&NEXT_HOP_MAC);
+        if !is_shared && !self.is_note(packet.note, Note::FromPod) {
+            return other;
+        }
+        let ended = self.left_by_pod(packet, Kind::Turn).map(|_| FlowChange::Removed);
+        let flow = ended.unwrap_or_else(|| self.released(packet));
+        let peer = self.leaseholder(ip.destination());
+        let Some(peer_on_link) = peer.filter(|peer| peer.has_route && peer.is_on_link) else {
+            let event = match (is_shared, peer) {
+                (false, _) => Event::RoutedOther,
+                (true, None) => Event::RoutedNoPeer,
+                (true, Some(_)) => Event::RoutedNotOnLink,
+            };
+            let is_noted = matches!(flow, FlowChange::Egress { .. });
+            let flow = if is_noted { FlowChange::Unchanged } else { flow };
+            return Fate { event: Some(event), note: 0, flow, ..other };
+        };
+        let frame = match (is_shared, peer_on_link.next_hop_mac) {
+            (true, Some(_)) => self.on_link(peer_on_link, &packet.frame[ETHERNET..]),
+            _ => Frame::Unchanged,
+        };
+        let event = match (is_shared, peer_on_link.next_hop_mac, flow) {
+            (true, None, _) => Event::RoutedNeighbour,
+            (_, _, FlowChange::OriginalRemoved(_)) => Event::RoutedChanged,
+            _ => Event::Routed,
+        };
+        Fate { event: Some(event), note: 0, flow, frame, ..other }
+    }
+
     /// A packet that `from_pod` left to the stack has its flow noted, where it is certain which one it had there.
     fn released(&self, packet: Packet<'_>) -> FlowChange {
         let Some(key) = self.left_by_pod(packet, Kind::Data) else { return FlowChange::Unchanged };
@@ -140,7 +173,10 @@ impl World {
         let (from, to) = (ip.source(), ip.destination());
 
         // Only the beginning of a datagram has a port.
-        let has_port = ip.protocol() == UDP && !ip.is_later_fragment() && inner.len() >= ip.header_len() + 8;
+        let has_port = !self.has_no_tunnel()
+            && ip.protocol() == UDP
+            && !ip.is_later_fragment()
+            && inner.len() >= ip.header_len() + 8;
         let is_to_tunnel = has_port && word(inner, ip.header_len() + 2) == Some(self.config.port);
         if is_to_tunnel && (to == self.own_address() || self.is_peer(to)) {
             return Fate { event: Some(Event::PodTunnel), ..other };
@@ -169,7 +205,7 @@ impl World {
         let Some(peer) = self.leaseholder(sent_as.remote).filter(|peer| peer.has_route) else { return slow };
         let is_direct = self.is_direct(peer, packet.known.heard);
         // What is to be segmented gets no tunnel here.
-        if packet.is_gso && !is_direct {
+        if !is_direct && (packet.is_gso || self.has_no_tunnel()) {
             return slow;
         }
         let event = match (sent_as == key, peer.next_hop_mac) {

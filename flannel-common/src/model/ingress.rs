@@ -46,6 +46,9 @@ impl World {
         if let Some(fate) = self.without_tunnel(packet) {
             return fate;
         }
+        if self.has_no_tunnel() {
+            return Fate::unchanged(Event::NotTunnel, packet);
+        }
         let admitted = match self.admit(frame, packet.is_gso) {
             Ok(admitted) => admitted,
             Err(event) => return Fate::unchanged(event, packet),
@@ -101,6 +104,16 @@ impl World {
             },
             ..Fate::unchanged(Event::DirectHandedIn, packet)
         };
+        let slow = match self.has_no_tunnel() {
+            false => slow,
+            true => Fate {
+                event: Some(Event::DirectReceived),
+                note: self.note(Note::Received(key)),
+                original: self.left(packet, kind, key),
+                frame: Frame::Unchanged,
+                ..slow
+            },
+        };
         let may_bypass = self.may_bypass() && kind == Kind::Data && packet.known.ingress && !packet.known.is_gone;
         if !may_bypass || ip.ttl() < 2 {
             return Some(slow);
@@ -108,7 +121,13 @@ impl World {
         let received_as = packet.known.received_as;
         let inner = translated(one_hop_on(&frame[ETHERNET..]), key, received_as, End::Destination);
         let out = [&packet.known.pod_mac[..], &packet.known.gateway_mac, &[8, 0], &inner].concat();
-        Some(Fate { event: Some(Event::DirectDelivered), frame: Frame::Is(out), note: packet.note, ..slow })
+        Some(Fate {
+            event: Some(Event::DirectDelivered),
+            frame: Frame::Is(out),
+            note: packet.note,
+            original: None,
+            ..slow
+        })
     }
 
     pub(super) fn xdp_decap(&self, packet: Packet<'_>) -> Fate {

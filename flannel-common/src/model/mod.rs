@@ -37,6 +37,8 @@ pub enum Program {
     ToPod,
     /// The external interface's driver.
     XdpDecap,
+    /// Egress of the external interface.
+    ToUnderlay,
 }
 
 /// A host, with what it knows.
@@ -289,6 +291,7 @@ impl World {
             Program::FromPod => self.ingress_of_pod(packet),
             Program::ToPod => self.to_pod(packet),
             Program::XdpDecap => self.xdp_decap(packet),
+            Program::ToUnderlay => self.to_underlay(packet),
         }
     }
 
@@ -356,9 +359,14 @@ impl World {
     }
 
     /// Whether a packet to a peer goes without a tunnel: where the operator wants that, both are on one link, and the peer does
-    /// it so, as far as is known.
+    /// it so, as far as is known, or can do nothing else.
     fn is_direct(&self, peer: &Peer, heard: LastHeard) -> bool {
-        self.config.flags & Config::DIRECT != 0 && peer.has_route && peer.is_on_link && heard != LastHeard::InTunnel
+        let is_wanted = self.config.flags & Config::DIRECT != 0;
+        is_wanted && peer.has_route && peer.is_on_link && (heard != LastHeard::InTunnel || self.has_no_tunnel())
+    }
+
+    fn has_no_tunnel(&self) -> bool {
+        self.config.flags & Config::NO_TUNNEL != 0
     }
 
     fn is_peer(&self, address: [u8; 4]) -> bool {
