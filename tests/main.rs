@@ -96,6 +96,7 @@ mod frames;
 mod guard;
 mod health;
 mod helpers;
+mod host_gw;
 #[path = "fuzz/inputs.rs"]
 mod inputs;
 mod inspection;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     atomic_file::{self, WriteError},
     bypass::{BypassFlag, Kind, Restriction, Scope},
+    config::BackendType,
     dataplane::Features,
     lease::{HoldReason, MacAddress},
     registry::StoreKind,
@@ -57,6 +58,9 @@ pub struct Status {
     pub public_ip: Ipv4Addr,
     /// MTU of the overlay, in bytes.
     pub mtu: u32,
+    /// Its backend.
+    #[serde(default = "vxlan")]
+    pub backend: String,
     /// Whether peers on the same link are sent packets without encapsulation (`DirectRouting`).
     #[serde(default)]
     pub direct_routing: bool,
@@ -90,6 +94,11 @@ pub struct Status {
     /// What somebody else changed.
     #[serde(default)]
     pub drift: DriftStatus,
+}
+
+/// What agents had that did not say it.
+fn vxlan() -> String {
+    BackendType::Vxlan.label().to_owned()
 }
 
 /// What somebody else changed on this host.
@@ -363,6 +372,20 @@ pub enum ReadError {
 }
 
 impl Status {
+    /// Its backend; of one that this agent does not know, vxlan.
+    pub fn backend_type(&self) -> BackendType {
+        BackendType::ALL.into_iter().find(|backend| backend.label() == self.backend).unwrap_or(BackendType::Vxlan)
+    }
+
+    /// What people call the overlay.
+    pub fn name(&self) -> String {
+        match self.backend_type() {
+            BackendType::Vxlan => format!("{PREFIX}{}", self.vni),
+            backend if self.vni == Vni::DEFAULT.get() => backend.label().to_owned(),
+            backend => format!("{backend} {}", self.vni),
+        }
+    }
+
     /// Where that of an overlay is kept.
     pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
         run_dir.join(format!("{PREFIX}{vni}{SUFFIX}"))

@@ -179,6 +179,12 @@ impl Underlay {
         neighbours.filter(is_other).map(|(next_hop, _)| *next_hop).collect()
     }
 
+    /// Whether a peer is its own next hop on the external interface.
+    pub fn is_on_link(&self, address: Ipv4Addr) -> bool {
+        let ifindex = self.endpoint.external.link.index;
+        self.next_hops.get(&address).copied().flatten() == Some(NextHop { ifindex, address })
+    }
+
     /// What the maps should say. A peer without a way stays in them: what comes from it is still its own.
     pub fn desired(&self, table: &LeaseTable) -> DesiredPeers {
         table.iter().map(|(subnet, peer)| (*subnet, self.vtep(peer))).collect()

@@ -192,17 +192,19 @@ pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
     }
     let mut is_changed = false;
     let released = flows::released(packet, &config, &mut is_changed);
-    // It is for programs of this host only.
-    packet.forget_note();
     let peer = (Leases { config: &config }).peer_of(u32::from_be_bytes(ip.dst_addr));
     let on_link = peer.filter(|peer| peer.vtep.flags & Vtep::ON_LINK != 0 && peer.vtep.ifindex == packet.device());
     let Some(Peer { vtep, .. }) = on_link else {
+        // Another network's programs may be here, too.
+        let is_of_network = config.slot(u32::from_be_bytes(ip.dst_addr)).is_some();
         return match (is_by_shared_route, peer.is_some()) {
-            (false, _) => Event::RoutedOther,
-            (true, false) => Event::RoutedNoPeer,
             (true, true) => Event::RoutedNotOnLink,
+            (true, false) if is_of_network => Event::RoutedNoPeer,
+            _ => Event::RoutedOther,
         };
     };
+    // It is for programs of this host only.
+    packet.forget_note();
     // One that was changed is none.
     if let Some(released) = released {
         released.note(packet, true);

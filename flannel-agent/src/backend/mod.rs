@@ -2,44 +2,119 @@
 //! host's lease announces, and how a peer is reached.
 //!
 //! * `vxlan` — in UDP, as the kernel's vxlan device sends them
+//! * `host_gw` — as they are, to hosts on the same link
 //!
 //! A backend that is added has a module here, and a variant in [`BackendConfig`] (its settings) and in
 //! [`BackendAttributes`] (what leases say of it). The daemon drives any of them by what [`Backend`] offers.
 //!
 //! What is a lease of another backend than this host's is known to [`BackendAttributes::peer`] alone.
 
+mod host_gw;
 mod vxlan;
 
-use flannel_common::vxlan::Vni;
+use std::net::Ipv4Addr;
 
-pub use self::vxlan::Vxlan;
+use flannel_common::{maps::Config, vxlan::Vni};
+
+pub use self::{host_gw::HostGw, vxlan::Vxlan};
 use crate::{
-    config::BackendConfig,
+    config::{BackendConfig, BackendType},
+    dataplane::Hook,
     device::{DeviceError, Link, Netlink, external::External},
     lease::{BackendAttributes, MacAddress},
     repair::Repair,
     underlay::Endpoint,
 };
 
+/// A backend that this host can't have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    /// Peers would send to another address than this host's own. The first part is flannel's message.
+    #[error(
+        "your PublicIP differs from interface IP, meaning that probably you're on a NAT, which is not supported by host-gw \
+         backend: {public_ip} is published, and the interface has {address}; use vxlan, or another --iface or --public-ip"
+    )]
+    Nat {
+        /// What peers are told.
+        public_ip: Ipv4Addr,
+        /// What the interface has.
+        address: Ipv4Addr,
+    },
+    /// Nothing on that interface has a MAC.
+    #[error("{0} has no Ethernet headers, and host-gw sends to the MACs of other hosts: use vxlan, or another --iface")]
+    NoLinkLayer(String),
+}
+
 /// The backend that this host has, on its external interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Backend {
     /// In UDP, as the kernel's vxlan device sends them.
     Vxlan(Vxlan),
+    /// As they are, to hosts on the same link.
+    HostGw(HostGw),
+}
+
+/// Where a program is attached, besides pods' veths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// The external interface.
+    External,
+    /// The device that the backend makes.
+    Device,
+}
+
+/// The programs of a backend, and where they are attached.
+pub const fn hooks(backend: BackendType) -> &'static [(Hook, At)] {
+    match backend {
+        BackendType::Vxlan => {
+            &[(Hook::FromUnderlay, At::External), (Hook::FromOverlay, At::Device), (Hook::ToOverlay, At::Device)]
+        }
+        BackendType::HostGw => &[(Hook::FromUnderlay, At::External), (Hook::ToUnderlay, At::External)],
+    }
 }
 
 impl Backend {
     /// The backend that a configuration asks for, on an external interface.
-    pub fn new(config: &BackendConfig, external: &External) -> Self {
-        match config {
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    pub fn new(config: &BackendConfig, external: &External) -> Result<Self, BackendError> {
+        Ok(match config {
             BackendConfig::Vxlan(config) => Self::Vxlan(Vxlan::new(config, external)),
+            BackendConfig::HostGw(config) => Self::HostGw(HostGw::new(*config, external)?),
+        })
+    }
+
+    /// Which it is.
+    pub const fn kind(&self) -> BackendType {
+        match self {
+            Self::Vxlan(_) => BackendType::Vxlan,
+            Self::HostGw(_) => BackendType::HostGw,
         }
     }
 
-    /// Whether peers on the same link are sent packets without encapsulation.
-    pub const fn is_direct(&self) -> bool {
+    /// Constants of the programs, as [`Config::flags`].
+    pub const fn flags(&self) -> u32 {
+        match self {
+            Self::Vxlan(vxlan) if vxlan.is_direct() => Config::DIRECT,
+            Self::Vxlan(_) => 0,
+            Self::HostGw(_) => Config::DIRECT | Config::NO_TUNNEL,
+        }
+    }
+
+    /// Whether packets to some peers are encapsulated, and to some not.
+    pub const fn has_both_ways(&self) -> bool {
         match self {
             Self::Vxlan(vxlan) => vxlan.is_direct(),
+            Self::HostGw(_) => false,
+        }
+    }
+
+    /// Whether each lease has a route of the kernel's own.
+    pub const fn has_kernel_routes(&self) -> bool {
+        match self {
+            Self::Vxlan(_) => false,
+            Self::HostGw(host_gw) => host_gw.has_kernel_routes(),
         }
     }
 
@@ -47,6 +122,7 @@ impl Backend {
     pub const fn vni(&self) -> Vni {
         match self {
             Self::Vxlan(vxlan) => vxlan.vni(),
+            Self::HostGw(host_gw) => host_gw.vni(),
         }
     }
 
@@ -54,13 +130,15 @@ impl Backend {
     pub const fn mtu(&self) -> u32 {
         match self {
             Self::Vxlan(vxlan) => vxlan.mtu(),
+            Self::HostGw(host_gw) => host_gw.mtu(),
         }
     }
 
-    /// UDP port of the tunnel.
+    /// UDP port of the tunnel; 0 without one.
     pub const fn port(&self) -> u16 {
         match self {
             Self::Vxlan(vxlan) => vxlan.port(),
+            Self::HostGw(_) => 0,
         }
     }
 
@@ -68,6 +146,7 @@ impl Backend {
     pub const fn attributes(&self) -> BackendAttributes {
         match self {
             Self::Vxlan(vxlan) => vxlan.attributes(),
+            Self::HostGw(_) => HostGw::attributes(),
         }
     }
 
@@ -75,6 +154,15 @@ impl Backend {
     pub fn device_name(&self) -> &str {
         match self {
             Self::Vxlan(vxlan) => vxlan.device_name(),
+            Self::HostGw(host_gw) => host_gw.device_name(),
+        }
+    }
+
+    /// The name of the device that it makes, where it makes one.
+    pub fn own_device_name(&self) -> Option<&str> {
+        match self {
+            Self::Vxlan(vxlan) => Some(vxlan.device_name()),
+            Self::HostGw(_) => None,
         }
     }
 
@@ -85,10 +173,12 @@ impl Backend {
     pub async fn device_mac(&self, netlink: &Netlink) -> Result<Option<MacAddress>, DeviceError> {
         match self {
             Self::Vxlan(vxlan) => vxlan.device_mac(netlink).await,
+            Self::HostGw(_) => Ok(HostGw::attributes().fixed_mac()),
         }
     }
 
-    /// Makes the device that carries the slow path, or what it differs in. The device, and what was done.
+    /// Makes the device that carries the slow path, or what it differs in; [`None`] where it makes none. The device, and what
+    /// was done.
     ///
     /// # Errors
     /// [`DeviceError`] with the request that failed.
@@ -96,9 +186,10 @@ impl Backend {
         &self,
         netlink: &Netlink,
         mac: MacAddress,
-    ) -> Result<(Link, Option<Repair>), DeviceError> {
+    ) -> Result<Option<(Link, Option<Repair>)>, DeviceError> {
         match self {
-            Self::Vxlan(vxlan) => vxlan.ensure_device(netlink, mac).await,
+            Self::Vxlan(vxlan) => vxlan.ensure_device(netlink, mac).await.map(Some),
+            Self::HostGw(_) => Ok(None),
         }
     }
 
@@ -106,6 +197,7 @@ impl Backend {
     pub fn endpoint(&self, external: &External, mac: MacAddress) -> Endpoint {
         match self {
             Self::Vxlan(vxlan) => vxlan.endpoint(external, mac),
+            Self::HostGw(host_gw) => host_gw.endpoint(external),
         }
     }
 }

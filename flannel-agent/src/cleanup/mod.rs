@@ -154,6 +154,10 @@ async fn clean(
             );
         }
         None => {
+            // First: without programs they lead nowhere.
+            if let Some(status) = &status {
+                results.push(netlink.remove_link_routes(status.network, None).await.map_err(Into::into));
+            }
             results.push(undo(cli, netlink, vni, true, true).await);
             results.push(remove_subnet_env(cli, vni, status.as_ref()));
             info!("removed everything that the agent of {name} made; its lease stays in the store until it ends");

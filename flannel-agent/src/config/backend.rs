@@ -8,7 +8,7 @@ use flannel_common::vxlan::{self, Vni};
 use super::{ConfigError, decode::Object, error::BACKEND_EXAMPLE};
 
 /// Those of its backends, on all platforms.
-pub(super) const BACKEND_KEYS: [&str; 24] = [
+pub(super) const BACKEND_KEYS: [&str; 25] = [
     "Type",
     "VNI",
     "Port",
@@ -16,6 +16,7 @@ pub(super) const BACKEND_KEYS: [&str; 24] = [
     "GBP",
     "Learning",
     "DirectRouting",
+    "KernelRoutes",
     "Name",
     "MacPrefix",
     "DNSServerList",
@@ -43,16 +44,19 @@ const MIN_MTU: u32 = 68 + vxlan::OVERHEAD as u32;
 pub enum BackendType {
     /// Packets in UDP, as the kernel's vxlan device sends them.
     Vxlan,
+    /// Packets as they are, to hosts on the same link.
+    HostGw,
 }
 
 impl BackendType {
     /// Each of them.
-    pub const ALL: [Self; 1] = [Self::Vxlan];
+    pub const ALL: [Self; 2] = [Self::Vxlan, Self::HostGw];
 
     /// Its `Type` in network configs, which is also the `BackendType` of leases.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Vxlan => "vxlan",
+            Self::HostGw => "host-gw",
         }
     }
 
@@ -73,6 +77,17 @@ impl fmt::Display for BackendType {
 pub enum BackendConfig {
     /// The vxlan backend.
     Vxlan(VxlanConfig),
+    /// The host-gw backend.
+    HostGw(HostGwConfig),
+}
+
+/// Settings of the host-gw backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostGwConfig {
+    /// The number that this host knows the network by, where it has several: nobody else is told.
+    pub vni: Vni,
+    /// Whether there is a route of the kernel's for each lease, as flannel makes them, in the place of one that all share.
+    pub kernel_routes: bool,
 }
 
 /// Settings of the vxlan backend.
@@ -103,6 +118,10 @@ impl BackendConfig {
         let kind = kind.unwrap_or_default();
         match BackendType::ALL.into_iter().find(|known| known.label() == kind.to_lowercase()) {
             Some(BackendType::Vxlan) => Ok(Self::Vxlan(VxlanConfig::from_object(&object)?)),
+            Some(BackendType::HostGw) => {
+                let kernel_routes = object.boolean("KernelRoutes")?.unwrap_or_default();
+                Ok(Self::HostGw(HostGwConfig { vni: number(&object)?, kernel_routes }))
+            }
             None => Err(ConfigError::UnknownBackend(kind)),
         }
     }
@@ -111,6 +130,7 @@ impl BackendConfig {
     pub const fn kind(&self) -> BackendType {
         match self {
             Self::Vxlan(_) => BackendType::Vxlan,
+            Self::HostGw(_) => BackendType::HostGw,
         }
     }
 
@@ -118,6 +138,7 @@ impl BackendConfig {
     pub const fn vni(&self) -> Vni {
         match self {
             Self::Vxlan(vxlan) => vxlan.vni,
+            Self::HostGw(host_gw) => host_gw.vni,
         }
     }
 
@@ -128,8 +149,24 @@ impl BackendConfig {
                 let settings = ours.settings().into_iter().zip(theirs.settings());
                 settings.map(|((key, ours), (_, theirs))| (key, ours, theirs)).collect()
             }
+            (Self::HostGw(ours), Self::HostGw(theirs)) => vec![
+                ("VNI", ours.vni.to_string(), theirs.vni.to_string()),
+                ("KernelRoutes", ours.kernel_routes.to_string(), theirs.kernel_routes.to_string()),
+            ],
+            (ours, theirs) => vec![("Type", ours.kind().to_string(), theirs.kind().to_string())],
         }
     }
+}
+
+fn in_range(key: &'static str, value: i64, expected: &str) -> ConfigError {
+    ConfigError::Range { key, value, expected: expected.to_owned() }
+}
+
+/// The number that tells the networks of a host apart: the VNI, where there is VXLAN.
+fn number(object: &Object<'_>) -> Result<Vni, ConfigError> {
+    let vni = object.integer("VNI", "1")?.unwrap_or_else(|| Vni::DEFAULT.get().into());
+    let checked = u32::try_from(vni).ok().and_then(|vni| Vni::new_checked(vni).ok());
+    checked.ok_or_else(|| in_range("Backend.VNI", vni, "0 to 9999999"))
 }
 
 impl VxlanConfig {
@@ -137,14 +174,10 @@ impl VxlanConfig {
         if object.boolean("GBP")? == Some(true) {
             return Err(ConfigError::Unsupported("Backend GBP"));
         }
-        let in_range =
-            |key, value: i64, expected: &str| ConfigError::Range { key, value, expected: expected.to_owned() };
-        let vni = object.integer("VNI", "1")?.unwrap_or_else(|| Vni::DEFAULT.get().into());
-        let checked = u32::try_from(vni).ok().and_then(|vni| Vni::new_checked(vni).ok());
         let port = object.integer("Port", "8472")?.unwrap_or_default();
         let mtu = object.integer("MTU", "1450")?.unwrap_or_default();
         Ok(Self {
-            vni: checked.ok_or_else(|| in_range("Backend.VNI", vni, "0 to 9999999"))?,
+            vni: number(object)?,
             port: match u16::try_from(port) {
                 Ok(0) => vxlan::DEFAULT_PORT,
                 Ok(port) => port,

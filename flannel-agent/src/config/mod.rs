@@ -15,7 +15,7 @@ use ipnet::Ipv4Net;
 
 use self::{backend::BACKEND_KEYS, decode::Object};
 pub use self::{
-    backend::{BackendConfig, BackendType, VxlanConfig},
+    backend::{BackendConfig, BackendType, HostGwConfig, VxlanConfig},
     error::ConfigError,
 };
 

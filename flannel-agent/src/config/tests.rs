@@ -13,7 +13,7 @@ fn backend(json: &str) -> Result<VxlanConfig, ConfigError> {
 }
 
 fn vxlan(config: NetworkConfig) -> VxlanConfig {
-    let BackendConfig::Vxlan(vxlan) = config.backend;
+    let BackendConfig::Vxlan(vxlan) = config.backend else { panic!("{:?}", config.backend) };
     vxlan
 }
 

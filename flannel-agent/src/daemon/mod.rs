@@ -21,6 +21,7 @@ use tracing::info;
 
 use crate::{
     atomic_file::WriteError,
+    backend::BackendError,
     cleanup::CleanupError,
     cli::{Cli, InvalidMargin},
     dataplane::{self, DataplaneError},
@@ -49,6 +50,9 @@ pub enum DaemonError {
     /// The kernel's network.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The backend can't be had on this host.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// Programs or maps.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
@@ -93,7 +97,7 @@ impl DaemonError {
             | Self::Dataplane(
                 DataplaneError::NotBpffs { .. } | DataplaneError::Load(_) | DataplaneError::Program { .. },
             ) => HOST_LACKS,
-            Self::Margin(_) => BAD_CONFIGURATION,
+            Self::Margin(_) | Self::Backend(_) => BAD_CONFIGURATION,
             Self::Registry(error) if error.is_misconfiguration() => BAD_CONFIGURATION,
             _ => FAILED,
         }

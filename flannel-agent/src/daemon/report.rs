@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use flannel_common::vxlan::Vni;
+use flannel_common::{maps::Config, vxlan::Vni};
 use tokio::{
     sync::mpsc,
     task::{JoinHandle, spawn_blocking},
@@ -42,7 +42,8 @@ pub(super) fn status(
         external_interface: external.link.name.clone(),
         public_ip: external.public_ip,
         mtu: backend.mtu(),
-        direct_routing: backend.is_direct(),
+        backend: backend.kind().label().to_owned(),
+        direct_routing: backend.flags() & Config::DIRECT != 0,
         features: Features::default(),
         bypass: BypassStatus::default(),
         xdp: XdpStatus::default(),

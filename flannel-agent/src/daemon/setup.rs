@@ -32,7 +32,10 @@ pub(super) async fn set_up<'a>(
 ) -> Result<Agent<'a>, DaemonError> {
     let vni = prepared.backend.vni();
     let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
-    let had_device = netlink.link_by_name(prepared.backend.device_name()).await?.is_some();
+    let had_device = match prepared.backend.own_device_name() {
+        Some(name) => netlink.link_by_name(name).await?.is_some(),
+        None => true,
+    };
     let result = make(cli, netlink.clone(), device_events, prepared, features, health).await;
     if result.is_err() {
         let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;

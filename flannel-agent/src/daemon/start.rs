@@ -71,7 +71,7 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
     let is_final = |error: &RegistryError| error.is_final() || known.is_some() && error.is_away();
     let from_store = async {
         let (network, config) = retry::until_ok(async || registry.network_config().await, is_final).await?;
-        let backend = Backend::new(&network.backend, &external);
+        let backend = Backend::new(&network.backend, &external)?;
         let request = LeaseRequest {
             public_ip: external.public_ip,
             vtep_mac: backend.device_mac(netlink).await?,
@@ -110,7 +110,7 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
         (Err(DaemonError::Registry(error)), Some((known, network))) if error.is_away() => {
             let LastKnown { config, lease, peers, .. } = known;
             warn!("{error}; going on with the lease {} and {} peers that were last known", lease.key, peers.len());
-            let backend = Backend::new(&network.backend, &external);
+            let backend = Backend::new(&network.backend, &external)?;
             let request = LeaseRequest {
                 public_ip: external.public_ip,
                 vtep_mac: Some(lease.vtep_mac),

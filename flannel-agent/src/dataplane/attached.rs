@@ -14,7 +14,7 @@ use super::{
     pins::PinDirectory,
     xdp::{self, XdpMode},
 };
-use crate::device::{DeviceError, Netlink, PodLink, filters::Side, vxlan::VxlanDevice};
+use crate::device::{DeviceError, Netlink, PodLink, filters::Side};
 
 /// A place where a program should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,14 +38,14 @@ pub enum AttachmentState {
     Unknown(String),
 }
 
-/// Where an overlay's programs should be, and whether they are: at the external interface, at `flannel.<VNI>`, and at the veths
+/// Where an overlay's programs should be, and whether they are: at these interfaces, and at the veths
 /// of `pods` that an agent found. Those are the ones that it pinned links for or, without TCX, left a filter at.
 ///
 /// # Errors
 /// [`DataplaneError::Pin`].
 pub async fn attachments(
     pins: &PinDirectory,
-    external: &str,
+    places: impl IntoIterator<Item = (Hook, String)>,
     pods: &[PodLink],
     netlink: &Netlink,
 ) -> Result<Vec<Attachment>, DataplaneError> {
@@ -54,12 +54,10 @@ pub async fn attachments(
         interface: interface.to_owned(),
         state: state(pins, hook, interface, netlink).await,
     };
-    let overlay = VxlanDevice::name_of(pins.vni());
-    let mut attachments = vec![
-        attachment(Hook::FromUnderlay, external).await,
-        attachment(Hook::ToOverlay, &overlay).await,
-        attachment(Hook::FromOverlay, &overlay).await,
-    ];
+    let mut attachments = Vec::new();
+    for (hook, interface) in places {
+        attachments.push(attachment(hook, &interface).await);
+    }
     let mut pinned = BTreeSet::new();
     for hook in Hook::OF_PODS {
         // The pin of a veth that is gone stays until an agent comes.

@@ -28,7 +28,7 @@ mod ways;
 mod xdp;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io,
     path::PathBuf,
 };
@@ -336,6 +336,23 @@ impl Dataplane {
         let program = loaded(variants.get_mut(&variant).unwrap_or(ebpf), hook)?;
         let is_repair = attach::attach(program, hook, variant, pins, held, interface, ifindex)?;
         *repaired += u32::from(is_repair);
+        Ok(())
+    }
+
+    /// Detaches what is attached besides these hooks and those of pods: another backend's, from an interface also where it is a
+    /// filter of an agent before this one.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Pin`].
+    pub fn detach_all_but(&mut self, hooks: &[Hook], interface: &str) -> Result<(), DataplaneError> {
+        let is_unwanted = |hook: &Hook| !hooks.contains(hook) && !Hook::OF_PODS.contains(hook);
+        for hook in Hook::ALL.into_iter().filter(is_unwanted) {
+            attach::release_all_but(hook, &self.pins, &mut self.held, &HashSet::new())?;
+            // By its side alone a filter does not say which hook's it is.
+            if !hooks.iter().any(|wanted| wanted.attach_type() == hook.attach_type()) {
+                attach::detach_filter(hook, interface, self.pins.vni());
+            }
+        }
         Ok(())
     }
 

@@ -33,8 +33,10 @@ const MOST_WITHIN: usize = 64;
 /// What the agent has to do with routes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interest {
-    /// Number of `flannel.<VNI>`; 0 before it is made.
+    /// Number of the device that the agent's routes lead to; 0 before it is made.
     pub overlay: u32,
+    /// Whether others' routes lead there as well.
+    pub is_shared: bool,
     /// The prefixes of the routes that all leases share.
     pub prefixes: Vec<Ipv4Net>,
     /// This host's subnet.
@@ -47,7 +49,9 @@ impl Interest {
     /// What a change of a route can mean.
     fn event(&self, is_new: bool, route: &RawRoute<'_>) -> Option<DeviceEvent> {
         let prefix = route.prefix()?;
-        let is_into_overlay = self.overlay != 0 && route.outputs().any(|index| index == self.overlay);
+        let is_into_overlay = self.overlay != 0
+            && route.outputs().any(|index| index == self.overlay)
+            && (!self.is_shared || self.prefixes.iter().any(|shared| shared.contains(&prefix)));
         // What the agent itself has just added is as it should be.
         if is_into_overlay && is_new && route.protocol() == PROTOCOL {
             return None;
@@ -111,15 +115,17 @@ impl Netlink {
                     found.0.gateways.extend(route.gateway());
                 }
                 let is_overlay = route.outputs().any(|index| index == interest.overlay);
+                // Over another device: those of the backend that the network had before.
                 let is_ours =
-                    is_overlay && (route.protocol() == PROTOCOL || is_former(&route) || is_of_one_lease(&route));
+                    route.protocol() == PROTOCOL || is_overlay && (is_former(&route) || is_of_one_lease(&route));
                 // The pods' own comes first in any case.
                 let is_shared = interest.prefixes.contains(&prefix) && prefix != interest.subnet;
                 if is_shared && !is_ours {
                     found.1.get_or_insert((prefix, route.gateway(), route.output()));
                 }
                 let is_within = !is_shared && interest.prefixes.iter().any(|shared| shared.contains(&prefix));
-                if is_within && !is_overlay && !interest.subnet.contains(&prefix) && found.0.within.len() < MOST_WITHIN
+                let is_elsewhere = (!is_overlay || interest.is_shared) && !is_ours;
+                if is_within && is_elsewhere && !interest.subnet.contains(&prefix) && found.0.within.len() < MOST_WITHIN
                 {
                     found.0.within.push(prefix);
                 }
@@ -239,6 +245,7 @@ mod tests {
     fn only_what_can_matter_is_told() {
         let interest = Interest {
             overlay: 9,
+            is_shared: false,
             prefixes: vec![net("10.5.0.0/16")],
             subnet: net("10.5.43.0/24"),
             addresses: vec![[192, 168, 64, 2].into(), [192, 168, 65, 7].into()],

@@ -9,6 +9,7 @@ pub mod external;
 pub mod filters;
 mod flannels;
 pub mod host_routes;
+pub mod link_route;
 pub mod next_hop;
 pub mod observers;
 pub mod offload;

@@ -81,7 +81,7 @@ pub struct Ensured {
 
 /// A route of ours as it should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Wanted {
+pub(super) struct Wanted {
     prefix: Ipv4Net,
     gateway: Ipv4Addr,
     source: Ipv4Addr,
@@ -94,12 +94,30 @@ impl Wanted {
         Self { prefix: lease, gateway: lease.network(), source, metric: None }
     }
 
-    const fn shared(prefix: Ipv4Net, gateway: Ipv4Addr, source: Ipv4Addr) -> Self {
+    /// To one lease, by its host on the link.
+    pub(super) const fn by_host(lease: Ipv4Net, host: Ipv4Addr) -> Self {
+        Self { prefix: lease, gateway: host, source: Ipv4Addr::UNSPECIFIED, metric: None }
+    }
+
+    pub(super) const fn prefix(self) -> Ipv4Net {
+        self.prefix
+    }
+
+    pub(super) const fn gateway(self) -> Ipv4Addr {
+        self.gateway
+    }
+
+    /// As [`place`].
+    pub(super) const fn place(self) -> (Ipv4Net, Option<u32>) {
+        (self.prefix, self.metric)
+    }
+
+    pub(super) const fn shared(prefix: Ipv4Net, gateway: Ipv4Addr, source: Ipv4Addr) -> Self {
         Self { prefix, gateway, source, metric: Some(SHARED_METRIC) }
     }
 
     /// [`None`] where it is not ours.
-    fn of(route: &RouteMessage) -> Option<Self> {
+    pub(super) fn of(route: &RouteMessage) -> Option<Self> {
         let (prefix, metric) = place(route);
         let source = route.attributes.iter().find_map(|attribute| match attribute {
             RouteAttribute::PrefSource(RouteAddress::Inet(address)) => Some(*address),
@@ -115,9 +133,10 @@ impl Wanted {
             .destination_prefix(self.prefix.network(), self.prefix.prefix_len())
             .gateway(self.gateway)
             .output_interface(link.index)
-            .pref_source(self.source)
             .protocol(RouteProtocol::Other(PROTOCOL))
             .onlink();
+        // The kernel's choice without.
+        let route = if self.source.is_unspecified() { route } else { route.pref_source(self.source) };
         match self.metric {
             Some(metric) => route.priority(metric).build(),
             None => route.build(),
@@ -264,7 +283,7 @@ impl Netlink {
     }
 
     /// Adds a route, beside a former one of ours where there is such a one. `false` where somebody else has it.
-    async fn add_route(&self, link: &Link, route: Wanted, has_former: bool) -> Result<bool, DeviceError> {
+    pub(super) async fn add_route(&self, link: &Link, route: Wanted, has_former: bool) -> Result<bool, DeviceError> {
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRoute(route.message(link)));
         let how = if has_former { NLM_F_APPEND } else { NLM_F_EXCL };
         request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | how;
@@ -283,7 +302,7 @@ impl Netlink {
     }
 
     /// One that is gone already is no failure.
-    async fn remove_route_of_ours(&self, link: &Link, route: RouteMessage) -> Result<(), DeviceError> {
+    pub(super) async fn remove_route_of_ours(&self, link: &Link, route: RouteMessage) -> Result<(), DeviceError> {
         match self.handle.route().del(route).execute().await {
             Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -nix::libc::ESRCH => Ok(()),
             result => result.map_err(DeviceError::call("remove a route into", &link.name)),
@@ -291,7 +310,7 @@ impl Netlink {
     }
 
     /// The first next hop that can be one.
-    async fn free_next_hop(&self, link: &Link, source: Ipv4Addr) -> Result<Ipv4Addr, DeviceError> {
+    pub(super) async fn free_next_hop(&self, link: &Link, source: Ipv4Addr) -> Result<Ipv4Addr, DeviceError> {
         let addresses = self.dump("addresses", || self.handle.address().get().execute()).await?;
         let is_taken = |next_hop: &Ipv4Addr| {
             addresses.iter().any(|message| {
@@ -328,7 +347,7 @@ impl Netlink {
         Ok(neighbours)
     }
 
-    async fn set_neighbour(&self, link: &Link, address: Ipv4Addr, mac: Mac) -> Result<(), DeviceError> {
+    pub(super) async fn set_neighbour(&self, link: &Link, address: Ipv4Addr, mac: Mac) -> Result<(), DeviceError> {
         let neighbour = self.handle.neighbours().add(link.index, address.into()).link_layer_address(&mac).replace();
         neighbour.execute().await.map_err(DeviceError::call("set the neighbour of", &link.name))
     }
@@ -428,7 +447,7 @@ fn is_foreign(route: &RouteMessage) -> bool {
 }
 
 /// The next hops of a route.
-fn gateways(route: &RouteMessage) -> impl Iterator<Item = Ipv4Addr> {
+pub(super) fn gateways(route: &RouteMessage) -> impl Iterator<Item = Ipv4Addr> {
     route
         .attributes
         .iter()

@@ -2,9 +2,12 @@
 
 use std::net::Ipv4Addr;
 
-use flannel_common::{packet::is_unicast, vxlan::Vni};
+use flannel_common::{
+    packet::is_unicast,
+    vxlan::{NEXT_HOP_MAC, Vni},
+};
 
-use super::{InvalidLease, LeaseAttributes, MacAddress, Peer};
+use super::{InvalidLease, LeaseAttributes, MacAddress, Peer, beginning};
 
 /// What the leases of an overlay's hosts have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,13 +17,43 @@ pub enum BackendAttributes {
         /// The overlay's VXLAN network identifier.
         vni: Vni,
     },
+    /// The host-gw backend's, which say nothing but that.
+    HostGw,
 }
+
+/// Stands for the MAC of a host whose lease announces none.
+const NO_MAC: MacAddress = MacAddress(NEXT_HOP_MAC);
 
 impl BackendAttributes {
     /// The value of a host's lease.
     pub fn of_host(self, public_ip: Ipv4Addr, vtep_mac: MacAddress) -> LeaseAttributes {
         match self {
             Self::Vxlan { vni } => LeaseAttributes::vxlan(public_ip, vni.get(), vtep_mac),
+            Self::HostGw => LeaseAttributes::without_data(public_ip, self.label()),
+        }
+    }
+
+    /// The lease's `BackendType`.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Vxlan { .. } => "vxlan",
+            Self::HostGw => "host-gw",
+        }
+    }
+
+    /// The MAC that each lease of this host's has, where leases announce none of a host's own.
+    pub const fn fixed_mac(self) -> Option<MacAddress> {
+        match self {
+            Self::Vxlan { .. } => None,
+            Self::HostGw => Some(NO_MAC),
+        }
+    }
+
+    /// The MAC that a lease announces, or what stands for it; [`None`] for one of another backend.
+    pub fn announced_mac(self, attributes: &LeaseAttributes) -> Option<MacAddress> {
+        match self {
+            Self::Vxlan { .. } => attributes.announced_mac(),
+            Self::HostGw => self.peer(attributes).ok().map(|peer| peer.vtep_mac),
         }
     }
 
@@ -29,14 +62,23 @@ impl BackendAttributes {
     /// # Errors
     /// [`InvalidLease`] for a host without a VTEP in this overlay: [`InvalidLease::Backend`] where it has another backend.
     pub fn peer(self, attributes: &LeaseAttributes) -> Result<Peer, InvalidLease> {
-        let Self::Vxlan { vni } = self;
-        let data = attributes.vxlan_data()?;
-        if data.vni != vni.get() {
-            return Err(InvalidLease::Vni { theirs: data.vni, ours: vni });
+        if attributes.backend_type != self.label() {
+            let theirs = beginning(&attributes.backend_type);
+            return Err(InvalidLease::Backend { theirs, ours: self.label() });
         }
+        let vtep_mac = match self {
+            Self::HostGw => NO_MAC,
+            Self::Vxlan { vni } => {
+                let data = attributes.vxlan_data()?;
+                if data.vni != vni.get() {
+                    return Err(InvalidLease::Vni { theirs: data.vni, ours: vni });
+                }
+                data.vtep_mac
+            }
+        };
         if !is_unicast(attributes.public_ip.to_bits()) {
             return Err(InvalidLease::PublicIp(attributes.public_ip));
         }
-        Ok(Peer { public_ip: attributes.public_ip, vtep_mac: data.vtep_mac })
+        Ok(Peer { public_ip: attributes.public_ip, vtep_mac })
     }
 }

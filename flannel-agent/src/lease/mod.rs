@@ -205,8 +205,13 @@ pub enum InvalidLease {
         ours: Vni,
     },
     /// A host with another backend.
-    #[error("its backend is {0:?}, not vxlan")]
-    Backend(String),
+    #[error("its backend is {theirs:?}, not {ours}")]
+    Backend {
+        /// What it says.
+        theirs: String,
+        /// This network's.
+        ours: &'static str,
+    },
 }
 
 impl InvalidLease {
@@ -233,6 +238,12 @@ impl LeaseAttributes {
         }
     }
 
+    /// The attributes of a host whose peers need to know no more than its backend.
+    pub fn without_data(public_ip: Ipv4Addr, backend: &str) -> Self {
+        let backend_type = backend.to_owned();
+        Self { public_ip, public_ipv6: None, backend_type, backend_data: None, backend_v6_data: None }
+    }
+
     /// The value of the key, in flannel's bytes.
     pub fn to_json(&self) -> String {
         serde_json::to_value(self).unwrap_or_default().to_string()
@@ -257,7 +268,7 @@ impl LeaseAttributes {
     /// [`InvalidLease`] for a host with another backend, or with data that says no VTEP.
     pub fn vxlan_data(&self) -> Result<VxlanData, InvalidLease> {
         if self.backend_type != "vxlan" {
-            return Err(InvalidLease::Backend(beginning(&self.backend_type)));
+            return Err(InvalidLease::Backend { theirs: beginning(&self.backend_type), ours: "vxlan" });
         }
         Ok(VxlanData::deserialize(self.backend_data.as_ref().unwrap_or(&Value::Null))?)
     }

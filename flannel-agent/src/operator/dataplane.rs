@@ -10,12 +10,13 @@ use super::{
     refused,
 };
 use crate::{
+    backend::{At, hooks},
     cli::Cli,
     dataplane::{
         Attachment, AttachmentState, Directions, Flows, PeerWay, PinDirectory, Way, XdpMode, attached_xdp, attachments,
         pinned_flows, pinned_ways,
     },
-    device::Netlink,
+    device::{Netlink, vxlan::VxlanDevice},
     operator::OperatorError,
     status::Status,
 };
@@ -38,7 +39,11 @@ impl Dataplane {
         let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
         let (netlink, _events, _connection) = Netlink::open()?;
         let pods = netlink.pods(status.lease.subnet, &netlink.devices_within(status.lease.subnet).await?).await?;
-        let attachments = attachments(&pins, &status.external_interface, &pods, &netlink).await?;
+        let places = hooks(status.backend_type()).iter().map(|(hook, at)| match at {
+            At::External => (*hook, status.external_interface.clone()),
+            At::Device => (*hook, VxlanDevice::name_of(vni)),
+        });
+        let attachments = attachments(&pins, places, &pods, &netlink).await?;
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);

@@ -62,7 +62,7 @@ fn table(overlay: &Overlay) -> String {
     let Overlay { status, dataplane, troubles, .. } = overlay;
     let Status { lease, store, held, .. } = status;
     let mut lines = vec![[
-        format!("flannel.{}", status.vni),
+        status.name(),
         format!("{} by {} as {}, MTU {}", status.network, status.external_interface, status.public_ip, status.mtu),
     ]];
     lines.push([

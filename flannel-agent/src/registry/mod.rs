@@ -152,9 +152,9 @@ pub struct OwnLease {
 
 impl OwnLease {
     /// Whether an entry is this lease as it was taken, and nobody wrote it since.
-    pub fn is_as_written(&self, entry: &Entry) -> bool {
+    pub fn is_as_written(&self, entry: &Entry, backend: BackendAttributes) -> bool {
         let is_same = entry.key == self.key && entry.grant == self.grant && entry.version == self.version;
-        is_same && entry.attributes.announced_mac() == Some(self.vtep_mac)
+        is_same && backend.announced_mac(&entry.attributes) == Some(self.vtep_mac)
     }
 
     /// Whether the store knows both by the same.

@@ -54,13 +54,14 @@ impl World {
         let peer = self.leaseholder(ip.destination());
         let Some(peer_on_link) = peer.filter(|peer| peer.has_route && peer.is_on_link) else {
             let event = match (is_shared, peer) {
-                (false, _) => Event::RoutedOther,
-                (true, None) => Event::RoutedNoPeer,
                 (true, Some(_)) => Event::RoutedNotOnLink,
+                (true, None) if self.is_of_network(ip.destination()) => Event::RoutedNoPeer,
+                // Another network's.
+                _ => Event::RoutedOther,
             };
             let is_noted = matches!(flow, FlowChange::Egress { .. });
             let flow = if is_noted { FlowChange::Unchanged } else { flow };
-            return Fate { event: Some(event), note: 0, flow, ..other };
+            return Fate { event: Some(event), flow, ..other };
         };
         let frame = match (is_shared, peer_on_link.next_hop_mac) {
             (true, Some(_)) => self.on_link(peer_on_link, &packet.frame[ETHERNET..]),

@@ -351,6 +351,13 @@ impl World {
         self.leases.iter().filter(holds).max_by_key(rank).map(|lease| &lease.peer)
     }
 
+    /// Whether an address is in the Network, where its leases are on a grid.
+    fn is_of_network(&self, address: [u8; 4]) -> bool {
+        let Config { network, slot_shift, slots, .. } = self.config;
+        let end = u64::from(network) + (u64::from(slots) << slot_shift);
+        (u64::from(network)..end).contains(&u64::from(u32::from_be_bytes(address)))
+    }
+
     fn is_of_grid(&self, lease: &Lease) -> bool {
         let Config { network, slot_shift, slots, .. } = self.config;
         let first = u64::from(network);

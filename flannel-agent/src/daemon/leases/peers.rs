@@ -22,7 +22,10 @@ impl Leases {
                 VxlanDevice::name_of(self.network.backend.vni())
             )
         };
-        let remark = entry.remark.clone().or_else(|| (peer.vtep_mac == self.own.vtep_mac).then(own_mac));
+        let remark = entry.remark.clone().or_else(|| {
+            let has_macs = self.attributes.fixed_mac().is_none();
+            (has_macs && peer.vtep_mac == self.own.vtep_mac).then(own_mac)
+        });
         if let Some(remark) = remark {
             self.status.remark(&entry.name, &remark);
         }
@@ -76,7 +79,9 @@ impl Leases {
 
     /// Whether an entry is this host's lease as it was taken, and nobody wrote it since.
     pub(super) fn is_held(&self, entry: &Entry) -> bool {
-        self.is_own(entry) && self.own.is_as_written(entry) && self.attributes.peer(&entry.attributes).is_ok()
+        self.is_own(entry)
+            && self.own.is_as_written(entry, self.attributes)
+            && self.attributes.peer(&entry.attributes).is_ok()
     }
 
     /// The table says something that does not go with holding the lease. Only where it is held: whoever is taking

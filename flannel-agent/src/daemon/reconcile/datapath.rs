@@ -4,8 +4,8 @@ use tracing::warn;
 
 use super::{COMPARE_PERIOD, Reconciler, target::Target, uplink::Uplink};
 use crate::{
+    backend::{At, hooks},
     daemon::DaemonError,
-    dataplane::Hook,
     device::Link,
     lease::LeaseTable,
     repair::Repair,
@@ -17,13 +17,24 @@ impl Reconciler<'_> {
     pub(super) async fn ensure_datapath(&mut self, table: &LeaseTable) -> Result<(Link, Vec<Repair>), DaemonError> {
         let Self { netlink, dataplane, underlay, uplink: Uplink { external, .. }, target, .. } = self;
         let Target { network, lease: own, backend, .. } = target;
-        let (link, device_repair) = backend.ensure_device(netlink, own.vtep_mac).await?;
-        underlay.set_overlay(link.index);
-        dataplane.peers.set_overlay_device(link.index)?;
-        dataplane.attach(Hook::FromUnderlay, &external.link.name, external.link.index)?;
-        dataplane.attach(Hook::FromOverlay, &link.name, link.index)?;
-        dataplane.attach(Hook::ToOverlay, &link.name, link.index)?;
-        let address = netlink.ensure_address(&link, network.network, own.key.subnet.network()).await?;
+        let made = backend.ensure_device(netlink, own.vtep_mac).await?;
+        if let Some((device, _)) = &made {
+            underlay.set_overlay(device.index);
+            dataplane.peers.set_overlay_device(device.index)?;
+        }
+        let device = made.as_ref().map_or(&external.link, |(device, _)| device);
+        for (hook, at) in hooks(backend.kind()) {
+            let link = match at {
+                At::External => &external.link,
+                At::Device => device,
+            };
+            dataplane.attach(*hook, &link.name, link.index)?;
+        }
+        let address = match &made {
+            Some((device, _)) => netlink.ensure_address(device, network.network, own.key.subnet.network()).await?,
+            None => false,
+        };
+        let (link, device_repair) = made.unwrap_or_else(|| (external.link.clone(), None));
         let route = self.ensure_routes(&link, table).await?;
         let blackhole = self.cli.packet_rules.ip_blackhole_route.then_some(self.target.lease.key.subnet);
         self.netlink.set_blackhole(self.target.backend.vni(), blackhole).await?;

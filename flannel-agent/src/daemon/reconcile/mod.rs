@@ -49,7 +49,6 @@ use crate::{
     device::{
         Changed, DeviceEvent, Netlink,
         external::{External, Selection},
-        offload::Offloads,
     },
     lease::{LeaseTable, PeerChange},
     netfilter::keeper::Keeper,
@@ -58,7 +57,6 @@ use crate::{
     repair::Repair,
     status::Status,
     underlay::Underlay,
-    xdp,
 };
 
 /// How often everything is compared without an event.
@@ -150,7 +148,7 @@ impl<'a> Reconciler<'a> {
             status,
             events: Vec::new(),
             uplink: Uplink {
-                xdp: xdp::choose(cli.xdp, &external.link, &Offloads::of(&external.link).await),
+                xdp: uplink::choose_xdp(cli, &target.backend, &external.link).await,
                 selection,
                 external,
                 is_present: true,
@@ -200,7 +198,7 @@ impl<'a> Reconciler<'a> {
     /// Has peers on the link show how they send, where that matters and is not known.
     fn ask_peers(&mut self) {
         let Target { backend, lease, .. } = &self.target;
-        if !backend.is_direct() {
+        if !backend.has_both_ways() {
             return;
         }
         match self.dataplane.peers.unheard_on_link() {

@@ -10,15 +10,18 @@ use ipnet::Ipv4Net;
 use tokio::{net::lookup_host, sync::mpsc, time::timeout};
 use tracing::{info, warn};
 
-use super::Reconciler;
+use super::{Reconciler, target::Target};
 use crate::{
+    backend::hooks,
     cli::Cli,
     config::NetworkConfig,
     daemon::DaemonError,
     device::{
         DeviceError, Link, Netlink,
         host_routes::{HostRoutes, Interest},
+        link_route::LinkRoutes,
         overlay_route::{ForeignNextHops, KernelPeer, OverlayRoutes},
+        vxlan::VxlanDevice,
     },
     lease::{LeaseTable, PeerChange},
     registry::StoreKind,
@@ -35,6 +38,7 @@ pub(super) const ROUTES_PERIOD: Duration = Duration::from_secs(60);
 /// How much longer it rests than the host's routes took to read.
 const IDLE_FOR_EACH: u32 = 9;
 const TAKEN: &str = "routes of leases";
+const NOT_ON_LINK: &str = "peers on the link";
 /// Of these no more are put into words.
 const MOST_NAMED: usize = 5;
 
@@ -62,6 +66,8 @@ pub(super) struct RouteState {
     choice: Option<Choice>,
     /// What there is, and the link that it leads into.
     made: Option<(Link, OverlayRoutes)>,
+    /// The same where the backend makes no link.
+    on_link: Option<LinkRoutes>,
     foreign: ForeignNextHops,
     /// Next hops of others' routes into the overlay, also where they are none of a lease's.
     foreign_gateways: BTreeSet<Ipv4Addr>,
@@ -103,6 +109,7 @@ impl RouteState {
             host: HostRoutes::default(),
             choice: None,
             made: None,
+            on_link: None,
             foreign: ForeignNextHops::new(),
             foreign_gateways: BTreeSet::new(),
             scanning: Scanning::new(),
@@ -117,13 +124,21 @@ impl RouteState {
 impl Reconciler<'_> {
     /// Reads the host's routes, before anything depends on them.
     pub(super) async fn read_routes(&mut self, table: &LeaseTable) -> Result<(), DaemonError> {
-        if let Some(existing) = self.netlink.link_by_name(self.target.backend.device_name()).await? {
-            self.underlay.set_overlay(existing.header.index);
-        }
+        self.find_own_device().await?;
         let interest = self.interest(table);
         self.netlink.set_interest(interest.clone());
         let scan = scan(self.netlink.clone(), interest, self.routes.endpoints.urls.clone()).await;
         (self.routes.host, self.routes.store, self.routes.scanning.last_took) = (scan.routes?, scan.store, scan.took);
+        Ok(())
+    }
+
+    /// Takes note of the device of an agent before this one.
+    pub(super) async fn find_own_device(&mut self) -> Result<(), DaemonError> {
+        if let Some(name) = self.target.backend.own_device_name()
+            && let Some(existing) = self.netlink.link_by_name(name).await?
+        {
+            self.underlay.set_overlay(existing.header.index);
+        }
         Ok(())
     }
 
@@ -173,8 +188,10 @@ impl Reconciler<'_> {
         addresses.extend(self.other_needs().map(|(address, _)| address));
         addresses.sort_unstable();
         addresses.dedup();
+        let has_device = self.target.backend.own_device_name().is_some();
         Interest {
-            overlay: self.underlay.overlay(),
+            overlay: if has_device { self.underlay.overlay() } else { self.uplink.external.link.index },
+            is_shared: !has_device,
             prefixes: self.routes.prefixes.clone(),
             subnet: self.target.lease.key.subnet,
             addresses,
@@ -192,11 +209,12 @@ impl Reconciler<'_> {
 
     /// Decides which routes there are to be.
     async fn choose_routes(&mut self, table: &LeaseTable) -> Result<Routing, DaemonError> {
-        let obstacle = match self.routes.flag {
+        let flag = if self.target.backend.has_kernel_routes() { RoutesFlag::Leases } else { self.routes.flag };
+        let obstacle = match flag {
             RoutesFlag::Leases => None,
             RoutesFlag::Auto | RoutesFlag::Network => self.obstacle(table).await?,
         };
-        let choice = routes::choose(self.routes.flag, &self.routes.prefixes, obstacle.as_ref());
+        let choice = routes::choose(flag, &self.routes.prefixes, obstacle.as_ref());
         if self.routes.choice.as_ref() != Some(&choice) {
             info!("routes into the overlay: {}", choice.reason);
         }
@@ -247,6 +265,9 @@ impl Reconciler<'_> {
     /// Has the routes be as they should. What somebody else had changed.
     pub(super) async fn ensure_routes(&mut self, link: &Link, table: &LeaseTable) -> Result<Vec<Repair>, DaemonError> {
         let routing = self.choose_routes(table).await?;
+        if self.target.backend.own_device_name().is_none() {
+            return self.ensure_link_routes(routing, table).await;
+        }
         let leases = table.iter().map(|(subnet, _)| subnet);
         let wanted = OverlayRoutes {
             source: self.target.lease.key.subnet.network(),
@@ -271,6 +292,28 @@ impl Reconciler<'_> {
         Ok(if is_repair { ensured.repairs } else { Vec::new() })
     }
 
+    /// The same where the peers are on the link of the external interface, and there is no device.
+    async fn ensure_link_routes(&mut self, routing: Routing, table: &LeaseTable) -> Result<Vec<Repair>, DaemonError> {
+        let own = routes::of_their_own(routing, &self.routes.prefixes, table.iter().map(|(subnet, _)| subnet));
+        let hosts = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip));
+        let (on_link, elsewhere): (Vec<_>, Vec<_>) = hosts.partition(|(_, host)| self.underlay.is_on_link(*host));
+        self.status.waiting(NOT_ON_LINK, not_on_link(&elsewhere, &self.uplink.external.link.name));
+        let wanted = LinkRoutes {
+            shared: if routing == Routing::Shared { self.routes.prefixes.clone() } else { Vec::new() },
+            leases: on_link.into_iter().filter(|(subnet, _)| own.contains(subnet)).collect(),
+        };
+        let ensured =
+            self.netlink.ensure_link_routes(&self.uplink.external.link, self.target.network.network, &wanted).await?;
+        let is_repair = self.routes.on_link.as_ref() == Some(&wanted);
+        self.routes.on_link = Some(wanted);
+        let mut taken_ones = ensured.taken;
+        if routing == Routing::Shared {
+            taken_ones.extend(self.led_elsewhere(table));
+        }
+        self.status.waiting(TAKEN, taken(&taken_ones));
+        Ok(if is_repair { ensured.repairs } else { Vec::new() })
+    }
+
     /// The leases that a route of somebody else's leads elsewhere, since it is more specific than the shared ones.
     fn led_elsewhere(&self, table: &LeaseTable) -> impl Iterator<Item = Ipv4Net> {
         let within = &self.routes.host.within;
@@ -285,6 +328,9 @@ impl Reconciler<'_> {
             PeerChange::Remove(subnet) => (*subnet, None),
         };
         let Some(routing) = self.routes.routing() else { return };
+        if self.target.backend.own_device_name().is_none() {
+            return self.ensure_or_say(table).await;
+        }
         let is_obstacle = match address {
             Some(address) if routing == Routing::Shared => {
                 self.obstacle_to(address, "a peer").await.is_ok_and(|obstacle| obstacle.is_some())
@@ -312,8 +358,27 @@ impl Reconciler<'_> {
 }
 
 impl Reconciler<'_> {
+    /// Takes away what there is of the backend that the network had before: routes and device of an agent's or of flannel's, and
+    /// programs.
+    async fn sweep_other_backends(&mut self) -> Result<(), DaemonError> {
+        let Target { backend, network, .. } = &self.target;
+        let hooks: Vec<_> = hooks(backend.kind()).iter().map(|(hook, _)| *hook).collect();
+        let external = &self.uplink.external.link;
+        let kept = backend.own_device_name().is_none().then_some(external.index);
+        self.netlink.remove_link_routes(network.network, kept).await?;
+        let device = VxlanDevice::name_of(backend.vni());
+        if backend.own_device_name() != Some(&device)
+            && let Some(link) = self.netlink.link_by_name(&device).await?
+        {
+            // Its addresses, routes, neighbours and forwarding entries go with it.
+            self.netlink.delete_link(&device, link.header.index).await?;
+            info!("removed {device}: the network's backend is {}", backend.kind());
+        }
+        Ok(self.dataplane.detach_all_but(&hooks, &external.name)?)
+    }
+
     /// Takes away what a flannel that ran here before made for its peers.
-    pub(in crate::daemon) async fn sweep(&self, link: &Link, table: &LeaseTable) {
+    pub(in crate::daemon) async fn sweep(&mut self, link: &Link, table: &LeaseTable) {
         let (network, subnet_len) = (self.target.network.network, self.target.lease.key.subnet.prefix_len());
         let leases: HashSet<Ipv4Addr> = table.iter().map(|(subnet, _)| subnet.network()).collect();
         // Also of leases that are over by now.
@@ -321,11 +386,32 @@ impl Reconciler<'_> {
             Ipv4Net::new(address, subnet_len).is_ok_and(|lease| lease.network() == address && network.contains(&lease))
         };
         let is_lease = |address| leases.contains(&address) || is_on_grid(address);
+        if let Err(error) = self.sweep_other_backends().await {
+            warn!("something of another backend stays: {error}");
+        }
+        if self.target.backend.own_device_name().is_none() {
+            let hosts = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip)).collect();
+            if let Err(error) = self.netlink.sweep_link_routes(link, &hosts).await {
+                warn!("{error}");
+            }
+            return;
+        }
         let macs = table.iter().map(|(_, peer)| peer.vtep_mac.0).collect();
         if let Err(error) = self.netlink.sweep(link, is_lease, &macs, &self.routes.foreign).await {
             warn!("{error}");
         }
     }
+}
+
+fn not_on_link(hosts: &[(Ipv4Net, Ipv4Addr)], link: &str) -> Option<String> {
+    let named: Vec<_> = hosts.iter().take(MOST_NAMED).map(|(subnet, host)| format!("{host} ({subnet})")).collect();
+    (!named.is_empty()).then(|| {
+        format!(
+            "{} peers are not on the link of {link}, and host-gw reaches no others: {}; use vxlan with DirectRouting",
+            hosts.len(),
+            named.join(", ")
+        )
+    })
 }
 
 fn taken(leases: &[Ipv4Net]) -> Option<String> {

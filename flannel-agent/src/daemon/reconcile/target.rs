@@ -50,7 +50,7 @@ impl Target {
             port: backend.port(),
             vtep_mac: lease.vtep_mac.0,
             source_ports: device::local_ports(),
-            flags: if backend.is_direct() { Config::DIRECT } else { 0 },
+            flags: backend.flags(),
         };
         let pins = PinDirectory::new(&cli.bpf_pin_dir, backend.vni());
         let mut dataplane = Dataplane::load(pins, &config, capacity, cli.bpf_log_level)?;
@@ -72,9 +72,7 @@ impl Reconciler<'_> {
         // Peers before programs: none that is attached may meet empty maps.
         self.compare(Changed::Topology, table).await?;
         // Before programs: none passes by who looks already.
-        if let Some(link) = self.netlink.link_by_name(self.target.backend.device_name()).await? {
-            self.underlay.set_overlay(link.header.index);
-        }
+        self.find_own_device().await?;
         let pods = self.look_at_links().await?;
         self.inspect_for_pods(&pods);
         self.inspect_for_peers(table);

@@ -7,8 +7,10 @@ use tracing::{info, warn};
 use super::{Event, LOOK_PERIOD, Reconciler};
 use crate::{
     backend::Backend,
+    cli::Cli,
     daemon::DaemonError,
     device::{
+        Link,
         external::{External, SelectError, Selection},
         offload::Offloads,
     },
@@ -74,11 +76,11 @@ impl Reconciler<'_> {
     async fn move_to_external(&mut self, external: External, table: &LeaseTable) -> Result<(), DaemonError> {
         self.uplink.is_rebuild_due = true;
         self.uplink.is_present = true;
+        let backend = Backend::new(&self.target.network.backend, &external)?;
         let address_before = std::mem::replace(&mut self.uplink.external, external).address;
-        self.target.backend = Backend::new(&self.target.network.backend, &self.uplink.external);
+        self.target.backend = backend;
         self.underlay.set_external(self.uplink.external.clone());
-        self.uplink.xdp =
-            xdp::choose(self.cli.xdp, &self.uplink.external.link, &Offloads::of(&self.uplink.external.link).await);
+        self.uplink.xdp = choose_xdp(self.cli, &self.target.backend, &self.uplink.external.link).await;
         self.status.external(&self.uplink.external, &self.target.backend);
         let External { address, public_ip, .. } = self.uplink.external;
         self.events.push(Event::External { public_ip, is_other_source: address != address_before });
@@ -92,6 +94,14 @@ impl Reconciler<'_> {
         let name = &self.uplink.external.link.name;
         self.status.waiting(EXTERNAL, Some(format!("the external interface {name} is away, waiting for it: {error}")));
     }
+}
+
+/// Whether XDP takes packets out of the tunnel.
+pub(super) async fn choose_xdp(cli: &Cli, backend: &Backend, link: &Link) -> xdp::Choice {
+    if backend.own_device_name().is_none() {
+        return xdp::Choice { mode: None, reason: format!("{} has no tunnel", backend.kind()) };
+    }
+    xdp::choose(cli.xdp, link, &Offloads::of(link).await)
 }
 
 fn describe(external: &External) -> String {

@@ -99,10 +99,10 @@ impl Etcd {
         if entry.attributes.public_ip != request.public_ip {
             return Ok(OwnLeaseState::Taken(entry.attributes.public_ip));
         }
-        match entry.attributes.vxlan_data() {
-            Ok(data) if data.vtep_mac == lease.vtep_mac => {}
-            Ok(data) => return Ok(OwnLeaseState::Contested(data.vtep_mac)),
-            Err(_) => return Ok(OwnLeaseState::Expired),
+        match request.backend.announced_mac(&entry.attributes) {
+            Some(mac) if mac == lease.vtep_mac => {}
+            Some(mac) => return Ok(OwnLeaseState::Contested(mac)),
+            None => return Ok(OwnLeaseState::Expired),
         }
         if entry.etcd_lease != lease.grant.etcd_lease() || entry.value != value.as_bytes() {
             // Ours, but written anew: to be adopted like any that a start finds.
@@ -195,7 +195,9 @@ impl Etcd {
         let mut named: Vec<_> =
             entries.iter().filter(|entry| entry.attributes.public_ip == request.public_ip).collect();
         // Where another host has the address too, there may be a lease of each.
-        named.sort_by_key(|entry| request.vtep_mac.is_none() || entry.attributes.announced_mac() != request.vtep_mac);
+        named.sort_by_key(|entry| {
+            request.vtep_mac.is_none() || request.backend.announced_mac(&entry.attributes) != request.vtep_mac
+        });
         for own in named {
             if is_allocatable(config, own.key.subnet) && own.key.ipv6_subnet.is_none() {
                 return self.adopt(request, own).await;
@@ -228,7 +230,7 @@ impl Etcd {
     /// Goes on with a lease that is this host's already.
     async fn adopt(&mut self, request: &LeaseRequest, own: &Stored) -> Result<Option<OwnLease>, EtcdError> {
         // A device that is gone (a reboot) is made again with the MAC that the peers know.
-        let announced = own.attributes.announced_mac();
+        let announced = request.backend.announced_mac(&own.attributes);
         let vtep_mac = request.vtep_mac.or(announced).unwrap_or_else(|| MacAddress::random(&mut rand::rng()));
         let value = self.value(request, vtep_mac);
         if !self.keep_alive(own.etcd_lease).await? {
@@ -259,7 +261,7 @@ impl Etcd {
     /// Makes sure that a lease which names this host's address is not held by another. The revision that it has then,
     /// [`None`] where it is gone or another's by now.
     async fn confirm(&mut self, request: &LeaseRequest, own: &Stored) -> Result<Option<i64>, EtcdError> {
-        match own.attributes.announced_mac() {
+        match request.backend.announced_mac(&own.attributes) {
             Some(mac) if request.is_contested || request.vtep_mac != Some(mac) => self.claim(request, own, mac).await,
             // No vxlan host wrote it, or this one did.
             _ => Ok(Some(own.mod_revision)),
@@ -290,7 +292,7 @@ impl Etcd {
             }
             return match self.read(kv) {
                 Read::Lease(entry) if entry.attributes.public_ip == public_ip => {
-                    let vtep_mac = entry.attributes.announced_mac().unwrap_or(announced);
+                    let vtep_mac = request.backend.announced_mac(&entry.attributes).unwrap_or(announced);
                     Err(Contested { public_ip, subnet, vtep_mac }.into())
                 }
                 _ => Ok(None),
