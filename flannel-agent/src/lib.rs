@@ -34,9 +34,9 @@
 //! * [`repair`] — what somebody else changed and the agent made right again
 //! * [`retry`] — back-off
 //!
-//! The daemon decides, `lease` and `underlay` calculate, and `registry`, `device` and `dataplane` act. What is in the
-//! maps is compared with what should be there on every event and every few seconds, so that nothing is handled once
-//! and lost.
+//! The daemon decides, by what the `backend` offers; `lease` and `underlay` calculate, and `registry`, `device` and
+//! `dataplane` act. What is in the maps is compared with what should be there on every event and every few seconds, so
+//! that nothing is handled once and lost.
 
 pub mod atomic_file;
 pub mod backend;
