@@ -194,11 +194,11 @@ fn a_value_of_another_kind_is_named_with_what_is_expected() {
 fn backend_errors() {
     let cases = [
         (
-            r#"{"Type": "host-gw"}"#,
-            r#"unknown backend type: host-gw (Backend.Type; this agent has vxlan: "Backend": {"Type": "vxlan"})"#,
+            r#"{"Type": "ipip"}"#,
+            r#"unknown backend type: ipip (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#,
         ),
-        (r#"{}"#, r#"unknown backend type:  (Backend.Type; this agent has vxlan: "Backend": {"Type": "vxlan"})"#),
-        (r#"null"#, r#"unknown backend type:  (Backend.Type; this agent has vxlan: "Backend": {"Type": "vxlan"})"#),
+        (r#"{}"#, r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#),
+        (r#"null"#, r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#),
         (r#""vxlan""#, r#"error decoding Backend property of config: "vxlan" (expected "Backend": {"Type": "vxlan"})"#),
         (
             r#"{"Type": 1}"#,
