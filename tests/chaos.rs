@@ -15,7 +15,7 @@ use nix::{
 };
 use xtask::{
     chaos::{Invariant, Kind, Report, Schedule, Shape, run_on},
-    lab::Lab,
+    lab::{Backend, Lab},
     process::output,
     progress::wait_for,
 };
@@ -35,7 +35,7 @@ fn run(schedule: Schedule, besides: impl FnOnce(&Path) + Send) -> Report {
             besides(lab.directory());
             over.load(Ordering::Relaxed)
         });
-        let report = run_on(&lab, schedule, &agent(), &logs, &AtomicBool::new(false)).unwrap();
+        let report = run_on(&lab, schedule, Backend::default(), &agent(), &logs, &AtomicBool::new(false)).unwrap();
         over.store(true, Ordering::Relaxed);
         assert!(!besides.join().unwrap(), "what goes wrong besides came too late");
         report

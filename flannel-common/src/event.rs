@@ -85,7 +85,7 @@ events! {
     RoutedNeighbour = "routed_neighbour", Forward;
     /// to_underlay: routed to a peer; the host changes more of its flow's packets than addresses, ports and TTL, so that all take the stack.
     RoutedChanged = "routed_changed", Pass;
-    /// to_underlay: for nobody who leases a subnet.
+    /// to_underlay: neither led there by the route that leases share, nor from a pod through the stack; left as it is.
     RoutedOther = "routed_other", Pass;
     /// to_underlay: by the route that leases share, but no host leases the destination's subnet.
     RoutedNoPeer = "routed_no_peer", Drop;

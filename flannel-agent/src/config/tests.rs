@@ -197,8 +197,14 @@ fn backend_errors() {
             r#"{"Type": "ipip"}"#,
             r#"unknown backend type: ipip (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#,
         ),
-        (r#"{}"#, r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#),
-        (r#"null"#, r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#),
+        (
+            r#"{}"#,
+            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#,
+        ),
+        (
+            r#"null"#,
+            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#,
+        ),
         (r#""vxlan""#, r#"error decoding Backend property of config: "vxlan" (expected "Backend": {"Type": "vxlan"})"#),
         (
             r#"{"Type": 1}"#,

@@ -50,6 +50,28 @@ pub(super) const TRAFFIC: [Floor; 19] = {
     ]
 };
 
+/// Those of `cargo xtask bench --backend` without a tunnel.
+pub(super) const ON_LINK: [Floor; 12] = {
+    use Metric::{Connections, RoundTripMedian, TcpOne, Udp};
+    use Mode::{Segmented, Whole};
+    const HOST_GW: Subject = Subject::by_address(Rival::HostGw);
+    const DIRECT: Subject = Subject::by_address(Rival::Direct);
+    [
+        floor(Whole, TcpOne, HOST_GW, 1.10),
+        floor(Whole, Udp, HOST_GW, 1.50),
+        floor(Whole, RoundTripMedian, HOST_GW, 0.80),
+        floor(Whole, Connections, HOST_GW, 1.0),
+        floor(Whole, TcpOne, DIRECT, 0.85),
+        floor(Whole, RoundTripMedian, DIRECT, 1.15),
+        floor(Segmented, TcpOne, HOST_GW, 1.0),
+        floor(Segmented, Udp, HOST_GW, 1.50),
+        floor(Segmented, RoundTripMedian, HOST_GW, 0.80),
+        floor(Segmented, Connections, HOST_GW, 1.0),
+        floor(Segmented, TcpOne, DIRECT, 0.85),
+        floor(Segmented, RoundTripMedian, DIRECT, 1.15),
+    ]
+};
+
 /// Those of `cargo xtask bench services`.
 pub(super) const SERVICES: [Floor; 16] = {
     use Metric::{RoundTripHalting, RoundTripMedian, TcpOne, Udp};

@@ -41,7 +41,7 @@ use self::{
     topology::{Mode, Pair, Rival, Rules, Subject},
 };
 use crate::{
-    lab::{Lab, Lock, StoreKind, remove_leftovers, services::ServiceRules},
+    lab::{Backend, Lab, Lock, StoreKind, remove_leftovers, services::ServiceRules},
     process::{cargo, inherit},
     progress::{heading, step},
     setup,
@@ -63,6 +63,9 @@ pub struct Options {
     /// The netfilter rules of hosts with pods
     #[arg(long, value_enum, default_value_t = Rules::Cluster)]
     rules: Rules,
+    /// How ours reaches the other host
+    #[arg(long, value_enum, default_value_t)]
+    backend: Backend,
     /// Where a picture of the results is written
     #[arg(long)]
     svg: Option<PathBuf>,
@@ -168,9 +171,14 @@ const TRAFFIC: Comparison = Comparison {
     floors: &floors::TRAFFIC,
 };
 
+/// Without a tunnel.
+const ON_LINK: Comparison = Comparison { floors: &floors::ON_LINK, ..TRAFFIC };
+
 fn traffic(options: &Options) -> Result<()> {
-    let subjects = TRAFFIC.subjects().filter(|subject| options.only.contains(&subject.rival)).collect();
-    let bench = Bench { comparison: &TRAFFIC, subjects, rules: options.rules, proxy: None, turns: &options.turns };
+    let comparison = if options.backend.encapsulates() { &TRAFFIC } else { &ON_LINK };
+    let subjects = comparison.subjects().filter(|subject| options.only.contains(&subject.rival)).collect();
+    let Options { backend, rules, turns, .. } = options;
+    let bench = Bench { comparison, subjects, backend: *backend, rules: *rules, proxy: None, turns };
     let report = bench.run()?;
     if let Some(path) = &options.svg {
         svg::save(path, &picture::draw(&report)).with_context(|| format!("write {path:?}"))?;
@@ -183,6 +191,7 @@ struct Bench<'a> {
     comparison: &'static Comparison,
     /// Those of the comparison's that are measured.
     subjects: Vec<Subject>,
+    backend: Backend,
     rules: Rules,
     /// By which rules hosts translate a service; there is none without.
     proxy: Option<ServiceRules>,
@@ -204,7 +213,8 @@ impl Bench<'_> {
     fn measure(&self, directory: &Path, stopped: &AtomicBool) -> Result<Report> {
         let lab = Lab::new(NAME, directory)?;
         let store = lab.store()?;
-        store.put("/coreos.com/network/config", r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
+        let config = format!(r#"{{"Network": "10.5.0.0/16", "Backend": {}}}"#, self.backend.json());
+        store.put("/coreos.com/network/config", &config)?;
         let rivals = Rival::ALL.into_iter().filter(|rival| self.subjects.iter().any(|subject| subject.rival == *rival));
         let pairs = rivals.map(|rival| Pair::new(rival, self.rules, self.proxy, &lab, &store));
         let mut pairs = pairs.collect::<Result<Vec<_>>>()?;

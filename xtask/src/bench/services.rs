@@ -8,7 +8,7 @@ use super::{
     report::Comparison,
     topology::{Rival, Rules, Subject, Target},
 };
-use crate::lab::services::ServiceRules;
+use crate::lab::{Backend, services::ServiceRules};
 
 const COMPARISON: Comparison = Comparison {
     ours: by_service(Rival::Ours, "ours by service"),
@@ -40,6 +40,7 @@ pub(super) struct Options {
 /// Where the lab does not come up, a measurement fails, or a host does not translate.
 pub(super) fn run(options: &Options) -> Result<()> {
     let bench = Bench {
+        backend: Backend::default(),
         comparison: &COMPARISON,
         subjects: COMPARISON.subjects().collect(),
         rules: Rules::Cluster,

@@ -54,7 +54,7 @@ pub use self::{
     schedule::{Fault, Kind, Schedule, Shape},
 };
 use crate::{
-    lab::{Lab, Lock, PREFIX, remove_leftovers},
+    lab::{Backend, Lab, Lock, PREFIX, remove_leftovers},
     process::{cargo, inherit, workspace},
     progress::step,
     setup,
@@ -62,8 +62,7 @@ use crate::{
 
 const NAME: &str = "flannel-chaos";
 /// Agents take subnets below those of foreign leases.
-const CONFIG: &str =
-    r#"{"Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.191.0", "Backend": {"Type": "vxlan"}}"#;
+const SUBNETS: &str = r#""Network": "10.5.0.0/16", "SubnetMin": "10.5.1.0", "SubnetMax": "10.5.191.0""#;
 
 /// All hosts are up by then.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -92,6 +91,9 @@ pub struct Options {
     /// For how long
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     minutes: u32,
+    /// How the hosts reach each other: vxlan or direct-routing
+    #[arg(long, value_enum, default_value_t)]
+    backend: Backend,
     /// The agent; built for release without
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
@@ -150,19 +152,30 @@ fn run_in(options: &Options, schedule: Schedule, directory: &Path, interrupted: 
     };
     let lab = Lab::new(NAME, directory)?;
     let logs = std::path::absolute(&options.logs)?;
-    run_on(&lab, schedule, &agent, &logs, interrupted)
+    anyhow::ensure!(
+        options.backend.has_device(),
+        "chaos knows vxlan's leases only: use --backend vxlan or direct-routing"
+    );
+    run_on(&lab, schedule, options.backend, &agent, &logs, interrupted)
 }
 
 /// Runs by a schedule in a lab that is empty. The logs stay where something was violated.
 ///
 /// # Errors
 /// Where something can't be done; what is violated is in the report.
-pub fn run_on(lab: &Lab, schedule: Schedule, agent: &Path, logs: &Path, interrupted: &AtomicBool) -> Result<Report> {
+pub fn run_on(
+    lab: &Lab,
+    schedule: Schedule,
+    backend: Backend,
+    agent: &Path,
+    logs: &Path,
+    interrupted: &AtomicBool,
+) -> Result<Report> {
     if logs.exists() {
         fs::remove_dir_all(logs).with_context(|| format!("remove {logs:?}"))?;
     }
     let store = lab.store()?;
-    store.put(&format!("{PREFIX}/config"), CONFIG)?;
+    store.put(&format!("{PREFIX}/config"), &format!(r#"{{{SUBNETS}, "Backend": {}}}"#, backend.json()))?;
     let start = Instant::now();
     let cluster = Cluster::new(lab, store, schedule.hosts, agent.to_owned(), logs.to_owned(), start)?;
     let report = Report { seed: schedule.seed, hosts: schedule.hosts, ..Report::default() };

@@ -14,6 +14,7 @@
 //! Everything is made with `ip`, and gone when the [`Lab`] is dropped.
 
 mod api_server;
+mod backend;
 pub mod capture;
 pub mod cni;
 mod host;
@@ -36,6 +37,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 pub use self::{
     api_server::{ApiServer, User},
+    backend::Backend,
     host::{Host, Pod, Subnet},
     kernel_vxlan::KernelVxlan,
     lease_store::{Kubernetes, Lease, LeaseStore, StoreKind},

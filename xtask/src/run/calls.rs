@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use crate::{
     lab::{
-        Host, Lab,
+        Backend, Host, Lab,
         capture::Capture,
         servers::{DnsServer, WebServer, curl, resolv_conf},
         services::{Service, ServiceRules},
@@ -56,7 +56,7 @@ impl Served {
     }
 
     /// Calls in each way: with the rules of kube-proxy's one form and all packets in the tunnel, then with those of the other.
-    pub(super) fn tour(&self, lab: &Lab, hosts: &[Host]) -> Result<()> {
+    pub(super) fn tour(&self, lab: &Lab, hosts: &[Host], backend: Backend) -> Result<()> {
         let [first, second, ..] = hosts else { anyhow::bail!("a tour needs two hosts") };
         let pod = (format!("{}-pod1", first.name), &first.pods[0].netns);
         let itself = (first.name.clone(), &first.netns);
@@ -74,8 +74,8 @@ impl Served {
                 ("by a port of the host that has the pod", &outside, to_port(second.address)),
             ];
             for (index, (how, (from, netns), to)) in calls.iter().enumerate() {
-                // The last one needs no tunnel.
-                let capture = rules == ServiceRules::FORMS[0] && index + 1 < calls.len();
+                // The last one needs no tunnel; nor does any, where hosts on one link need none.
+                let capture = backend.encapsulates() && rules == ServiceRules::FORMS[0] && index + 1 < calls.len();
                 let capture = capture.then(|| Capture::start(&first.netns, "eth0", "udp port 8472", lab.directory()));
                 let mut capture = capture.transpose()?;
                 let answer = curl(netns, &format!("http://{to}/"), Some(&self.resolver))?;

@@ -22,7 +22,7 @@ use self::calls::Served;
 pub use self::tour::decoded_packet;
 use crate::{
     lab::{
-        Host, Lab, LeaseStore, Lock, StoreKind,
+        Backend, Host, Lab, LeaseStore, Lock, StoreKind,
         cni::{self, Runtime},
         remove_leftovers,
     },
@@ -34,7 +34,6 @@ use crate::{
 const NAME: &str = "flannel-lab";
 /// How many each host gets.
 const PODS: usize = 2;
-const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#;
 
 /// Options of `cargo xtask run`.
 #[derive(clap::Args)]
@@ -45,6 +44,9 @@ pub struct Options {
     /// What the agents keep their leases in
     #[arg(long, value_enum, default_value_t)]
     store: StoreKind,
+    /// How the hosts reach each other
+    #[arg(long, value_enum, default_value_t)]
+    backend: Backend,
     /// End after the tour instead of staying up
     #[arg(long)]
     once: bool,
@@ -96,24 +98,27 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
     let agent = workspace().join("target/debug/flannel-agent");
 
     let lab = step("underlay: a bridge in a namespace", || Lab::new(NAME, directory))?;
-    let store = step(&format!("{} on it, and a network config", options.store), || options.store.start(&lab, CONFIG))?;
+    let store = step(&format!("{} on it, and a network config", options.store), || {
+        let config = format!(r#"{{"Network": "10.5.0.0/16", "Backend": {}}}"#, options.backend.json());
+        options.store.start(&lab, &config)
+    })?;
     let mut hosts = step(&format!("{} hosts", options.nodes), || {
         (1..=options.nodes).map(|number| add_host(&lab, &*store, number)).collect::<Result<Vec<_>>>()
     })?;
     let start = Instant::now();
     step("the agent on each", || start_agents(&mut hosts, &agent, &*store))?;
     step("the first ping between two of them", || {
-        wait_for_ping(&hosts[0], &hosts[1])?;
+        wait_for_ping(&hosts[0], &hosts[1], options.backend)?;
         println!("  answered {:.0?} after the agents were started", start.elapsed());
         Ok(())
     })?;
     let how = step("two pods on each, from its subnet.env", || make_pods(&mut hosts, &agent, options.by_hand))?;
-    tour::tour(&hosts, &*store, &agent, how, directory)?;
+    tour::tour(&hosts, &*store, &agent, how, options.backend, directory)?;
     let served = Served::start(&hosts[1], directory)?;
-    served.tour(&lab, &hosts)?;
-    hosts.push(join(&lab, &hosts, &agent, &*store)?);
-    no_peer_state(&hosts)?;
-    tour::tables(&lab, &hosts, &*store)?;
+    served.tour(&lab, &hosts, options.backend)?;
+    hosts.push(join(&lab, &hosts, &agent, &*store, options.backend)?);
+    no_peer_state(&hosts, options.backend)?;
+    tour::tables(&lab, &hosts, &*store, options.backend)?;
     if !options.once {
         println!(
             "\nThe lab is up. In another terminal, for example:\n  \
@@ -161,7 +166,7 @@ fn make_pods(hosts: &mut [Host], agent: &Path, by_hand: bool) -> Result<&'static
 }
 
 /// One more host, and how long it takes until all others reach it.
-fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &dyn LeaseStore) -> Result<Host> {
+fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &dyn LeaseStore, backend: Backend) -> Result<Host> {
     heading("one more host joins");
     let number = u8::try_from(hosts.len())? + 1;
     let mut host = [add_host(lab, store, number)?];
@@ -169,7 +174,7 @@ fn join(lab: &Lab, hosts: &[Host], agent: &Path, store: &dyn LeaseStore) -> Resu
     start_agents(&mut host, agent, store)?;
     let [host] = host;
     for other in hosts {
-        wait_for_ping(other, &host)?;
+        wait_for_ping(other, &host, backend)?;
     }
     println!("{} is reached from all others {:.0?} after its agent was started", host.name, start.elapsed());
     Ok(host)
@@ -191,17 +196,30 @@ fn start_agents(hosts: &mut [Host], agent: &Path, store: &dyn LeaseStore) -> Res
     Ok(())
 }
 
-/// Waits until one host reaches the overlay address of another.
-fn wait_for_ping(from: &Host, to: &Host) -> Result<()> {
-    let overlay_address = std::net::Ipv4Addr::from_bits(to.subnet()?.gateway.to_bits() - 1);
+/// Waits until one host reaches the overlay address of another, or that of its pods' bridge where it has none.
+fn wait_for_ping(from: &Host, to: &Host, backend: Backend) -> Result<()> {
+    let subnet = to.subnet()?;
+    let overlay_address = if backend.has_device() {
+        std::net::Ipv4Addr::from_bits(subnet.gateway.to_bits() - 1)
+    } else {
+        if to.netns.ip("link show cni0").is_err() {
+            to.add_bridge(&subnet)?;
+        }
+        subnet.gateway
+    };
     let ping = format!("ping -c 1 -W 0.2 {overlay_address}");
     wait_for(&ping, Duration::from_secs(10), || from.netns.exec(&ping).is_ok()).map(drop)
 }
 
 /// Every host has one route, one neighbour and one forwarding entry for the overlay, whatever the number of peers. The
 /// forwarding entry leads to the host itself.
-fn no_peer_state(hosts: &[Host]) -> Result<()> {
+fn no_peer_state(hosts: &[Host], backend: Backend) -> Result<()> {
     for host in hosts {
+        if !backend.has_device() {
+            let routes = host.netns.exec("ip route show proto 72")?;
+            anyhow::ensure!(routes.lines().count() == 1, "{} has routes of its peers: {routes}", host.name);
+            continue;
+        }
         let routes = host.netns.ip_json("route show dev flannel.1")?;
         let neighbours = host.netns.ip_json("neigh show dev flannel.1")?;
         let forwarding = host.netns.exec("bridge fdb show dev flannel.1")?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use crate::{
-    lab::{Host, Lab, LeaseStore, Netns, capture::Capture},
+    lab::{Backend, Host, Lab, LeaseStore, Netns, capture::Capture},
     process::output,
     progress::heading,
     transfer::tcp_transfer,
@@ -15,12 +15,19 @@ use crate::{
 const IMITATION: u8 = 200;
 
 /// Shows what the lab is and does.
-pub(super) fn tour(hosts: &[Host], store: &dyn LeaseStore, agent: &Path, how: &str, directory: &Path) -> Result<()> {
+pub(super) fn tour(
+    hosts: &[Host],
+    store: &dyn LeaseStore,
+    agent: &Path,
+    how: &str,
+    backend: Backend,
+    directory: &Path,
+) -> Result<()> {
     let [first, second, ..] = hosts else { anyhow::bail!("a tour needs two hosts") };
     let (from, to) = (&first.pods[0], &second.pods[0]);
 
     heading("what was built");
-    picture(hosts, store, how)?;
+    picture(hosts, store, how, backend)?;
 
     heading(&format!("ping from each host's first pod to the next host's ({} -> {} first)", from.address, to.address));
     for (index, host) in hosts.iter().enumerate() {
@@ -37,7 +44,15 @@ pub(super) fn tour(hosts: &[Host], store: &dyn LeaseStore, agent: &Path, how: &s
 
     heading("one packet on the underlay, decoded by tshark");
     let provoke = || from.netns.exec(&format!("ping -c 1 -W 2 {}", to.address)).map(drop);
-    println!("{}", layers(&decoded_packet(&first.netns, "udp port 8472", directory, provoke)?));
+    println!(
+        "{}",
+        layers(&decoded_packet(
+            &first.netns,
+            if backend.encapsulates() { "udp port 8472" } else { "icmp" },
+            directory,
+            provoke
+        )?)
+    );
 
     heading(&format!("what became of the packets on {}", first.name));
     let counters = output(first.agent_command(agent).arg("counters"))?;
@@ -48,8 +63,13 @@ pub(super) fn tour(hosts: &[Host], store: &dyn LeaseStore, agent: &Path, how: &s
 }
 
 /// What the kernel of the first host has for the overlay, beside what it had if flannel served that host.
-pub(super) fn tables(lab: &Lab, hosts: &[Host], store: &dyn LeaseStore) -> Result<()> {
+pub(super) fn tables(lab: &Lab, hosts: &[Host], store: &dyn LeaseStore, backend: Backend) -> Result<()> {
     let host = hosts.first().context("a tour needs hosts")?;
+    if !backend.has_device() {
+        heading(&format!("the kernel's routes on {}", host.name));
+        print!("{}", host.netns.exec("ip route")?);
+        return Ok(());
+    }
     let imitation = lab.host(&format!("{}-flannel", host.name), IMITATION)?;
     imitation.imitate_by_flannel(host, store)?;
     heading(&format!("the kernel's tables on {}, and beside them flannel's for the same leases", host.name));
@@ -63,12 +83,13 @@ pub(super) fn tables(lab: &Lab, hosts: &[Host], store: &dyn LeaseStore) -> Resul
     Ok(())
 }
 
-fn picture(hosts: &[Host], store: &dyn LeaseStore, how: &str) -> Result<()> {
+fn picture(hosts: &[Host], store: &dyn LeaseStore, how: &str, backend: Backend) -> Result<()> {
     println!("  underlay 192.168.64.0/24: br0, {}", store.place());
     for host in hosts {
         let subnet = host.subnet()?;
         println!("   ├─ {} eth0 {}", host.name, host.address);
-        println!("   │    flannel.1, cni0 {}/{}, MTU {}, pods made {how}", subnet.gateway, subnet.len, subnet.mtu);
+        let device = if backend.has_device() { "flannel.1, " } else { "" };
+        println!("   │    {device}cni0 {}/{}, MTU {}, pods made {how}", subnet.gateway, subnet.len, subnet.mtu);
         for (index, pod) in host.pods.iter().enumerate() {
             println!("   │      └─ {}-pod{} eth0 {}", host.name, index + 1, pod.address);
         }
