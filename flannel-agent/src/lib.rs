@@ -17,6 +17,7 @@
 //! * [`inspection`] — what others' packet rules do to each packet
 //! * [`dataplane`] — programs, maps, pins; the only room that speaks to aya
 //! * [`xdp`] — whether XDP takes packets out of the tunnel, and why
+//! * [`udp`] — the tunnel of the backend udp, in user space
 //! * [`routes`] — which routes lead into the overlay, and why; pure
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
 //! * [`backend`] — how packets get to the other hosts: its device, its MTU, what leases announce, the way to a peer
@@ -71,5 +72,6 @@ pub mod routes;
 pub mod status;
 pub mod subnet_env;
 pub mod suggestion;
+pub mod udp;
 pub mod underlay;
 pub mod xdp;

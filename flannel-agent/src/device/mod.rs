@@ -20,6 +20,7 @@ pub mod raw_frame;
 mod raw_route;
 pub mod routing_rules;
 mod sweep;
+pub mod tun;
 pub mod vxlan;
 
 use std::{
