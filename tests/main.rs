@@ -62,6 +62,7 @@
 //! * [`privileges`] — an ordinary user with two capabilities; files, symbolic links, hostile text
 //! * [`drift`], [`drift_external`] — what somebody else changes on a host while pods talk
 //! * [`cni`] — the CNI plugin, run as a runtime runs it
+//! * [`udp`] — the tunnel of the backend udp: its wire, its senders, what stands in its way
 //! * [`docker_opts`] — Docker's options
 //! * [`docker`] — Docker Engines with these, and their containers
 //! * [`flags`] — flags, variables and shared files as flannel takes them, with its own process
@@ -137,6 +138,7 @@ mod tenancy;
 mod translated;
 mod treated;
 mod two_hosts;
+mod udp;
 mod upgrade;
 mod world;
 mod xdp;

@@ -59,15 +59,14 @@ impl Outbound {
                 Err(error) => return Err(error),
             };
             has_read = true;
-            match self.push(batch, number, &mut packet[..len]) {
-                Ok(datagrams) => self.queue.counters.add(Event::Sent, datagrams),
-                Err(event) => self.queue.counters.add(event, 1),
+            if let Err(event) = self.push(batch, number, &mut packet[..len]) {
+                self.queue.counters.add(event, 1);
             }
         }
         Ok(has_read)
     }
 
-    fn push(&mut self, batch: &mut Batch, number: usize, read: &mut [u8]) -> Result<u64, Event> {
+    fn push(&mut self, batch: &mut Batch, number: usize, read: &mut [u8]) -> Result<(), Event> {
         let (header, packet) = read.split_first_chunk_mut::<{ vnet::LEN }>().ok_or(Event::SendNotIpv4)?;
         let ipv4 = Ipv4::of(packet).map_err(|reason| match reason {
             NotIpv4::OtherVersion | NotIpv4::Truncated => Event::SendNotIpv4,
@@ -81,7 +80,6 @@ impl Outbound {
             return Err(Event::SendTtlExceeded);
         }
         let vnet = VnetHeader::read(header).ok_or(Event::SendNotSegmentable)?;
-        // Behind the kernel's header in its buffer.
         segment::push(batch, host, number, packet, &ipv4, &vnet)
     }
 }

@@ -19,6 +19,7 @@ use super::{
     Event, UdpError,
     batch::{Batch, Message, Piece},
     counters::Counters,
+    vnet,
 };
 
 /// Of each socket, in bytes: what arrives while its thread waits for a CPU.
@@ -107,14 +108,15 @@ pub(super) struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// Sends all, and counts those that the kernel refused.
+    /// Sends all, of packets as they were read from the device, and counts them.
     pub(super) fn send(&self, batch: &Batch, packets: &[Box<[u8]>], counters: &Counters) {
         let mut pieces: Vec<libc::iovec> = batch
             .pieces
             .iter()
             .map(|piece| match piece {
                 Piece::Header(range) => &batch.headers[range.clone()],
-                Piece::Packet(number, range) => &packets[*number][range.clone()],
+                // Behind the kernel's own header.
+                Piece::Packet(number, range) => &packets[*number][vnet::LEN..][range.clone()],
             })
             .map(|bytes| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() })
             .collect();
@@ -135,7 +137,12 @@ impl Sender<'_> {
         let mut sent = 0;
         while sent < headers.len() {
             match self.send_messages(&mut headers[sent..]) {
-                Ok(count) => sent += count,
+                Ok(count) => {
+                    let datagrams: usize =
+                        batch.messages[sent..][..count].iter().map(|message| message.datagrams).sum();
+                    counters.add(Event::Sent, datagrams as u64);
+                    sent += count;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => {
                     // The first one's.
@@ -174,9 +181,8 @@ impl Sender<'_> {
             header.msg_iov = own.as_mut_ptr();
             header.msg_iovlen = own.len() as _;
             (header.msg_control, header.msg_controllen) = (ptr::null_mut(), 0);
-            if self.send_messages(&mut [libc::mmsghdr { msg_hdr: header, msg_len: 0 }]).is_err() {
-                counters.add(Event::SendFailed, 1);
-            }
+            let sent = self.send_messages(&mut [libc::mmsghdr { msg_hdr: header, msg_len: 0 }]);
+            counters.add(if sent.is_ok() { Event::Sent } else { Event::SendFailed }, 1);
         }
     }
 }

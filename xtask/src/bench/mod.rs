@@ -8,7 +8,8 @@
 //! `cargo xtask bench control`: the control plane with many leases; see `tests/benches/control`. `cargo xtask bench
 //! programs`: each program on single frames; see `tests/benches/programs.rs`. `cargo xtask bench receive`: the way from the
 //! cable into the pod; see `tests/benches/receive.rs`. `cargo xtask bench attack`: traffic beside a flood of forged tunnel
-//! packets; see `tests/benches/attack.rs`. `cargo xtask bench pods`: pods that come and go; see `pods`. `cargo xtask bench
+//! packets; see `tests/benches/attack.rs`. `cargo xtask bench udp`: the tunnel of the backend udp; see `tests/benches/udp.rs`.
+//! `cargo xtask bench pods`: pods that come and go; see `pods`. `cargo xtask bench
 //! services`: traffic through a service address, measured as that of `cargo xtask bench`; see `services`.
 
 mod awake;
@@ -111,6 +112,12 @@ enum What {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Bulk TCP by the backend udp, and by a proxy of one packet with each system call
+    Udp {
+        /// Further options; `-- --help` lists them
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Each program on single frames, with few and with many peers in the maps
     Programs {
         /// Further options; `-- --help` lists them
@@ -134,6 +141,7 @@ pub fn run(options: &Options) -> Result<()> {
         Some(What::Pods(options)) => pods::run(options),
         Some(What::Attack { arguments }) => of_tests("attack", arguments),
         Some(What::Receive { arguments }) => of_tests("receive", arguments),
+        Some(What::Udp { arguments }) => of_tests("udp", arguments),
     }
 }
 
