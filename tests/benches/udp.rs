@@ -4,6 +4,7 @@
 #[path = "../udp/engines.rs"]
 mod engines;
 #[path = "../udp/forwarder.rs"]
+#[expect(dead_code, reason = "the tests use the rest")]
 mod forwarder;
 
 use std::{

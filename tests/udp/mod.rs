@@ -15,7 +15,10 @@ use std::{
 use engines::{Lease, MTU, PORT, add_pod, peers, settings, start};
 use flannel_agent::udp::{Event, Tunnel};
 use forwarder::Forwarder;
-use nix::sys::socket::{setsockopt, sockopt::Ipv4RecvErr};
+use nix::sys::socket::{
+    setsockopt,
+    sockopt::{Ipv4RecvErr, UdpGsoSegment},
+};
 use tempfile::TempDir;
 use xtask::{
     lab::{Host, Lab},
@@ -97,7 +100,7 @@ impl Hosts {
         });
     }
 
-    /// Datagrams of every size, and large ones that go in fragments.
+    /// Datagrams of every size, large ones that go in fragments, and many at once.
     fn check_udp(&self, what: &str) {
         let pattern = Pattern::new();
         for (from, to) in [(0, 1), (1, 0)] {
@@ -112,6 +115,16 @@ impl Hosts {
                 let got = receiver.recv(&mut buffer).unwrap_or_else(|error| panic!("{what}, {len} bytes: {error}"));
                 assert_eq!(got, len, "{what}");
                 pattern.assert(len, &buffer[..len], || format!("{what}, {len} bytes"));
+            }
+            // As QUIC sends: several with one call, which the kernel cuts as late as it can.
+            const SEGMENT: usize = 1200;
+            const TOGETHER: usize = 40 * SEGMENT - 7;
+            setsockopt(&sender, UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+            sender.send_to(pattern.at(0, TOGETHER), to).unwrap();
+            for start in (0..TOGETHER).step_by(SEGMENT) {
+                let len = SEGMENT.min(TOGETHER - start);
+                assert_eq!(receiver.recv(&mut buffer).unwrap(), len, "{what}, from {start} on");
+                pattern.assert(start, &buffer[..len], || format!("{what}, from {start} on"));
             }
         }
     }

@@ -6,6 +6,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::{AsRawFd as _, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -38,10 +39,11 @@ pub(super) enum Why {
     TimeExceeded,
 }
 
-/// Who tells.
+/// Who tells. Each clone has a limit of its own.
+#[derive(Clone)]
 pub(super) struct Answers {
     /// [`None`] without CAP_NET_RAW.
-    socket: Option<OwnedFd>,
+    socket: Option<Arc<OwnedFd>>,
     /// This host's address on the overlay.
     address: Ipv4Addr,
     limit: Limit,
@@ -55,7 +57,7 @@ impl Answers {
         let socket = socket.inspect_err(|error| {
             warn!("open a raw socket: {error}; senders to addresses that nobody leases are not told so (CAP_NET_RAW)");
         });
-        Self { socket: socket.ok(), address, limit: Limit { spent_until: Instant::now() } }
+        Self { socket: socket.ok().map(Arc::new), address, limit: Limit { spent_until: Instant::now() } }
     }
 
     /// Tells the sender of a packet, within the limit, if it may be told.
@@ -91,6 +93,7 @@ fn answer(from: Ipv4Addr, packet: &[u8], ipv4: &Ipv4, why: Why) -> Option<Vec<u8
 }
 
 /// So many at once, and then one each interval (the generic cell rate algorithm, ITU-T I.371).
+#[derive(Clone)]
 struct Limit {
     spent_until: Instant,
 }

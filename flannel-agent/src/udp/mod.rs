@@ -5,13 +5,13 @@
 //!
 //! flannel's proxy moves one packet with each system call. Here:
 //!
-//! * the kernel hands over TCP and UDP as they are before segmentation ([`vnet`]); they are cut here ([`segment`]) and go
-//!   into the socket as one message, which the kernel (or the device) cuts at the same places ([`batch`], [`socket`])
-//! * what arrives is put together again ([`merge`]), and handed in as one packet
-//! * [`outbound`] and [`inbound`] are a thread each, for each queue of the device: the agent's own runtime has one thread, which
+//! * the kernel hands over TCP and UDP as they are before segmentation (`vnet`); they are cut here (`segment`) and go
+//!   into the socket as one message, which the kernel (or the device) cuts at the same places (`batch`, `socket`)
+//! * what arrives is put together again (`merge`), and handed in as one packet
+//! * `outbound` and `inbound` are a thread each, for each queue of the device: the agent's own runtime has one thread, which
 //!   the traffic must not hold up, nor be held up by
 //!
-//! [`peers`] says who leases what, and what is let in; [`answer`] tells senders what can't be delivered; [`counters`] count all
+//! `peers` says who leases what, and what is let in; `answer` tells senders what can't be delivered; `counters` count all
 //! of it. Who leases what is given from outside, at any time, and as a whole.
 
 mod answer;
@@ -32,7 +32,7 @@ mod vnet;
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     num::NonZeroUsize,
     sync::Arc,
     thread::{self, JoinHandle},
@@ -112,21 +112,21 @@ impl Tunnel {
         Ok(tunnel)
     }
 
-    fn carry(settings: &Settings, tun: &Tun, sockets: &[std::net::UdpSocket], peers: Peers) -> Result<Self, UdpError> {
+    fn carry(settings: &Settings, tun: &Tun, sockets: &[UdpSocket], peers: Peers) -> Result<Self, UdpError> {
         let stop = Arc::new(Stop::new().map_err(UdpError::Thread)?);
         let (failed, failure) = watch::channel(None);
         let (peers, changes) = watch::channel(Arc::new(peers));
         let mut tunnel =
             Self { device: tun.name.clone(), peers, failure, counters: Vec::new(), stop, threads: Vec::new() };
+        let all_answers = Answers::new(settings.overlay);
         for (number, (tun_queue, socket)) in tun.queues.iter().zip(sockets).enumerate() {
             let clones = || Ok((tun_queue.try_clone()?, socket.try_clone()?));
             let (tun_queue, socket) = clones().map_err(UdpError::Thread)?;
-            let answers = Answers::new(settings.overlay);
-            let queue = tunnel.queue(&changes);
+            let (queue, answers) = (tunnel.queue(&changes), all_answers.clone());
             let outbound = Outbound { queue, tun: tun_queue, socket, port: settings.local.port(), answers };
             tunnel.spawn(format!("udp-out-{number}"), &failed, move || outbound.run())?;
             let (tun_queue, socket) = clones().map_err(UdpError::Thread)?;
-            let (queue, answers) = (tunnel.queue(&changes), Answers::new(settings.overlay));
+            let (queue, answers) = (tunnel.queue(&changes), all_answers.clone());
             let inbound = Inbound { queue, tun: tun_queue, socket, segments_udp: tun.segments_udp, answers };
             tunnel.spawn(format!("udp-in-{number}"), &failed, move || inbound.run())?;
         }
