@@ -28,7 +28,8 @@ pub fn settings(host: &Host, number: u8) -> Settings {
 /// The leases of others, for a host of this number.
 pub fn peers(number: u8, leases: &[Lease]) -> Peers {
     let subnet = |number: u8| format!("10.5.{number}.0/24").parse().unwrap();
-    Peers::new(subnet(number), Vec::new(), leases.iter().map(|(number, host)| (subnet(*number), *host)))
+    let own = (subnet(number), Ipv4Addr::new(192, 168, 64, number));
+    Peers::new(own, Vec::new(), leases.iter().map(|(number, host)| (subnet(*number), *host)))
 }
 
 /// Starts a tunnel in a namespace: its threads stay there.

@@ -3,7 +3,7 @@
 //! Sums are of words as they lie in memory: a ones' complement sum is the same in either byte order, swapped.
 
 /// How many 32-bit words are added side by side, so that the compiler uses vector instructions.
-const LANES: usize = 16;
+const LANES: usize = 4;
 
 /// The sum of these bytes, still to be folded. An odd last one counts as the first of a word.
 pub(super) fn sum(bytes: &[u8]) -> u64 {

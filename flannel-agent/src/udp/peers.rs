@@ -14,6 +14,7 @@ use super::Event;
 #[derive(Clone, Debug)]
 pub struct Peers {
     subnet: Ipv4Net,
+    address: Ipv4Addr,
     /// What the operator names beside the leases.
     accepted: Vec<Ipv4Net>,
     owners: HashMap<(u8, u32), Ipv4Addr>,
@@ -23,9 +24,13 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// From this host's subnet, the prefixes that the operator names, and the leases of others: subnets and the public
+    /// From this host's own lease, the prefixes that the operator names, and the leases of others: subnets and the public
     /// addresses of their hosts. A lease within this host's own subnet is nobody's.
-    pub fn new(subnet: Ipv4Net, accepted: Vec<Ipv4Net>, leases: impl IntoIterator<Item = (Ipv4Net, Ipv4Addr)>) -> Self {
+    pub fn new(
+        (subnet, address): (Ipv4Net, Ipv4Addr),
+        accepted: Vec<Ipv4Net>,
+        leases: impl IntoIterator<Item = (Ipv4Net, Ipv4Addr)>,
+    ) -> Self {
         let owners: HashMap<_, _> = leases
             .into_iter()
             .filter(|(lease, _)| !subnet.contains(lease))
@@ -33,7 +38,7 @@ impl Peers {
             .collect();
         let lens: BTreeSet<u8> = owners.keys().map(|(len, _)| *len).collect();
         let hosts = owners.values().copied().collect();
-        Self { subnet, accepted, owners, lens: lens.into_iter().rev().collect(), hosts }
+        Self { subnet, address, accepted, owners, lens: lens.into_iter().rev().collect(), hosts }
     }
 
     /// The host that leases the subnet of an address.
@@ -67,7 +72,8 @@ impl Peers {
 
     /// Whether the operator names an address, and it is no host's own.
     fn accepts(&self, address: Ipv4Addr) -> bool {
-        self.accepted.iter().any(|prefix| prefix.contains(&address)) && !self.hosts.contains(&address)
+        let is_host = address == self.address || self.hosts.contains(&address);
+        !is_host && self.accepted.iter().any(|prefix| prefix.contains(&address))
     }
 }
 
@@ -77,6 +83,8 @@ mod tests {
 
     const ONE: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
     const TWO: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 2);
+    /// This host: its address is in a prefix that the operator names.
+    const NINE: Ipv4Addr = Ipv4Addr::new(10, 20, 0, 9);
     const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 99);
 
     fn prefix(text: &str) -> Ipv4Net {
@@ -86,7 +94,7 @@ mod tests {
     fn peers() -> Peers {
         let leases = [("10.5.1.0/24", ONE), ("10.5.2.0/24", TWO), ("10.5.2.64/26", ONE), ("10.5.9.0/28", TWO)];
         let leases = leases.map(|(lease, host)| (prefix(lease), host));
-        Peers::new(prefix("10.5.9.0/24"), vec![prefix("10.20.0.0/16")], leases)
+        Peers::new((prefix("10.5.9.0/24"), NINE), vec![prefix("10.20.0.0/16")], leases)
     }
 
     #[test]
@@ -97,7 +105,7 @@ mod tests {
         assert_eq!(owner([10, 5, 2, 64]), Some(ONE));
         assert_eq!(owner([10, 5, 3, 1]), None);
         assert_eq!(owner([10, 5, 9, 1]), None, "within this host's subnet");
-        let everywhere = Peers::new(prefix("10.5.9.0/24"), Vec::new(), [(prefix("0.0.0.0/0"), ONE)]);
+        let everywhere = Peers::new((prefix("10.5.9.0/24"), NINE), Vec::new(), [(prefix("0.0.0.0/0"), ONE)]);
         assert_eq!(everywhere.owner_of([8, 8, 8, 8].into()), Some(ONE));
     }
 
@@ -115,6 +123,8 @@ mod tests {
             (ONE, [10, 5, 9, 3], pod, Err(SpoofedInnerSource)),
             (ONE, [10, 5, 3, 3], pod, Err(SpoofedInnerSource)),
             (ONE, [8, 8, 8, 8], pod, Err(SpoofedInnerSource)),
+            (ONE, NINE.octets(), pod, Err(SpoofedInnerSource)),
+            (ONE, [10, 5, 1, 2], NINE.octets(), Err(ForeignInnerDestination)),
             (STRANGER, [10, 5, 1, 2], pod, Err(UnknownPeer)),
             (STRANGER, STRANGER.octets(), pod, Err(UnknownPeer)),
             (STRANGER, [10, 20, 0, 7], pod, Err(UnknownPeer)),
