@@ -2,6 +2,7 @@
 //! system call, as flannel's is built, in turns.
 
 #[path = "../udp/engines.rs"]
+#[expect(dead_code, reason = "the tests use the rest")]
 mod engines;
 #[path = "../udp/forwarder.rs"]
 #[expect(dead_code, reason = "the tests use the rest")]

@@ -49,3 +49,18 @@ pub fn add_pod(host: &mut Host, number: u8) {
     host.netns.exec("sysctl -qw net.ipv4.ip_forward=1").unwrap();
     host.add_pod_in(&Subnet { gateway: Ipv4Addr::new(10, 5, number, 1), len: 24, mtu: MTU }).unwrap();
 }
+
+/// The same, once nobody has port and device any more: a program that another test has just started may hold those of a
+/// tunnel before, until it has begun (close-on-exec).
+pub fn start_again(netns: &Netns, settings: &Settings, peers: &Peers) -> Tunnel {
+    let mut started = None;
+    let waited = xtask::progress::wait_for("port and device", std::time::Duration::from_secs(20), || {
+        started = match start(netns, settings, peers.clone()) {
+            Err(UdpError::PortTaken(_) | UdpError::InUse { .. }) => None,
+            result => Some(result.unwrap()),
+        };
+        started.is_some()
+    });
+    waited.unwrap();
+    started.unwrap()
+}

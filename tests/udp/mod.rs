@@ -6,13 +6,13 @@ mod forwarder;
 mod wire;
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddrV4, UdpSocket},
     sync::atomic::Ordering,
     thread,
 };
 
-use engines::{Lease, MTU, PORT, add_pod, peers, settings, start};
+use engines::{Lease, MTU, PORT, add_pod, peers, settings, start, start_again};
 use flannel_agent::udp::{Event, Tunnel};
 use forwarder::Forwarder;
 use nix::sys::socket::{
@@ -112,7 +112,7 @@ impl Hosts {
             let mut buffer = vec![0; Pattern::LARGEST];
             for len in (0..=MTU as usize - 28).chain([MTU as usize - 27, 3000, 20_000, 65_000]) {
                 sender.send_to(pattern.at(len, len), to).unwrap();
-                let got = receiver.recv(&mut buffer).unwrap_or_else(|error| panic!("{what}, {len} bytes: {error}"));
+                let got = receive(&receiver, &mut buffer, || format!("{what}, {len} bytes"));
                 assert_eq!(got, len, "{what}");
                 pattern.assert(len, &buffer[..len], || format!("{what}, {len} bytes"));
             }
@@ -123,9 +123,20 @@ impl Hosts {
             sender.send_to(pattern.at(0, TOGETHER), to).unwrap();
             for start in (0..TOGETHER).step_by(SEGMENT) {
                 let len = SEGMENT.min(TOGETHER - start);
-                assert_eq!(receiver.recv(&mut buffer).unwrap(), len, "{what}, from {start} on");
-                pattern.assert(start, &buffer[..len], || format!("{what}, from {start} on"));
+                let what = || format!("{what}, from {start} on");
+                assert_eq!(receive(&receiver, &mut buffer, what), len, "{}", what());
+                pattern.assert(start, &buffer[..len], what);
             }
+        }
+    }
+}
+
+/// The length of the next datagram. A signal that has a handler ends a call that has a time limit (signal(7)).
+fn receive(socket: &UdpSocket, buffer: &mut [u8], what: impl Fn() -> String) -> usize {
+    loop {
+        match socket.recv(buffer) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => return result.unwrap_or_else(|error| panic!("{}: {error}", what())),
         }
     }
 }
@@ -263,15 +274,16 @@ fn peers_come_and_go_under_traffic() {
     let server = socket_in(&server.netns, server_at);
     let client = socket_in(&client.netns, SocketAddrV4::new(client.address, 0));
     client.connect(server_at).unwrap();
+    let client_at = client.local_addr().unwrap();
     for socket in [&server, &client] {
         socket.set_read_timeout(Some(SOON)).unwrap();
     }
     let ask = |number: u32| {
         client.send(&number.to_be_bytes()).unwrap();
         let (mut asked, mut answered) = ([0; 4], [0; 4]);
-        let (_, from) = server.recv_from(&mut asked).unwrap_or_else(|error| panic!("question {number}: {error}"));
-        server.send_to(&asked, from).unwrap();
-        client.recv(&mut answered).unwrap_or_else(|error| panic!("answer {number}: {error}"));
+        receive(&server, &mut asked, || format!("question {number}"));
+        server.send_to(&asked, client_at).unwrap();
+        receive(&client, &mut answered, || format!("answer {number}"));
         assert_eq!(answered, number.to_be_bytes());
     };
     let others = |count: u8| (100..100 + count).map(|number| (number, [192, 168, 64, number].into()));
@@ -319,7 +331,7 @@ fn the_device_is_as_flannels_and_stays_for_the_next_start() {
     assert_eq!((&left["ifindex"], routes.as_array().unwrap().len()), (&link["ifindex"], 1));
     let again = engines::settings(host, 1);
     let again = flannel_agent::udp::Settings { device: Some("flannel0".to_owned()), ..again };
-    let tunnel = start(&host.netns, &again, peers(1, &hosts.leases_beside(1))).unwrap();
+    let tunnel = start_again(&host.netns, &again, &peers(1, &hosts.leases_beside(1)));
     hosts.wait_connected();
     assert_eq!(device(host, "flannel0").0["ifindex"], link["ifindex"]);
 
@@ -328,7 +340,7 @@ fn the_device_is_as_flannels_and_stays_for_the_next_start() {
     host.netns.ip("link delete flannel0").unwrap();
     wait_for("the failure", SOON, || failure.borrow().is_some()).unwrap();
     drop(tunnel);
-    let tunnel = start(&host.netns, &again, peers(1, &hosts.leases_beside(1))).unwrap();
+    let tunnel = start_again(&host.netns, &again, &peers(1, &hosts.leases_beside(1)));
     hosts.wait_connected();
     assert_eq!(tunnel.device(), "flannel0");
 }

@@ -181,7 +181,13 @@ impl Sender<'_> {
             header.msg_iov = own.as_mut_ptr();
             header.msg_iovlen = own.len() as _;
             (header.msg_control, header.msg_controllen) = (ptr::null_mut(), 0);
-            let sent = self.send_messages(&mut [libc::mmsghdr { msg_hdr: header, msg_len: 0 }]);
+            let mut message = [libc::mmsghdr { msg_hdr: header, msg_len: 0 }];
+            let sent = loop {
+                match self.send_messages(&mut message) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    sent => break sent,
+                }
+            };
             counters.add(if sent.is_ok() { Event::Sent } else { Event::SendFailed }, 1);
         }
     }
