@@ -14,7 +14,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap as BpfHashMap, Map, MapData, MapError,
+        Array, HashMap as BpfHashMap, IterableMap as _, Map, MapData, MapError,
         lpm_trie::{Key, LpmTrie},
     },
 };
@@ -24,7 +24,7 @@ use flannel_common::maps::{
 use ipnet::Ipv4Net;
 use nix::time::{ClockId, clock_gettime};
 
-use super::{DataplaneError, PinDirectory, pins::Predecessor, take_map};
+use super::{DataplaneError, PinDirectory, batch, pins::Predecessor, take_map};
 
 /// What the maps should say: who leases each subnet.
 pub type DesiredPeers = BTreeMap<Ipv4Net, Vtep>;
@@ -238,18 +238,17 @@ impl PeerMaps {
     /// # Errors
     /// [`DataplaneError::Map`].
     pub fn unheard_on_link(&self) -> Result<Vec<Unheard>, DataplaneError> {
-        let mut unheard = Vec::new();
-        for (subnet, id) in &self.published {
-            let Some(Entry { vtep, .. }) = self.entries.get(id) else { continue };
-            if vtep.flags & Vtep::ON_LINK == 0 {
-                continue;
-            }
-            let heard = self.heard.get(id, 0).map_err(DataplaneError::map("read", HEARD))?;
-            if heard.last == 0 || !heard.is_direct() {
-                unheard.push(Unheard { subnet: *subnet, vtep: *vtep, heard });
-            }
-        }
-        Ok(unheard)
+        let Some(most) = self.entries.keys().max() else { return Ok(Vec::new()) };
+        let heard: Vec<Heard> = batch::read(self.heard.map(), 0, most + 1)
+            .map_err(|source| DataplaneError::map("read", HEARD)(source.into()))?;
+        let unheard = self.published.iter().filter_map(|(subnet, id)| {
+            let Entry { vtep, .. } = self.entries.get(id)?;
+            let heard = *heard.get(*id as usize)?;
+            let is_known = heard.last != 0 && heard.is_direct();
+            let is_unheard = vtep.flags & Vtep::ON_LINK != 0 && !is_known;
+            is_unheard.then_some(Unheard { subnet: *subnet, vtep: *vtep, heard })
+        });
+        Ok(unheard.collect())
     }
 
     /// The id of a VTEP, a new one where it has none. That inherits when the host of `before` was last heard, where it

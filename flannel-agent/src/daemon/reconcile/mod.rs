@@ -188,7 +188,6 @@ impl<'a> Reconciler<'a> {
             self.status.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
         }
         self.dataplane.peers.sync(&self.underlay.desired(table))?;
-        self.ask_peers();
         if event >= Changed::Way {
             self.look_at_routing_rules(table).await;
         }
@@ -196,7 +195,7 @@ impl<'a> Reconciler<'a> {
     }
 
     /// Has peers on the link show how they send, where that matters and is not known.
-    fn ask_peers(&mut self) {
+    pub(super) fn ask_peers(&mut self) {
         let Target { backend, lease, .. } = &self.target;
         if !backend.has_both_ways() {
             return;
@@ -227,8 +226,10 @@ impl<'a> Reconciler<'a> {
                 warn!("{error}; comparing again in {COMPARE_PERIOD:?}");
             }
         }
-        self.ask_peers();
         // After the maps: what is routed there has somewhere to go.
+        if self.target.backend.own_device_name().is_none() {
+            return self.ensure_link_routes_or_say(table).await;
+        }
         for change in &changes {
             self.route_peer(change, table).await;
         }

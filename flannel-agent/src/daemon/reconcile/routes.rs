@@ -292,6 +292,14 @@ impl Reconciler<'_> {
         Ok(if is_repair { ensured.repairs } else { Vec::new() })
     }
 
+    /// Brings the routes over the link up, as they were decided on.
+    pub(super) async fn ensure_link_routes_or_say(&mut self, table: &LeaseTable) {
+        let Some(routing) = self.routes.routing() else { return };
+        if let Err(error) = self.ensure_link_routes(routing, table).await {
+            warn!("{error}; comparing again later");
+        }
+    }
+
     /// The same where the peers are on the link of the external interface, and there is no device.
     async fn ensure_link_routes(&mut self, routing: Routing, table: &LeaseTable) -> Result<Vec<Repair>, DaemonError> {
         let own = routes::of_their_own(routing, &self.routes.prefixes, table.iter().map(|(subnet, _)| subnet));
@@ -328,9 +336,6 @@ impl Reconciler<'_> {
             PeerChange::Remove(subnet) => (*subnet, None),
         };
         let Some(routing) = self.routes.routing() else { return };
-        if self.target.backend.own_device_name().is_none() {
-            return self.ensure_or_say(table).await;
-        }
         let is_obstacle = match address {
             Some(address) if routing == Routing::Shared => {
                 self.obstacle_to(address, "a peer").await.is_ok_and(|obstacle| obstacle.is_some())
