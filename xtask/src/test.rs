@@ -39,7 +39,10 @@ pub fn run(options: &Options) -> Result<()> {
         variants::build()?;
         // The namespace tests start the agent as a program.
         inherit(cargo().args(["build", "--package", "flannel-agent"]))?;
-        inherit(cargo().args(["test", "--package", "tests", "--"]).args(filter))?;
+        // They wait more than they compute.
+        let threads = std::thread::available_parallelism().map_or(2, usize::from) + 1;
+        let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| threads.to_string());
+        inherit(cargo().args(["test", "--package", "tests", "--"]).args(filter).env("RUST_TEST_THREADS", threads))?;
     }
     Ok(())
 }
