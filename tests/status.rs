@@ -29,8 +29,8 @@ fn what_is_attached_and_what_was_dropped_is_shown_also_when_the_agent_is_dead() 
     let wanted = |underlay: &str| {
         [
             ["from_underlay", "eth0", underlay],
-            ["to_overlay", "flannel.1", "attached"],
             ["from_overlay", "flannel.1", "attached"],
+            ["to_overlay", "flannel.1", "attached"],
             ["from_pod", "pod1", "attached"],
             ["to_pod", "pod1", "attached"],
         ]

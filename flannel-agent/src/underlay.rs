@@ -201,11 +201,14 @@ impl Underlay {
             (Some(_), None) => Some(Mac::default()),
             (None, _) => None,
         };
+        // Who sends from there is known by it also while the kernel holds it for stale.
+        let last_mac = next_hop_mac.or_else(|| self.last_macs.get(&next_hop?).copied());
+        let flag = |is_set: bool, flag: u32| if is_set { flag } else { 0 };
         // Programs see what comes from there.
         let is_on_link =
             device_mac.is_some() && next_hop == Some(NextHop { ifindex: external.link.index, address: peer.public_ip });
         let header = OuterHeader::template(&Tunnel {
-            next_hop_mac: next_hop_mac.unwrap_or_default(),
+            next_hop_mac: last_mac.unwrap_or_default(),
             device_mac: device_mac.unwrap_or_default(),
             source: external.address.octets(),
             destination: peer.public_ip.octets(),
@@ -219,7 +222,9 @@ impl Underlay {
             address: peer.public_ip.to_bits(),
             next_hop: next_hop.map_or([0; 4], |next_hop| next_hop.address.octets()),
             ifindex: next_hop.map_or(0, |next_hop| next_hop.ifindex),
-            flags: if next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 } | if is_on_link { Vtep::ON_LINK } else { 0 },
+            flags: flag(next_hop_mac.is_some(), Vtep::RESOLVED)
+                | flag(is_on_link, Vtep::ON_LINK)
+                | flag(last_mac.is_some(), Vtep::HAS_MAC),
         }
     }
 }

@@ -225,7 +225,7 @@ pub struct Vtep {
     pub next_hop: [u8; 4],
     /// The underlay device towards it; 0 where there is no route.
     pub ifindex: u32,
-    /// [`Vtep::RESOLVED`] and [`Vtep::ON_LINK`], or 0.
+    /// [`Vtep::RESOLVED`], [`Vtep::ON_LINK`] and [`Vtep::HAS_MAC`], or 0.
     pub flags: u32,
     /// What goes in front of each packet to it.
     #[cfg(feature = "next-layout")]
@@ -237,6 +237,8 @@ impl Vtep {
     pub const RESOLVED: u32 = 1 << 0;
     /// The peer is its own next hop, on a link with Ethernet headers.
     pub const ON_LINK: u32 = 1 << 1;
+    /// The header has the MAC that the next hop had last, whether or not the kernel holds that for confirmed now.
+    pub const HAS_MAC: u32 = 1 << 2;
 
     /// The id whose entry names `flannel.<VNI>`.
     pub const OVERLAY_DEVICE: u32 = 0;

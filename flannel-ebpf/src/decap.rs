@@ -16,10 +16,10 @@ use network_types::{
 };
 
 use crate::{
-    admit::{Admitted, admit, admit_directly},
+    admit::{Admitted, FOREIGN, admit, admit_directly},
     flows::{self, Direction, Place, place},
     frame::Frame,
-    leases::overlay_device,
+    leases::{overlay_device, vtep},
     maps::CONFIG,
     next_hop::{Framed, NextHop, Translation},
     originals,
@@ -29,16 +29,21 @@ use crate::{
 #[inline(always)]
 pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
-    if packet.has_mark(Decapsulated::of(config.vni)) {
-        return decapsulated(packet, &config);
+    let is_decapsulated = packet.has_mark(Decapsulated::of(config.vni));
+    if is_decapsulated && packet.is_of_vlan() {
+        return Event::DecapForeignVlan;
     }
-    if !packet.is_ipv4() || !packet.is_for_device() {
+    if !is_decapsulated && (!packet.is_ipv4() || !packet.is_for_device()) {
         return Event::NotTunnel;
     }
     let now = flows::now();
     let is_framed = config.underlay_header_len != 0;
-    if is_framed && let Some(event) = directly(packet, &config, now) {
-        return event;
+    let direct_from = if is_decapsulated || !is_framed { 0 } else { admit_directly(packet, &config, now) };
+    if direct_from == FOREIGN {
+        return Event::DirectForeignMac;
+    }
+    if is_decapsulated || direct_from != 0 {
+        return without_tunnel(packet, &config, direct_from, now);
     }
     if config.has(Config::NO_TUNNEL) {
         return Event::NotTunnel;
@@ -72,46 +77,6 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     Event::Admitted
 }
 
-/// A packet for a pod of this host that a peer on the same link sent without encapsulation (`DirectRouting`): put into the pod,
-/// or handed in as if it had come in a tunnel, since the way back to where it is from leads out of `flannel.<VNI>` (`rp_filter`).
-/// [`None`] for any other, which is as it was.
-#[inline(always)]
-fn directly(packet: &Packet<'_>, config: &Config, now: u64) -> Option<Event> {
-    let ip = packet.header::<Ipv4Hdr>(EthHdr::LEN)?;
-    if !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
-        return None;
-    }
-    let peer = match admit_directly(packet, config, &ip, now)? {
-        Ok(peer) => peer,
-        Err(event) => return Some(event),
-    };
-    let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
-    if let Some(known) = place.fresh_ingress(config, now)
-        && ip.ttl > 1
-    {
-        return Some(match deliver(packet, &place, &known) {
-            Event::DecapFailed => Event::DecapFailed,
-            _ => Event::DirectDelivered,
-        });
-    }
-    if config.has(Config::NO_TUNNEL) {
-        let tag = place.key.tag(config.vni);
-        packet.write_note(Note::Received(tag));
-        if config.bypass_time != 0 {
-            originals::leave(packet, &ip, &place, tag, Direction::Ingress);
-        }
-        return Some(Event::DirectReceived);
-    }
-    // As it would come out of the tunnel: the device takes what is for its MAC.
-    let (dst_addr, src_addr) = (config.vtep_mac, peer.header.peer_vtep_mac());
-    if packet.write(&EthHdr { dst_addr, src_addr, ether_type: EtherType::Ipv4 as u16 }).is_err() {
-        return Some(Event::DecapFailed);
-    }
-    packet.write_note(Note::Admitted(place.key.tag(config.vni)));
-    packet.redirect_to_ingress(overlay_device());
-    Some(Event::DirectHandedIn)
-}
-
 /// Whether the packet at `ip_offset` is admitted, and its flow.
 #[inline(always)]
 fn look(packet: &impl Headers, config: &Config, ip_offset: usize, now: u64) -> Result<(Admitted, Place), Event> {
@@ -120,24 +85,46 @@ fn look(packet: &impl Headers, config: &Config, ip_offset: usize, now: u64) -> R
     Ok((admitted, place))
 }
 
-/// What `xdp_decap` took out of the tunnel.
+/// What `xdp_decap` took out of the tunnel, or a peer on the same link sent without one (`DirectRouting`): put into the pod, or
+/// handed in as if it had come out of the tunnel here, since the way back to where it is from leads out of `flannel.<VNI>`
+/// (`rp_filter`). `direct_from` is that peer's number, or 0. One piece for both: the verifier goes through it for each.
 #[inline(always)]
-fn decapsulated(packet: &Packet<'_>, config: &Config) -> Event {
-    if packet.is_of_vlan() {
-        return Event::DecapForeignVlan;
-    }
+fn without_tunnel(packet: &Packet<'_>, config: &Config, direct_from: u32, now: u64) -> Event {
     let Some(inner) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
         return Event::DecapFailed;
     };
     let place = place(packet, &inner, EthHdr::LEN, Direction::Ingress);
-    if let Some(known) = place.fresh_ingress(config, flows::now())
+    if let Some(known) = place.fresh_ingress(config, now)
         && inner.ttl > 1
     {
-        return deliver(packet, &place, &known);
+        return match deliver(packet, &place, &known) {
+            Event::Delivered | Event::DeliveredTranslated if direct_from != 0 => Event::DirectDelivered,
+            event => event,
+        };
     }
-    packet.write_note(Note::Admitted(place.key.tag(config.vni)));
+    let tag = place.key.tag(config.vni);
+    if config.has(Config::NO_TUNNEL) {
+        packet.write_note(Note::Received(tag));
+        if config.bypass_time != 0 {
+            originals::leave(packet, &inner, &place, tag, Direction::Ingress);
+        }
+        return Event::DirectReceived;
+    }
+    packet.write_note(Note::Admitted(tag));
+    if direct_from == 0 {
+        packet.redirect_to_ingress(overlay_device());
+        return Event::HandedIn;
+    }
+    let Some(peer) = vtep(direct_from) else {
+        return Event::DecapFailed;
+    };
+    // As it would come out of the tunnel: the device takes what is for its MAC.
+    let (dst_addr, src_addr) = (config.vtep_mac, peer.header.peer_vtep_mac());
+    if packet.write(&EthHdr { dst_addr, src_addr, ether_type: EtherType::Ipv4 as u16 }).is_err() {
+        return Event::DecapFailed;
+    }
     packet.redirect_to_ingress(overlay_device());
-    Event::HandedIn
+    Event::DirectHandedIn
 }
 
 /// [`None`] for what is left to [`from_underlay`] as it is: that is no tunnel packet, or needs what only the kernel's packets

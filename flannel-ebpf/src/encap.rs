@@ -43,7 +43,7 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
         Outcome::Forward if is_changed => return Event::EncapsulatedChanged,
         Outcome::Forward => {
             if let Some(released) = released {
-                released.note(packet, event == Event::Direct);
+                released.note(packet);
             }
         }
         // The kernel sends it to that next hop, and it does not come back.
@@ -207,7 +207,7 @@ pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
     packet.forget_note();
     // One that was changed is none.
     if let Some(released) = released {
-        released.note(packet, true);
+        released.note(packet);
     }
     if is_by_shared_route {
         if vtep.flags & Vtep::RESOLVED == 0 {

@@ -18,7 +18,7 @@ use flannel_common::{
     event::Event,
     flow::{Egress, Flow, FlowKey, Ingress, dscp},
     maps::{Config, gone_slot},
-    packet::{Mac, OuterHeader},
+    packet::Mac,
 };
 use network_types::{
     eth::EthHdr,
@@ -240,6 +240,9 @@ fn age(released: u64, now: u64) -> u64 {
 pub(crate) struct Released {
     original: FlowKey,
     sent_as: FlowKey,
+    /// The TOS octet: where in the packet it is later depends on the tunnel, and a place that is not a constant may not be read
+    /// where the agent lacks CAP_PERFMON.
+    tos: u8,
 }
 
 /// Egress of `flannel.<VNI>`: what is to be noted of a packet that `from_pod` left to the stack, if it gets away, and whether
@@ -262,7 +265,7 @@ pub(crate) fn released(packet: &Packet<'_>, config: &Config, is_changed: &mut bo
         Kind::Other => return None,
     }
     match originals::find(packet, &ip, &place, tag, Direction::Egress) {
-        Found::Same(original) => Some(Released { original, sent_as: place.key }),
+        Found::Same(original) => Some(Released { original, sent_as: place.key, tos: ip.tos }),
         Found::Changed(original) => {
             forget(&original);
             *is_changed = true;
@@ -275,14 +278,11 @@ pub(crate) fn released(packet: &Packet<'_>, config: &Config, is_changed: &mut bo
 impl Released {
     /// Of a packet that is sent, in its tunnel or without one, and has still the mark and the priority that the stack gave it.
     #[inline(always)]
-    pub(crate) fn note(&self, packet: &Packet<'_>, is_direct: bool) {
-        let Self { original, sent_as } = *self;
+    pub(crate) fn note(&self, packet: &Packet<'_>) {
+        let Self { original, sent_as, tos } = *self;
         if is_excluded(&original, &sent_as) {
             return;
         }
-        let begin =
-            if is_direct { packet.header::<[u8; 2]>(EthHdr::LEN) } else { packet.header::<[u8; 2]>(OuterHeader::LEN) };
-        let Some([_, tos]) = begin else { return };
         let Some(flow) = blank(original) else { return };
         let (mark, priority) = packet.mark_and_priority();
         flow.egress = Egress { released: now(), sent_as, mark, priority, dscp: dscp(tos), reserved: 0 };

@@ -58,6 +58,12 @@ fn id_at(slot: Option<u32>, address: u32) -> Option<u32> {
         .or_else(|| PREFIXES.get(Key::new(32, address.to_be_bytes())).copied())
 }
 
+/// The VTEP with a number.
+#[inline(always)]
+pub(crate) fn vtep(id: u32) -> Option<&'static Vtep> {
+    VTEPS.get(id)
+}
+
 #[inline(always)]
 fn owner(id: u32) -> Option<Owner> {
     let vtep = VTEPS.get(id)?;
@@ -67,6 +73,26 @@ fn owner(id: u32) -> Option<Owner> {
 /// Who leases the subnet of an address (host order), where the stack has no room for all constants.
 #[inline(always)]
 pub(crate) fn owner_of(address: u32) -> Option<Owner> {
+    owner(id_of_address(address)?)
+}
+
+/// The same as a peer.
+#[inline(always)]
+pub(crate) fn peer_of_address(address: u32) -> Option<Peer> {
+    let id = id_of_address(address)?;
+    Some(Peer { id, vtep: VTEPS.get(id)? })
+}
+
+/// Whether a flag of [`Config`] is set, there.
+#[inline(always)]
+pub(crate) fn has_flag(flag: u32) -> bool {
+    let config = (&raw const CONFIG).cast::<Config>();
+    // SAFETY: as below.
+    unsafe { (&raw const (*config).flags).read_volatile() & flag != 0 }
+}
+
+#[inline(always)]
+fn id_of_address(address: u32) -> Option<u32> {
     let config = (&raw const CONFIG).cast::<Config>();
     // SAFETY: the constants are a `Config`. Volatile, as in `Global::load`: they are patched at load.
     let (network, slot_shift, slots) = unsafe {
@@ -77,7 +103,7 @@ pub(crate) fn owner_of(address: u32) -> Option<Owner> {
         )
     };
     let grid = Config { network, slot_shift, slots, ..UNSET };
-    owner(id_at(grid.slot(address), address)?)
+    id_at(grid.slot(address), address)
 }
 
 /// The number of `flannel.<VNI>`.

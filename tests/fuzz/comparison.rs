@@ -149,7 +149,7 @@ impl Loaded {
                 address: u32::from_be_bytes(peer.address),
                 next_hop: peer.address,
                 ifindex: if peer.has_route { ifindex } else { 0 },
-                flags: if peer.next_hop_mac.is_some() { Vtep::RESOLVED } else { 0 }
+                flags: if peer.next_hop_mac.is_some() { Vtep::RESOLVED | Vtep::HAS_MAC } else { 0 }
                     | if peer.is_on_link { Vtep::ON_LINK } else { 0 },
             };
             dataplane.peers.set(format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap(), &vtep).unwrap();

@@ -13,7 +13,7 @@ use rtnetlink::{
     RouteMessageBuilder,
     packet_route::{
         AddressFamily,
-        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
     },
 };
@@ -73,6 +73,16 @@ impl Netlink {
         let route = self.handle.route().get(request).execute().try_next().await;
         let route = route.map_err(DeviceError::call(CALL, destination))?;
         route.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no answer")))
+    }
+
+    /// Has the kernel find out a next hop's MAC, as a packet to it would.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn resolve(&self, ifindex: u32, next_hop: Ipv4Addr) -> Result<(), DeviceError> {
+        let entry = self.handle.neighbours().add(ifindex, next_hop.into()).state(NeighbourState::None);
+        let entry = entry.flags(NeighbourFlags::Use).replace();
+        entry.execute().await.map_err(DeviceError::call("resolve the next hop", next_hop))
     }
 
     /// The MACs of next hops that the kernel holds for valid and confirmed, or is confirming.

@@ -83,7 +83,7 @@ impl Reconciler<'_> {
             }
             Err(error) => self.status.waiting(FORWARDING, Some(error.to_string())),
         }
-        self.ask_peers();
+        self.ask_peers().await;
         if self.ensure_conntrack() {
             self.status.repaired(Repair::Conntrack, "conntrack was strict about windows");
         }

@@ -195,14 +195,19 @@ impl<'a> Reconciler<'a> {
     }
 
     /// Has peers on the link show how they send, where that matters and is not known.
-    pub(super) fn ask_peers(&mut self) {
+    pub(super) async fn ask_peers(&mut self) {
         let Target { backend, lease, .. } = &self.target;
         if !backend.has_both_ways() {
             return;
         }
         match self.dataplane.peers.unheard_on_link() {
             Ok(peers) => {
-                self.probes.ask(&peers, self.uplink.external.address, lease.key.subnet.network(), backend.port())
+                let (source, own) = (self.uplink.external.address, lease.key.subnet.network());
+                for (ifindex, next_hop) in self.probes.ask(&peers, source, own, backend.port()) {
+                    if let Err(error) = self.netlink.resolve(ifindex, next_hop).await {
+                        debug!("{error}");
+                    }
+                }
             }
             Err(error) => debug!("{error}; peers on the link are asked later how they send"),
         }
