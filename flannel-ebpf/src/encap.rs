@@ -205,6 +205,12 @@ pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
     };
     // It is for programs of this host only.
     packet.forget_note();
+    // Another's route may have led it elsewhere: that is no way to repeat.
+    let is_to_peer =
+        is_by_shared_route || vtep.flags & Vtep::RESOLVED != 0 && ethernet.dst_addr == vtep.header.underlay_macs().0;
+    if !is_to_peer {
+        return Event::RoutedOther;
+    }
     // One that was changed is none.
     if let Some(released) = released {
         released.note(packet);

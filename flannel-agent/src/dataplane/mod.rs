@@ -339,17 +339,22 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Detaches what is attached besides these hooks and those of pods: another backend's, from an interface also where it is a
-    /// filter of an agent before this one.
+    /// Detaches what is attached besides these hooks and those of pods: another backend's; from an interface, where only some of
+    /// them are wanted, also where it is a filter of an agent before this one.
     ///
     /// # Errors
     /// [`DataplaneError::Pin`].
-    pub fn detach_all_but(&mut self, hooks: &[Hook], interface: &str) -> Result<(), DataplaneError> {
+    pub fn detach_all_but(
+        &mut self,
+        hooks: &[Hook],
+        interface: &str,
+        wanted_there: &[Hook],
+    ) -> Result<(), DataplaneError> {
         let is_unwanted = |hook: &Hook| !hooks.contains(hook) && !Hook::OF_PODS.contains(hook);
         for hook in Hook::ALL.into_iter().filter(is_unwanted) {
             attach::release_all_but(hook, &self.pins, &mut self.held, &HashSet::new())?;
             // By its side alone a filter does not say which hook's it is.
-            if !hooks.iter().any(|wanted| wanted.attach_type() == hook.attach_type()) {
+            if !wanted_there.iter().any(|wanted| wanted.attach_type() == hook.attach_type()) {
                 attach::detach_filter(hook, interface, self.pins.vni());
             }
         }

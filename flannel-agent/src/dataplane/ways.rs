@@ -22,6 +22,8 @@ pub enum Way {
     Direct,
     /// Not at all: the underlay has no route.
     NoRoute,
+    /// Not at all: it is behind a router, and there is no tunnel.
+    NotOnLink,
 }
 
 impl Way {
@@ -31,6 +33,7 @@ impl Way {
             Self::Encapsulated => "encapsulated",
             Self::Direct => "direct",
             Self::NoRoute => "no route",
+            Self::NotOnLink => "not on the link",
         }
     }
 }
@@ -50,7 +53,7 @@ pub struct PeerWay {
 }
 
 /// All peers of a dataplane whose agent may be gone, by their subnets. `network` is the overlay's, `subnet_len` the length of its
-/// leases; `is_direct` says whether peers on the link are sent packets without encapsulation.
+/// leases; `is_direct` says whether peers on the link are sent packets without encapsulation, `has_tunnel` whether others get it.
 ///
 /// # Errors
 /// [`DataplaneError::Map`] where there is none.
@@ -59,6 +62,7 @@ pub fn pinned_ways(
     network: Ipv4Net,
     subnet_len: u8,
     is_direct: bool,
+    has_tunnel: bool,
 ) -> Result<Vec<PeerWay>, DataplaneError> {
     let open = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
     let subnets = open(SUBNETS)?;
@@ -89,10 +93,12 @@ pub fn pinned_ways(
         let Vtep { address, next_hop, ifindex, flags, .. } =
             vteps.get(&id, 0).map_err(DataplaneError::map("read", VTEPS))?;
         let heard = heard.get(&id, 0).map_err(DataplaneError::map("read", HEARD))?;
-        let way = match (ifindex, is_direct && flags & Vtep::ON_LINK != 0 && heard.is_direct()) {
+        let is_on_link = flags & Vtep::ON_LINK != 0;
+        let way = match (ifindex, is_direct && is_on_link && (heard.is_direct() || !has_tunnel)) {
             (0, _) => Way::NoRoute,
             (_, true) => Way::Direct,
-            (_, false) => Way::Encapsulated,
+            (_, false) if has_tunnel => Way::Encapsulated,
+            (_, false) => Way::NotOnLink,
         };
         Ok(PeerWay { subnet, address: address.into(), way, next_hop: next_hop.into() })
     };

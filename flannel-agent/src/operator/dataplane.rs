@@ -12,6 +12,7 @@ use super::{
 use crate::{
     backend::{At, hooks},
     cli::Cli,
+    config::BackendType,
     dataplane::{
         Attachment, AttachmentState, Directions, Flows, PeerWay, PinDirectory, Way, XdpMode, attached_xdp, attachments,
         pinned_flows, pinned_ways,
@@ -47,7 +48,11 @@ impl Dataplane {
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
-        let ways = pinned_ways(&pins, status.network, status.lease.subnet.prefix_len(), status.direct_routing)?;
+        let ways = {
+            let (subnet_len, has_tunnel) =
+                (status.lease.subnet.prefix_len(), status.backend_type() == BackendType::Vxlan);
+            pinned_ways(&pins, status.network, subnet_len, status.direct_routing, has_tunnel)?
+        };
         let refused = refused::troubles(&pins, status.network)?;
         Ok(Self { attachments, xdp, flows, ways, drops, refused })
     }
@@ -83,7 +88,8 @@ impl Dataplane {
         let Flows { plain, translated } = self.flows;
         rows.push(["flows".to_owned(), format!("{}; translated: {}", words(plain), words(translated))]);
         if !self.ways.is_empty() {
-            let ways = [Way::Direct, Way::Encapsulated, Way::NoRoute].map(|way| (way, self.peers_by(way).count()));
+            let ways = [Way::Direct, Way::Encapsulated, Way::NoRoute, Way::NotOnLink]
+                .map(|way| (way, self.peers_by(way).count()));
             let ways: Vec<_> = ways.iter().filter(|(_, count)| *count > 0).collect();
             let words: Vec<_> = ways.iter().map(|(way, count)| format!("{count} {}", way.label())).collect();
             rows.push(["reached".to_owned(), words.join(", ")]);

@@ -52,6 +52,8 @@ impl World {
         let ended = self.left_by_pod(packet, Kind::Turn).map(|_| FlowChange::Removed);
         let flow = ended.unwrap_or_else(|| self.released(packet));
         let peer = self.leaseholder(ip.destination());
+        let is_noted = matches!(flow, FlowChange::Egress { .. });
+        let unnoted = if is_noted { FlowChange::Unchanged } else { flow };
         let Some(peer_on_link) = peer.filter(|peer| peer.has_route && peer.is_on_link) else {
             let event = match (is_shared, peer) {
                 (true, Some(_)) => Event::RoutedNotOnLink,
@@ -59,10 +61,12 @@ impl World {
                 // Another network's.
                 _ => Event::RoutedOther,
             };
-            let is_noted = matches!(flow, FlowChange::Egress { .. });
-            let flow = if is_noted { FlowChange::Unchanged } else { flow };
-            return Fate { event: Some(event), flow, ..other };
+            return Fate { event: Some(event), flow: unnoted, ..other };
         };
+        // By a route of the kernel's own: whether that leads to the peer, its MAC says.
+        if !is_shared && peer_on_link.next_hop_mac.is_none_or(|mac| !packet.frame.starts_with(&mac)) {
+            return Fate { event: Some(Event::RoutedOther), note: 0, flow: unnoted, ..other };
+        }
         let frame = match (is_shared, peer_on_link.next_hop_mac) {
             (true, Some(_)) => self.on_link(peer_on_link, &packet.frame[ETHERNET..]),
             _ => Frame::Unchanged,

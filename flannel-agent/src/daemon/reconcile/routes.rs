@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{Reconciler, target::Target};
 use crate::{
-    backend::hooks,
+    backend::{At, hooks},
     cli::Cli,
     config::NetworkConfig,
     daemon::DaemonError,
@@ -367,7 +367,9 @@ impl Reconciler<'_> {
     /// programs.
     async fn sweep_other_backends(&mut self) -> Result<(), DaemonError> {
         let Target { backend, network, .. } = &self.target;
-        let hooks: Vec<_> = hooks(backend.kind()).iter().map(|(hook, _)| *hook).collect();
+        let hooks = hooks(backend.kind());
+        let at_external: Vec<_> = hooks.iter().filter(|(_, at)| *at == At::External).map(|(hook, _)| *hook).collect();
+        let hooks: Vec<_> = hooks.iter().map(|(hook, _)| *hook).collect();
         let external = &self.uplink.external.link;
         let kept = backend.own_device_name().is_none().then_some(external.index);
         self.netlink.remove_link_routes(network.network, kept).await?;
@@ -379,7 +381,7 @@ impl Reconciler<'_> {
             self.netlink.delete_link(&device, link.header.index).await?;
             info!("removed {device}: the network's backend is {}", backend.kind());
         }
-        Ok(self.dataplane.detach_all_but(&hooks, &external.name)?)
+        Ok(self.dataplane.detach_all_but(&hooks, &external.name, &at_external)?)
     }
 
     /// Takes away what a flannel that ran here before made for its peers.
