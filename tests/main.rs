@@ -30,6 +30,7 @@
 //! * [`endings`] — flows whose connection or pod has ended
 //! * [`helpers`] — connections that conntrack's helpers read
 //! * [`overlays`] — worlds that differ in who carries the overlay
+//! * [`alloc`] — a network without a datapath, and changing to it and back
 //! * [`observers`] — queues, filters, programs and captures see each packet, as with flannel
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
@@ -69,6 +70,7 @@
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod admission;
+mod alloc;
 mod api_server;
 mod attacks;
 mod bad_input;

@@ -4,21 +4,10 @@
 //! send comes in by it. One route leads there for all leases, to a next hop that is nobody's; `to_underlay` puts the peer's MAC in
 //! its place. With `"KernelRoutes": true` there is a route for each lease instead.
 
-use flannel_common::{
-    packet::Mac,
-    vxlan::{NEXT_HOP_MAC, Vni},
-};
+use flannel_common::vxlan::Vni;
 
 use super::BackendError;
-use crate::{
-    config::HostGwConfig,
-    device::{self, external::External},
-    lease::{BackendAttributes, MacAddress},
-    underlay::Endpoint,
-};
-
-/// No device: what stands for the MAC of one.
-const NO_MAC: Mac = NEXT_HOP_MAC;
+use crate::{config::HostGwConfig, device::external::External, lease::BackendAttributes};
 
 /// Packets to hosts on the link of the external interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,16 +52,5 @@ impl HostGw {
 
     pub(super) const fn attributes() -> BackendAttributes {
         BackendAttributes::HostGw
-    }
-
-    pub(super) fn endpoint(&self, external: &External) -> Endpoint {
-        Endpoint {
-            external: external.clone(),
-            port: 0,
-            source_ports: device::local_ports(),
-            vni: self.vni,
-            vtep_mac: MacAddress(NO_MAC),
-            overlay: 0,
-        }
     }
 }

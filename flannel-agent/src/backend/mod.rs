@@ -3,24 +3,29 @@
 //!
 //! * `vxlan` — in UDP, as the kernel's vxlan device sends them
 //! * `host_gw` — as they are, to hosts on the same link
+//! * `alloc` — not by this agent
 //!
 //! A backend that is added has a module here, and a variant in [`BackendConfig`] (its settings) and in
 //! [`BackendAttributes`] (what leases say of it). The daemon drives any of them by what [`Backend`] offers.
 //!
 //! What is a lease of another backend than this host's is known to [`BackendAttributes::peer`] alone.
 
+mod alloc;
 mod host_gw;
 mod vxlan;
 
 use std::net::Ipv4Addr;
 
-use flannel_common::{maps::Config, vxlan::Vni};
+use flannel_common::{
+    maps::Config,
+    vxlan::{NEXT_HOP_MAC, Vni},
+};
 
-pub use self::{host_gw::HostGw, vxlan::Vxlan};
+pub use self::{alloc::Alloc, host_gw::HostGw, vxlan::Vxlan};
 use crate::{
     config::{BackendConfig, BackendType},
     dataplane::Hook,
-    device::{DeviceError, Link, Netlink, external::External},
+    device::{self, DeviceError, Link, Netlink, external::External},
     lease::{BackendAttributes, MacAddress},
     repair::Repair,
     underlay::Endpoint,
@@ -52,6 +57,8 @@ pub enum Backend {
     Vxlan(Vxlan),
     /// As they are, to hosts on the same link.
     HostGw(HostGw),
+    /// Not by this agent.
+    Alloc(Alloc),
 }
 
 /// Where a program is attached, besides pods' veths.
@@ -70,7 +77,13 @@ pub const fn hooks(backend: BackendType) -> &'static [(Hook, At)] {
             &[(Hook::FromUnderlay, At::External), (Hook::FromOverlay, At::Device), (Hook::ToOverlay, At::Device)]
         }
         BackendType::HostGw => &[(Hook::FromUnderlay, At::External), (Hook::ToUnderlay, At::External)],
+        BackendType::Alloc => &[],
     }
+}
+
+/// Whether a backend carries packets, by programs and what hangs on them. One that does not touches nothing of the kernel's.
+pub const fn has_datapath(backend: BackendType) -> bool {
+    !hooks(backend).is_empty()
 }
 
 impl Backend {
@@ -82,6 +95,7 @@ impl Backend {
         Ok(match config {
             BackendConfig::Vxlan(config) => Self::Vxlan(Vxlan::new(config, external)),
             BackendConfig::HostGw(config) => Self::HostGw(HostGw::new(*config, external)?),
+            BackendConfig::Alloc(config) => Self::Alloc(Alloc::new(*config, external)),
         })
     }
 
@@ -90,6 +104,7 @@ impl Backend {
         match self {
             Self::Vxlan(_) => BackendType::Vxlan,
             Self::HostGw(_) => BackendType::HostGw,
+            Self::Alloc(_) => BackendType::Alloc,
         }
     }
 
@@ -97,7 +112,7 @@ impl Backend {
     pub const fn flags(&self) -> u32 {
         match self {
             Self::Vxlan(vxlan) if vxlan.is_direct() => Config::DIRECT,
-            Self::Vxlan(_) => 0,
+            Self::Vxlan(_) | Self::Alloc(_) => 0,
             Self::HostGw(_) => Config::DIRECT | Config::NO_TUNNEL,
         }
     }
@@ -106,14 +121,14 @@ impl Backend {
     pub const fn has_both_ways(&self) -> bool {
         match self {
             Self::Vxlan(vxlan) => vxlan.is_direct(),
-            Self::HostGw(_) => false,
+            Self::HostGw(_) | Self::Alloc(_) => false,
         }
     }
 
     /// Whether each lease has a route of the kernel's own.
     pub const fn has_kernel_routes(&self) -> bool {
         match self {
-            Self::Vxlan(_) => false,
+            Self::Vxlan(_) | Self::Alloc(_) => false,
             Self::HostGw(host_gw) => host_gw.has_kernel_routes(),
         }
     }
@@ -123,6 +138,7 @@ impl Backend {
         match self {
             Self::Vxlan(vxlan) => vxlan.vni(),
             Self::HostGw(host_gw) => host_gw.vni(),
+            Self::Alloc(alloc) => alloc.vni(),
         }
     }
 
@@ -131,6 +147,7 @@ impl Backend {
         match self {
             Self::Vxlan(vxlan) => vxlan.mtu(),
             Self::HostGw(host_gw) => host_gw.mtu(),
+            Self::Alloc(alloc) => alloc.mtu(),
         }
     }
 
@@ -138,7 +155,7 @@ impl Backend {
     pub const fn port(&self) -> u16 {
         match self {
             Self::Vxlan(vxlan) => vxlan.port(),
-            Self::HostGw(_) => 0,
+            Self::HostGw(_) | Self::Alloc(_) => 0,
         }
     }
 
@@ -147,6 +164,7 @@ impl Backend {
         match self {
             Self::Vxlan(vxlan) => vxlan.attributes(),
             Self::HostGw(_) => HostGw::attributes(),
+            Self::Alloc(_) => Alloc::attributes(),
         }
     }
 
@@ -155,6 +173,7 @@ impl Backend {
         match self {
             Self::Vxlan(vxlan) => vxlan.device_name(),
             Self::HostGw(host_gw) => host_gw.device_name(),
+            Self::Alloc(alloc) => alloc.device_name(),
         }
     }
 
@@ -162,7 +181,7 @@ impl Backend {
     pub fn own_device_name(&self) -> Option<&str> {
         match self {
             Self::Vxlan(vxlan) => Some(vxlan.device_name()),
-            Self::HostGw(_) => None,
+            Self::HostGw(_) | Self::Alloc(_) => None,
         }
     }
 
@@ -173,7 +192,7 @@ impl Backend {
     pub async fn device_mac(&self, netlink: &Netlink) -> Result<Option<MacAddress>, DeviceError> {
         match self {
             Self::Vxlan(vxlan) => vxlan.device_mac(netlink).await,
-            Self::HostGw(_) => Ok(HostGw::attributes().fixed_mac()),
+            Self::HostGw(_) | Self::Alloc(_) => Ok(self.attributes().fixed_mac()),
         }
     }
 
@@ -189,7 +208,7 @@ impl Backend {
     ) -> Result<Option<(Link, Option<Repair>)>, DeviceError> {
         match self {
             Self::Vxlan(vxlan) => vxlan.ensure_device(netlink, mac).await.map(Some),
-            Self::HostGw(_) => Ok(None),
+            Self::HostGw(_) | Self::Alloc(_) => Ok(None),
         }
     }
 
@@ -197,7 +216,15 @@ impl Backend {
     pub fn endpoint(&self, external: &External, mac: MacAddress) -> Endpoint {
         match self {
             Self::Vxlan(vxlan) => vxlan.endpoint(external, mac),
-            Self::HostGw(host_gw) => host_gw.endpoint(external),
+            Self::HostGw(_) | Self::Alloc(_) => Endpoint {
+                external: external.clone(),
+                port: 0,
+                source_ports: device::local_ports(),
+                vni: self.vni(),
+                // No device: what stands for the MAC of one.
+                vtep_mac: MacAddress(NEXT_HOP_MAC),
+                overlay: 0,
+            },
         }
     }
 }

@@ -20,6 +20,7 @@ use flannel_common::vxlan::Vni;
 use tracing::{info, warn};
 
 use crate::{
+    backend::has_datapath,
     cli::Cli,
     conntrack, control,
     dataplane::{self, DataplaneError, PinDirectory},
@@ -136,17 +137,10 @@ async fn clean(
     _lock: &Lock,
 ) -> Result<(), CleanupError> {
     let name = VxlanDevice::name_of(vni);
-    let status = Status::read_all(&cli.run_dir).unwrap_or_default();
-    let status = status.into_iter().find_map(|(of, status)| (of == vni).then_some(status));
-    let taken = takeover::evidence(cli, netlink, vni, device, status.as_ref()).await?;
+    let status = status_of(cli, vni);
     let mut results = Vec::new();
-    match taken {
+    match clear_kernel(cli, netlink, vni, device, status.as_ref(), &mut results).await? {
         Some(reason) => {
-            results.push(netfilter::remove_own(vni).await.map_err(Into::into));
-            results.push(undo_programs(cli, netlink, vni).await);
-            if let Some(Link { name, index, .. }) = device {
-                results.push(netlink.remove_route(name, *index).await.map_err(Into::into));
-            }
             info!("removed the agent's programs, maps, files, and route of {name}");
             info!(
                 "left {name} with its address, subnet.env and rules in iptables: {reason}. If nobody uses them, remove \
@@ -154,17 +148,75 @@ async fn clean(
             );
         }
         None => {
-            // First: without programs they lead nowhere.
-            if let Some(status) = &status {
-                results.push(netlink.remove_link_routes(status.network, None).await.map_err(Into::into));
-            }
-            results.push(undo(cli, netlink, vni, true, true).await);
             results.push(remove_subnet_env(cli, vni, status.as_ref()));
             info!("removed everything that the agent of {name} made; its lease stays in the store until it ends");
         }
     }
     results.extend(files(&cli.run_dir, vni).iter().map(|path| remove_file(path).map(drop)));
     results.into_iter().collect()
+}
+
+/// Takes away what an overlay's agent made in the kernel, or where somebody else has taken it over, what only an agent can have
+/// made. What shows that, in words.
+async fn clear_kernel(
+    cli: &Cli,
+    netlink: &Netlink,
+    vni: Vni,
+    device: Option<&Link>,
+    status: Option<&Status>,
+    results: &mut Vec<Result<(), CleanupError>>,
+) -> Result<Option<String>, CleanupError> {
+    let taken = takeover::evidence(cli, netlink, vni, device, status).await?;
+    if taken.is_some() {
+        results.push(netfilter::remove_own(vni).await.map_err(Into::into));
+        results.push(undo_programs(cli, netlink, vni).await);
+        if let Some(Link { name, index, .. }) = device {
+            results.push(netlink.remove_route(name, *index).await.map_err(Into::into));
+        }
+        return Ok(taken);
+    }
+    // First: without programs they lead nowhere.
+    if let Some(status) = status {
+        results.push(netlink.remove_link_routes(status.network, None).await.map_err(Into::into));
+    }
+    results.push(undo(cli, netlink, vni, true, true).await);
+    Ok(None)
+}
+
+/// Takes away what an agent made in the kernel for an overlay that has no datapath any more, and leaves its files. Touches nothing
+/// where none made any.
+///
+/// # Errors
+/// [`CleanupError`].
+pub async fn leave_datapath(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<(), CleanupError> {
+    let overlays = overlays(cli, netlink).await?;
+    let (device, status) = (overlays.get(&vni).and_then(Option::as_ref), status_of(cli, vni));
+    let is_made = match (device, &status) {
+        _ if PinDirectory::new(&cli.bpf_pin_dir, vni).exists() => true,
+        (_, Some(status)) => has_datapath(status.backend_type()),
+        (Some(device), None) => netlink.has_our_next_hop(device.index).await?,
+        (None, None) => false,
+    };
+    if !is_made {
+        return Ok(());
+    }
+    let connections = connections(cli, vni);
+    let mut results = Vec::new();
+    let taken = clear_kernel(cli, netlink, vni, device, status.as_ref(), &mut results).await?;
+    if overlays.len() == 1 {
+        results.push(restore_conntrack(cli, connections));
+    }
+    match taken {
+        Some(reason) => info!("removed programs and maps of the backend before, and left the rest: {reason}"),
+        None => info!("removed everything of the backend before"),
+    }
+    results.into_iter().collect()
+}
+
+/// What the agent of an overlay wrote last.
+fn status_of(cli: &Cli, vni: Vni) -> Option<Status> {
+    let all = Status::read_all(&cli.run_dir).unwrap_or_default();
+    all.into_iter().find_map(|(of, status)| (of == vni).then_some(status))
 }
 
 /// Takes away what was made: programs and maps with packet rules and the blackhole route, the device with what hangs on it, or both.

@@ -46,17 +46,20 @@ pub enum BackendType {
     Vxlan,
     /// Packets as they are, to hosts on the same link.
     HostGw,
+    /// None: a lease and `subnet.env`.
+    Alloc,
 }
 
 impl BackendType {
     /// Each of them.
-    pub const ALL: [Self; 2] = [Self::Vxlan, Self::HostGw];
+    pub const ALL: [Self; 3] = [Self::Vxlan, Self::HostGw, Self::Alloc];
 
-    /// Its `Type` in network configs, which is also the `BackendType` of leases.
+    /// Its `Type` in network configs.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Vxlan => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Alloc => "alloc",
         }
     }
 
@@ -79,6 +82,15 @@ pub enum BackendConfig {
     Vxlan(VxlanConfig),
     /// The host-gw backend.
     HostGw(HostGwConfig),
+    /// The alloc backend.
+    Alloc(AllocConfig),
+}
+
+/// Settings of the alloc backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AllocConfig {
+    /// As [`HostGwConfig::vni`].
+    pub vni: Vni,
 }
 
 /// Settings of the host-gw backend.
@@ -122,6 +134,7 @@ impl BackendConfig {
                 let kernel_routes = object.boolean("KernelRoutes")?.unwrap_or_default();
                 Ok(Self::HostGw(HostGwConfig { vni: number(&object)?, kernel_routes }))
             }
+            Some(BackendType::Alloc) => Ok(Self::Alloc(AllocConfig { vni: number(&object)? })),
             None => Err(ConfigError::UnknownBackend(kind)),
         }
     }
@@ -131,6 +144,7 @@ impl BackendConfig {
         match self {
             Self::Vxlan(_) => BackendType::Vxlan,
             Self::HostGw(_) => BackendType::HostGw,
+            Self::Alloc(_) => BackendType::Alloc,
         }
     }
 
@@ -139,6 +153,7 @@ impl BackendConfig {
         match self {
             Self::Vxlan(vxlan) => vxlan.vni,
             Self::HostGw(host_gw) => host_gw.vni,
+            Self::Alloc(alloc) => alloc.vni,
         }
     }
 
@@ -153,6 +168,7 @@ impl BackendConfig {
                 ("VNI", ours.vni.to_string(), theirs.vni.to_string()),
                 ("KernelRoutes", ours.kernel_routes.to_string(), theirs.kernel_routes.to_string()),
             ],
+            (Self::Alloc(ours), Self::Alloc(theirs)) => vec![("VNI", ours.vni.to_string(), theirs.vni.to_string())],
             (ours, theirs) => vec![("Type", ours.kind().to_string(), theirs.kind().to_string())],
         }
     }

@@ -15,7 +15,7 @@ use ipnet::Ipv4Net;
 
 use self::{backend::BACKEND_KEYS, decode::Object};
 pub use self::{
-    backend::{BackendConfig, BackendType, HostGwConfig, VxlanConfig},
+    backend::{AllocConfig, BackendConfig, BackendType, HostGwConfig, VxlanConfig},
     error::ConfigError,
 };
 

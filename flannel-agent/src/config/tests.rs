@@ -195,15 +195,15 @@ fn backend_errors() {
     let cases = [
         (
             r#"{"Type": "ipip"}"#,
-            r#"unknown backend type: ipip (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#,
+            r#"unknown backend type: ipip (Backend.Type; this agent has vxlan, host-gw, alloc: "Backend": {"Type": "vxlan"})"#,
         ),
         (
             r#"{}"#,
-            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#,
+            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw, alloc: "Backend": {"Type": "vxlan"})"#,
         ),
         (
             r#"null"#,
-            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw: "Backend": {"Type": "vxlan"})"#,
+            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw, alloc: "Backend": {"Type": "vxlan"})"#,
         ),
         (r#""vxlan""#, r#"error decoding Backend property of config: "vxlan" (expected "Backend": {"Type": "vxlan"})"#),
         (
@@ -236,6 +236,24 @@ fn backend_errors() {
     for (json, message) in cases {
         assert_eq!(backend(json).expect_err(json).to_string(), message);
     }
+    // Flannel's others, by name, and with what there is.
+    for kind in
+        ["udp", "wireguard", "ipip", "ipsec", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce", "WireGuard"]
+    {
+        let message = backend(&format!(r#"{{"Type": "{kind}"}}"#)).expect_err(kind).to_string();
+        let expected = format!("unknown backend type: {kind} (Backend.Type; this agent has vxlan, host-gw, alloc: ");
+        assert!(message.starts_with(&expected), "{message}");
+    }
+}
+
+#[test]
+fn alloc_has_a_number_and_nothing_else() {
+    let alloc = |more: &str| NetworkConfig::parse(&format!(r#"{{"Network": "10.1.0.0/16", "Backend": {{{more}}}}}"#));
+    let config = alloc(r#""Type": "Alloc", "VNI": 7"#).expect("valid");
+    assert_eq!((config.backend.kind(), config.backend.vni().get()), (BackendType::Alloc, 7));
+    let other = alloc(r#""Type": "alloc""#).expect("valid");
+    assert_eq!(other.differences(&config).len(), 1, "{:?}", other.differences(&config));
+    assert!(alloc(r#""Type": "alloc", "VNI": 10000000"#).is_err());
 }
 
 #[test]

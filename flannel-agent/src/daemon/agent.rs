@@ -8,8 +8,9 @@ use tracing::{info, warn};
 
 use super::{
     Shutdown,
+    datapath::Datapath,
     leases::{Change, Leases},
-    reconcile::{COMPARE_PERIOD, Event, LOOK_PERIOD, Reconciler, WATCH_PERIOD},
+    reconcile::{COMPARE_PERIOD, Event, LOOK_PERIOD, WATCH_PERIOD},
     report::{Due, Reporter},
 };
 use crate::{
@@ -26,7 +27,7 @@ const RECORD_PERIOD: Duration = Duration::from_millis(500);
 /// The running agent.
 pub(super) struct Agent<'a> {
     pub(super) leases: Leases,
-    pub(super) reconciler: Reconciler<'a>,
+    pub(super) datapath: Datapath<'a>,
     pub(super) reporter: Reporter,
 }
 
@@ -56,35 +57,35 @@ impl Agent<'_> {
                     info!("stopped as asked; the datapath goes on");
                     break;
                 }
-                incoming = self.leases.next() => match self.leases.take(incoming, self.reconciler.is_heard()) {
+                incoming = self.leases.next() => match self.leases.take(incoming, |subnet| self.datapath.is_heard(subnet)) {
                     ControlFlow::Break(()) => break,
                     ControlFlow::Continue(Change::Peers(changes)) => self.apply(changes).await,
                     ControlFlow::Continue(Change::Lease(lease)) => {
-                        self.reconciler.move_to(lease, self.leases.table()).await;
+                        self.datapath.move_to(lease, self.leases.table()).await;
                     }
                 },
-                due = self.reconciler.next() => self.reconciler.see_to(due, self.leases.table()).await,
+                due = self.datapath.next() => self.datapath.see_to(due, self.leases.table()).await,
                 (request, answer) = self.reporter.asked() => {
                     // Whoever asked may be gone.
                     let _gone = answer.send(self.serve(request).await);
                 }
                 _ = compare.tick() => {
-                    let changes = self.leases.review(self.reconciler.is_heard());
+                    let changes = self.leases.review(|subnet| self.datapath.is_heard(subnet));
                     self.apply(changes).await;
-                    self.reconciler.review(self.leases.table()).await;
+                    self.datapath.review(self.leases.table()).await;
                     self.leases.refresh();
                 }
                 _ = look.tick() => {
-                    if let Some(damage) = self.reconciler.subnet_env_damage() {
+                    if let Some(damage) = self.datapath.subnet_env_damage() {
                         self.restore_files();
-                        self.reconciler.restore_subnet_env(damage);
+                        self.datapath.restore_subnet_env(damage);
                     }
-                    self.reconciler.look(self.leases.table()).await;
+                    self.datapath.look(self.leases.table()).await;
                 }
-                _ = watch.tick() => self.reconciler.watch_observers().await,
+                _ = watch.tick() => self.datapath.watch_observers().await,
                 _ = record.tick(), if self.is_record_due() => self.write_record(),
             }
-            for event in self.reconciler.take_events() {
+            for event in self.datapath.take_events() {
                 match event {
                     Event::External { public_ip, is_other_source } => {
                         self.leases.take_address(public_ip, is_other_source);
@@ -100,7 +101,7 @@ impl Agent<'_> {
     }
 
     async fn apply(&mut self, changes: Vec<PeerChange>) {
-        self.reconciler.apply(changes, self.leases.table()).await;
+        self.datapath.apply(changes, self.leases.table()).await;
     }
 
     async fn serve(&mut self, request: Request) -> Reply {
@@ -118,7 +119,7 @@ impl Agent<'_> {
     }
 
     fn is_status_due(&self) -> bool {
-        self.leases.is_told_otherwise() || self.reconciler.is_told_otherwise() || self.reporter.missing().status
+        self.leases.is_told_otherwise() || self.datapath.is_told_otherwise() || self.reporter.missing().status
     }
 
     fn is_known_due(&self) -> bool {
@@ -152,7 +153,7 @@ impl Agent<'_> {
     fn status(&mut self) -> Status {
         let mut status = self.reporter.status();
         self.leases.tell(&mut status);
-        self.reconciler.tell(&mut status);
+        self.datapath.tell(&mut status);
         status
     }
 }

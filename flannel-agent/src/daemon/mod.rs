@@ -4,10 +4,11 @@
 //! * `setup` — making all of it
 //! * `agent` — the loop that carries what happens between the three, none of which knows another:
 //! * `leases` — what follows the store
-//! * `reconcile` — what keeps the kernel in step
+//! * `datapath`, `reconcile` — what keeps the host in step: which of two, and the two
 //! * `report` — what is told
 
 mod agent;
+mod datapath;
 mod leases;
 mod reconcile;
 mod report;
@@ -21,10 +22,10 @@ use tracing::info;
 
 use crate::{
     atomic_file::WriteError,
-    backend::BackendError,
+    backend::{BackendError, has_datapath},
     cleanup::CleanupError,
     cli::{Cli, InvalidMargin},
-    dataplane::{self, DataplaneError},
+    dataplane::{self, DataplaneError, Features},
     device::{DeviceError, Netlink, external::SelectError},
     docker_opts::DockerOptsError,
     health::{self, Health, ServeError},
@@ -116,9 +117,11 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     privileges::give_up()?;
     let mut shutdown = Shutdown::listen()?;
     cli.renew_interval()?;
-    let features = preflight::check()?;
-    info!("this kernel {features}");
-    dataplane::require_bpffs(&cli.bpf_pin_dir)?;
+    let features = host_features(cli);
+    if features.is_err() && !start::has_no_datapath(cli).await {
+        features?;
+        return Ok(());
+    }
     let (netlink, device_events, _connection) = Netlink::open()?;
     let health = Health::default();
     if let Some(address) = cli.healthz() {
@@ -129,6 +132,7 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
         prepared = start::prepare(cli, &netlink) => prepared?,
         () = shutdown.requested() => return Ok(()),
     };
+    let features = if has_datapath(prepared.backend.kind()) { features? } else { Features::default() };
     let _lock = match prepared.lock.take() {
         Some(lock) => lock,
         None => Lock::take(&cli.run_dir, prepared.backend.vni())?,
@@ -139,6 +143,14 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     tokio::spawn(health::keep_watchdog(health));
     agent.follow(shutdown).await;
     Ok(())
+}
+
+/// What the kernel has for programs, where the host has all that they need.
+fn host_features(cli: &Cli) -> Result<Features, DaemonError> {
+    let features = preflight::check()?;
+    info!("this kernel {features}");
+    dataplane::require_bpffs(&cli.bpf_pin_dir)?;
+    Ok(features)
 }
 
 /// SIGINT and SIGTERM.

@@ -6,12 +6,14 @@ use tracing::warn;
 use super::{
     DaemonError,
     agent::Agent,
+    datapath::Datapath,
     leases::{self, Leases},
-    reconcile::{self, Reconciler},
+    reconcile,
     report::{self, Reporter},
     start::Prepared,
 };
 use crate::{
+    backend::has_datapath,
     cleanup,
     cli::Cli,
     dataplane::{Features, PinDirectory},
@@ -30,6 +32,9 @@ pub(super) async fn set_up<'a>(
     features: Features,
     health: &Health,
 ) -> Result<Agent<'a>, DaemonError> {
+    if !has_datapath(prepared.backend.kind()) {
+        return make(cli, netlink, device_events, prepared, features, health).await;
+    }
     let vni = prepared.backend.vni();
     let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
     let had_device = match prepared.backend.own_device_name() {
@@ -83,7 +88,7 @@ async fn make<'a>(
         backend,
         registry: &registry,
     };
-    let reconciler = Reconciler::new(cli, beginning).await?;
+    let datapath = Datapath::new(cli, beginning).await?;
     let reporter = Reporter::new(cli.run_dir.clone(), vni, first, health.clone());
     let beginning = leases::Beginning {
         registry,
@@ -98,19 +103,19 @@ async fn make<'a>(
         grace: cli.guard_grace(),
     };
     let leases = Leases::new(beginning, health.clone());
-    let mut agent = Agent { leases, reconciler, reporter };
+    let mut agent = Agent { leases, datapath, reporter };
     if let Some(snapshot) = snapshot {
         agent.leases.take_peers(&snapshot, false);
     }
-    let link = agent.reconciler.make(agent.leases.table()).await?;
+    let link = agent.datapath.make(agent.leases.table()).await?;
     agent.leases.watch(ResyncCause::Start);
     // First: the CNI plugin takes a subnet.env without a status beside it for another daemon's.
     agent.leases.refresh();
     agent.write_record();
-    agent.reconciler.write_subnet_env()?;
+    agent.datapath.write_subnet_env()?;
     // Last: until here a host of flannel's could go on as it was.
-    agent.reconciler.sweep(&link, agent.leases.table()).await;
-    agent.reconciler.say_carried(&link);
+    agent.datapath.sweep(&link, agent.leases.table()).await;
+    agent.datapath.say_carried(&link);
     agent.leases.keep_lease(request, cli.renew_interval()?);
     Ok(agent)
 }

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{DaemonError, leases::CLAIM_PERIOD, report};
 use crate::{
-    backend::Backend,
+    backend::{Backend, has_datapath},
     cli::Cli,
     config::NetworkConfig,
     device::{
@@ -178,6 +178,21 @@ async fn host_addresses(cli: &Cli, registry: &mut Registry) -> Result<HostAddres
         }
         (result, _) => result,
     }
+}
+
+/// Whether the store says at once, or where it is away said last, that the network has no datapath. Then the host need not have
+/// what programs need.
+pub(super) async fn has_no_datapath(cli: &Cli) -> bool {
+    let Ok(mut registry) = Registry::new(cli.store()) else { return false };
+    let network = match registry.network_config().await {
+        Ok((network, _)) => Some(network),
+        Err(error) if error.is_away() => {
+            let known = LastKnown::find(&cli.run_dir, registry.identity(), |_| true);
+            known.and_then(|known| registry.parse_config(known.config.as_bytes()).ok())
+        }
+        Err(_) => None,
+    };
+    network.is_some_and(|network| !has_datapath(network.backend.kind()))
 }
 
 /// What this host's last agent knew, where it can still be used.

@@ -19,6 +19,8 @@ pub enum BackendAttributes {
     },
     /// The host-gw backend's, which say nothing but that.
     HostGw,
+    /// The alloc backend's, which do not even say that.
+    Alloc,
 }
 
 /// Stands for the MAC of a host whose lease announces none.
@@ -29,15 +31,16 @@ impl BackendAttributes {
     pub fn of_host(self, public_ip: Ipv4Addr, vtep_mac: MacAddress) -> LeaseAttributes {
         match self {
             Self::Vxlan { vni } => LeaseAttributes::vxlan(public_ip, vni.get(), vtep_mac),
-            Self::HostGw => LeaseAttributes::without_data(public_ip, self.label()),
+            Self::HostGw | Self::Alloc => LeaseAttributes::without_data(public_ip, self.label()),
         }
     }
 
-    /// The lease's `BackendType`.
+    /// The lease's `BackendType`; empty where it has none.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Vxlan { .. } => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Alloc => "",
         }
     }
 
@@ -45,7 +48,7 @@ impl BackendAttributes {
     pub const fn fixed_mac(self) -> Option<MacAddress> {
         match self {
             Self::Vxlan { .. } => None,
-            Self::HostGw => Some(NO_MAC),
+            Self::HostGw | Self::Alloc => Some(NO_MAC),
         }
     }
 
@@ -53,7 +56,7 @@ impl BackendAttributes {
     pub fn announced_mac(self, attributes: &LeaseAttributes) -> Option<MacAddress> {
         match self {
             Self::Vxlan { .. } => attributes.announced_mac(),
-            Self::HostGw => self.peer(attributes).ok().map(|peer| peer.vtep_mac),
+            Self::HostGw | Self::Alloc => self.peer(attributes).ok().map(|peer| peer.vtep_mac),
         }
     }
 
@@ -67,7 +70,7 @@ impl BackendAttributes {
             return Err(InvalidLease::Backend { theirs, ours: self.label() });
         }
         let vtep_mac = match self {
-            Self::HostGw => NO_MAC,
+            Self::HostGw | Self::Alloc => NO_MAC,
             Self::Vxlan { vni } => {
                 let data = attributes.vxlan_data()?;
                 if data.vni != vni.get() {

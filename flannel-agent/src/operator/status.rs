@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::{OperatorError, dataplane::Dataplane, is_running, rows};
 use crate::{
+    backend::has_datapath,
     cli::{Cli, Output},
     status::{API_VERSION, Status, time},
 };
@@ -13,7 +14,7 @@ struct Overlay {
     status: Status,
     /// [`None`] where it can't be told.
     is_running: Option<bool>,
-    /// [`None`] where it can't be read.
+    /// [`None`] where it can't be read, or there is none.
     dataplane: Option<Dataplane>,
     /// In words.
     troubles: Vec<String>,
@@ -37,12 +38,16 @@ pub async fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
         if let Some(doubt) = doubt {
             troubles.insert(0, format!("{doubt}; this is from {} ago", time(status.written)));
         }
-        let dataplane = Dataplane::read(cli, vni, &status).await;
+        let dataplane = match has_datapath(status.backend_type()) {
+            true => Some(Dataplane::read(cli, vni, &status).await),
+            false => None,
+        };
         match &dataplane {
-            Ok(dataplane) => troubles.extend(dataplane.troubles(&status)),
-            Err(error) => troubles.push(format!("the dataplane can't be read: {error}")),
+            Some(Ok(dataplane)) => troubles.extend(dataplane.troubles(&status)),
+            Some(Err(error)) => troubles.push(format!("the dataplane can't be read: {error}")),
+            None => {}
         }
-        all.push(Overlay { status, is_running, dataplane: dataplane.ok(), troubles });
+        all.push(Overlay { status, is_running, dataplane: dataplane.and_then(Result::ok), troubles });
     }
     match output {
         Output::Table => all.iter().for_each(|overlay| print!("{}", table(overlay))),
@@ -69,30 +74,11 @@ fn table(overlay: &Overlay) -> String {
         "lease".to_owned(),
         format!("{} {}, {} renewals, {} losses", lease.subnet, lease.state.label(), lease.renewals, lease.losses),
     ]);
-    lines.push(["kernel".to_owned(), status.features.to_string()]);
-    let conntrack = match status.bypass.conntrack_liberal {
-        Some(true) => "conntrack liberal",
-        Some(false) => "conntrack strict",
-        None => "no conntrack",
-    };
-    let bypass = match status.bypass.revalidate_ms {
-        0 => "off".to_owned(),
-        time => format!("{}, through the stack every {time} ms, {conntrack}", status.bypass.flag.label()),
-    };
-    lines.push(["bypass".to_owned(), bypass]);
-    lines.extend(status.bypass.rows().into_iter().map(|row| ["by the stack".to_owned(), row]));
-    lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
-    lines.push(["routes".to_owned(), status.routes.reason.clone()]);
-    let rules = match (status.rules.masquerade.as_str(), status.rules.forward) {
-        ("", _) => "not set yet".to_owned(),
-        (masquerade, true) => {
-            let kinds = status.rules.forward_in.join(" and ");
-            format!("masquerade {masquerade}, forwarding accepted in iptables ({kinds})")
-        }
-        (masquerade, false) => format!("masquerade {masquerade}"),
-    };
-    lines.push(["rules".to_owned(), format!("{rules}, {} repairs", status.rules.repairs)]);
-    lines.extend(status.rules.fallback.iter().map(|fallback| ["rules".to_owned(), fallback.clone()]));
+    if has_datapath(status.backend_type()) {
+        lines.extend(datapath_rows(status));
+    } else {
+        lines.push(["datapath".to_owned(), format!("none: with the backend {} nothing is carried", status.backend)]);
+    }
     let following = if store.following { "followed" } else { "away" };
     lines.push([
         store.kind.to_string(),
@@ -126,4 +112,33 @@ fn table(overlay: &Overlay) -> String {
     }
     lines.push(["roll back".to_owned(), "stop the agent, run flannel-agent cleanup, start flanneld".to_owned()]);
     rows(lines)
+}
+
+/// What the agent says of the kernel's part.
+fn datapath_rows(status: &Status) -> Vec<[String; 2]> {
+    let mut lines = vec![["kernel".to_owned(), status.features.to_string()]];
+    let conntrack = match status.bypass.conntrack_liberal {
+        Some(true) => "conntrack liberal",
+        Some(false) => "conntrack strict",
+        None => "no conntrack",
+    };
+    let bypass = match status.bypass.revalidate_ms {
+        0 => "off".to_owned(),
+        time => format!("{}, through the stack every {time} ms, {conntrack}", status.bypass.flag.label()),
+    };
+    lines.push(["bypass".to_owned(), bypass]);
+    lines.extend(status.bypass.rows().into_iter().map(|row| ["by the stack".to_owned(), row]));
+    lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
+    lines.push(["routes".to_owned(), status.routes.reason.clone()]);
+    let rules = match (status.rules.masquerade.as_str(), status.rules.forward) {
+        ("", _) => "not set yet".to_owned(),
+        (masquerade, true) => {
+            let kinds = status.rules.forward_in.join(" and ");
+            format!("masquerade {masquerade}, forwarding accepted in iptables ({kinds})")
+        }
+        (masquerade, false) => format!("masquerade {masquerade}"),
+    };
+    lines.push(["rules".to_owned(), format!("{rules}, {} repairs", status.rules.repairs)]);
+    lines.extend(status.rules.fallback.iter().map(|fallback| ["rules".to_owned(), fallback.clone()]));
+    lines
 }

@@ -50,7 +50,7 @@ impl Reconciler<'_> {
 
     /// Last: it leaves its packets to the programs before it, and nothing else hangs on it.
     pub(super) fn ensure_xdp(&mut self) -> Result<(), DaemonError> {
-        let Self { cli, dataplane, uplink: Uplink { xdp, external, .. }, status, .. } = self;
+        let Self { cli, dataplane, uplink: Uplink { external, .. }, xdp, status, .. } = self;
         match dataplane.set_xdp(xdp.mode, external.link.index) {
             Err(error) if cli.xdp == XdpFlag::Auto => {
                 warn!("{error}; packets are taken out of the tunnel without XDP");

@@ -13,7 +13,6 @@ use crate::{
     device::{self, Changed},
     lease::LeaseTable,
     repair::Repair,
-    subnet_env::State,
 };
 
 /// How often what changes without an event is looked at.
@@ -22,7 +21,6 @@ pub(in crate::daemon) const LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// What only others can repair, by what it is about.
 const PINS: &str = "pin directory";
 const FORWARDING: &str = "forwarding";
-const SUBNET_ENV: &str = "subnet.env";
 
 impl Reconciler<'_> {
     /// Repairs and compares. What fails is said, and tried again at the next event or period.
@@ -87,48 +85,21 @@ impl Reconciler<'_> {
         if self.ensure_conntrack() {
             self.status.repaired(Repair::Conntrack, "conntrack was strict about windows");
         }
-        if !self.uplink.is_present || self.uplink.is_rebuild_due {
+        if !self.uplink.is_present || self.is_rebuild_due {
             self.compare_or_say(Changed::Topology, table).await;
         }
     }
 
     /// What is wrong with `subnet.env` that is to be made right by [writing it again](Self::restore_subnet_env).
     pub(in crate::daemon) fn subnet_env_damage(&mut self) -> Option<&'static str> {
-        let path = self.cli.subnet_file();
-        let state = self.target.subnet_env(self.cli.packet_rules.ip_masq).state(&path);
-        let was_incomplete = std::mem::replace(&mut self.is_subnet_env_incomplete, state == State::Incomplete);
-        match state {
-            State::Gone => Some("was gone"),
-            // Not at once: somebody may be writing it.
-            State::Incomplete => was_incomplete.then_some("lacked what a runtime needs"),
-            State::AsItShould => {
-                self.status.waiting(SUBNET_ENV, None);
-                None
-            }
-            // Another daemon serves this host's pods now, or an administrator means it. Two that correct each other would
-            // never end.
-            State::OfAnother(subnet) => {
-                let own = self.target.lease.key.subnet;
-                let text = format!(
-                    "{} names {subnet}, which somebody else wrote, and not this host's {own}; remove it to have it written again",
-                    path.display()
-                );
-                self.status.waiting(SUBNET_ENV, Some(text));
-                None
-            }
-        }
+        let wanted = self.target.subnet_env(self.cli.packet_rules.ip_masq);
+        self.subnet_file.damage(&wanted, &mut self.status)
     }
 
     /// Writes `subnet.env` again. A status has to be beside it already: the CNI plugin takes one without for another daemon's.
     pub(in crate::daemon) fn restore_subnet_env(&mut self, damage: &str) {
-        match self.write_subnet_env() {
-            Ok(()) => {
-                self.is_subnet_env_incomplete = false;
-                self.status.waiting(SUBNET_ENV, None);
-                self.status.repaired(Repair::SubnetEnv, &format!("{} {damage}", self.cli.subnet_file().display()));
-            }
-            Err(error) => self.status.waiting(SUBNET_ENV, Some(error.to_string())),
-        }
+        let wanted = self.target.subnet_env(self.cli.packet_rules.ip_masq);
+        self.subnet_file.restore(&wanted, damage, &mut self.status);
     }
 
     /// Where the bypass needs it. Whether there was something to do.

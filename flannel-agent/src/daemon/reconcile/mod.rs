@@ -10,7 +10,10 @@
 //! * `restrictions` — what has to see each packet of this host, and what follows for the bypass
 //! * `routes` — which routes lead into the overlay, and keeping them so
 //! * `status` — what is told of it
+//! * `subnet_file` — `subnet.env`, and what somebody else did to it
+//! * `allocation` — all of it where the network has no datapath
 
+mod allocation;
 mod datapath;
 mod drift;
 mod endings;
@@ -19,6 +22,7 @@ mod restrictions;
 mod routes;
 mod schedule;
 mod status;
+mod subnet_file;
 mod target;
 mod uplink;
 
@@ -28,7 +32,7 @@ use ipnet::Ipv4Net;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-pub(super) use self::{drift::LOOK_PERIOD, restrictions::WATCH_PERIOD};
+pub(super) use self::{allocation::Allocation, drift::LOOK_PERIOD, restrictions::WATCH_PERIOD, schedule::Due};
 use self::{
     endings::Endings,
     inspection::Inspected,
@@ -36,6 +40,7 @@ use self::{
     routes::{Endpoints, RouteState},
     schedule::Schedule,
     status::DatapathStatus,
+    subnet_file::SubnetFile,
     target::Target,
     uplink::Uplink,
 };
@@ -57,6 +62,7 @@ use crate::{
     repair::Repair,
     status::Status,
     underlay::Underlay,
+    xdp,
 };
 
 /// How often everything is compared without an event.
@@ -85,13 +91,15 @@ pub(super) struct Reconciler<'a> {
     dataplane: Dataplane,
     target: Target,
     uplink: Uplink,
+    xdp: xdp::Choice,
+    /// What depends on the external interface is still to be brought in step.
+    is_rebuild_due: bool,
     underlay: Underlay,
     probes: Probes,
     routes: RouteState,
     bypass: Bypass,
     rules: Keeper,
-    /// `subnet.env` lacked something when it was last looked at.
-    is_subnet_env_incomplete: bool,
+    subnet_file: SubnetFile,
     schedule: Schedule,
     status: DatapathStatus,
     events: Vec<Event>,
@@ -143,26 +151,21 @@ impl<'a> Reconciler<'a> {
                 endings: Endings::default(),
             },
             rules: Keeper::new(cli.packet_rules.resync()),
-            is_subnet_env_incomplete: false,
+            subnet_file: SubnetFile::new(cli, target.backend.vni()),
             schedule: Schedule::new(device_events),
             status,
             events: Vec::new(),
-            uplink: Uplink {
-                xdp: uplink::choose_xdp(cli, &target.backend, &external.link).await,
-                selection,
-                external,
-                is_present: true,
-                is_rebuild_due: false,
-                other_since: None,
-            },
+            xdp: uplink::choose_xdp(cli, &target.backend, &external.link).await,
+            is_rebuild_due: false,
+            uplink: Uplink::new(selection, external),
             target,
         })
     }
 
     /// Whether packets arrive from the host behind a subnet. Where that can't be told, they do: the peer is kept.
-    pub(super) fn is_heard(&self) -> impl Fn(Ipv4Net) -> bool {
-        let maps = &self.dataplane.peers;
-        |subnet| maps.silence_of(subnet).map_or(true, |silence| silence.is_some_and(|silence| silence < SILENCE))
+    pub(super) fn is_heard(&self, subnet: Ipv4Net) -> bool {
+        let silence = self.dataplane.peers.silence_of(subnet);
+        silence.map_or(true, |silence| silence.is_some_and(|silence| silence < SILENCE))
     }
 
     /// What has happened since it was asked for last.

@@ -154,7 +154,7 @@ impl Reconciler<'_> {
     }
 
     fn look_at_captures(&mut self) {
-        let tap = self.uplink.xdp.mode.map_or(Tap::Tunnelled, |_| Tap::Decapsulated(self.target.backend.port()));
+        let tap = self.xdp.mode.map_or(Tap::Tunnelled, |_| Tap::Decapsulated(self.target.backend.port()));
         match self.bypass.restrictions.places.captures(tap) {
             Ok(found) => self.observed(Observer::Captures, found),
             Err(error) => debug!("who captures can't be told: {error}"),

@@ -13,7 +13,6 @@ use crate::{
     dataplane::{Capacity, Dataplane, PinDirectory},
     device::{self, Changed, Link, external::External},
     lease::LeaseTable,
-    ownership::Written,
     registry::OwnLease,
     subnet_env::SubnetEnv,
 };
@@ -148,9 +147,7 @@ impl Reconciler<'_> {
     }
 
     pub(in crate::daemon) fn write_subnet_env(&self) -> Result<(), DaemonError> {
-        let path = self.cli.subnet_file();
-        self.target.subnet_env(self.cli.packet_rules.ip_masq).write(&path)?;
-        Ok(Written::remember(&self.cli.run_dir, self.target.backend.vni(), &path)?)
+        self.subnet_file.write(&self.target.subnet_env(self.cli.packet_rules.ip_masq))
     }
 
     pub(in crate::daemon) fn say_carried(&self, link: &Link) {

@@ -10,7 +10,7 @@ use crate::{
     cli::Cli,
     daemon::DaemonError,
     device::{
-        Link,
+        Link, Netlink,
         external::{External, SelectError, Selection},
         offload::Offloads,
     },
@@ -22,7 +22,7 @@ use crate::{
 /// For how long another interface has to be the right one before the tunnel moves to it.
 const SETTLED: Duration = Duration::from_millis(900);
 /// What only others can repair.
-const EXTERNAL: &str = "external interface";
+pub(super) const EXTERNAL: &str = "external interface";
 
 /// The external interface, and what hangs on it.
 pub(super) struct Uplink {
@@ -31,32 +31,49 @@ pub(super) struct Uplink {
     pub(super) external: External,
     /// Whether it was there when it was last looked for.
     pub(super) is_present: bool,
-    /// What depends on it is still to be brought in step.
-    pub(super) is_rebuild_due: bool,
     /// Since when another interface is the right one.
-    pub(super) other_since: Option<Instant>,
-    pub(super) xdp: xdp::Choice,
+    other_since: Option<Instant>,
+}
+
+impl Uplink {
+    /// That of a host which has just begun.
+    pub(super) const fn new(selection: Selection, external: External) -> Self {
+        Self { selection, external, is_present: true, other_since: None }
+    }
+
+    /// Finds it again, by the rule that it was chosen by. [`None`] where that has just become another link: the one before may
+    /// just be coming back.
+    ///
+    /// # Errors
+    /// [`SelectError`] where it is away.
+    pub(super) async fn find_again(&mut self, netlink: &Netlink) -> Result<Option<External>, SelectError> {
+        self.is_present = false;
+        let found = netlink.external_interface_again(&self.selection, &self.external).await?;
+        if found.link.name == self.external.link.name {
+            self.other_since = None;
+        } else if self.other_since.get_or_insert_with(Instant::now).elapsed() < SETTLED {
+            return Ok(None);
+        }
+        self.is_present = true;
+        Ok(Some(found))
+    }
+
+    /// That it is away, in words.
+    pub(super) fn missing(&self, error: &SelectError) -> String {
+        format!("the external interface {} is away, waiting for it: {error}", self.external.link.name)
+    }
 }
 
 impl Reconciler<'_> {
-    /// Finds the external interface again, by the rule that it was chosen by. Where anything about it is different, all
-    /// that depends on it is brought in step.
+    /// Finds the external interface again. Where anything about it is different, all that depends on it is brought in step.
     pub(super) async fn follow_external(&mut self, table: &LeaseTable) {
-        let found = self.netlink.external_interface_again(&self.uplink.selection, &self.uplink.external).await;
-        let found = match found {
-            Ok(found) => found,
-            Err(error) => return self.miss_external(&error),
+        let found = match self.uplink.find_again(&self.netlink).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return,
+            Err(error) => return self.status.waiting(EXTERNAL, Some(self.uplink.missing(&error))),
         };
-        if found.link.name == self.uplink.external.link.name {
-            self.uplink.other_since = None;
-        } else if self.uplink.other_since.get_or_insert_with(Instant::now).elapsed() < SETTLED {
-            // The one before may just be coming back.
-            self.uplink.is_present = false;
-            return;
-        }
         let is_same = found == self.uplink.external;
-        if is_same && !self.uplink.is_rebuild_due {
-            self.uplink.is_present = true;
+        if is_same && !self.is_rebuild_due {
             self.status.waiting(EXTERNAL, None);
             return;
         }
@@ -74,25 +91,18 @@ impl Reconciler<'_> {
     }
 
     async fn move_to_external(&mut self, external: External, table: &LeaseTable) -> Result<(), DaemonError> {
-        self.uplink.is_rebuild_due = true;
-        self.uplink.is_present = true;
+        self.is_rebuild_due = true;
         let backend = Backend::new(&self.target.network.backend, &external)?;
         let address_before = std::mem::replace(&mut self.uplink.external, external).address;
         self.target.backend = backend;
         self.underlay.set_external(self.uplink.external.clone());
-        self.uplink.xdp = choose_xdp(self.cli, &self.target.backend, &self.uplink.external.link).await;
+        self.xdp = choose_xdp(self.cli, &self.target.backend, &self.uplink.external.link).await;
         self.status.external(&self.uplink.external, &self.target.backend);
         let External { address, public_ip, .. } = self.uplink.external;
         self.events.push(Event::External { public_ip, is_other_source: address != address_before });
         self.rebuild(table).await?;
-        self.uplink.is_rebuild_due = false;
+        self.is_rebuild_due = false;
         Ok(())
-    }
-
-    fn miss_external(&mut self, error: &SelectError) {
-        self.uplink.is_present = false;
-        let name = &self.uplink.external.link.name;
-        self.status.waiting(EXTERNAL, Some(format!("the external interface {name} is away, waiting for it: {error}")));
     }
 }
 
@@ -104,7 +114,7 @@ pub(super) async fn choose_xdp(cli: &Cli, backend: &Backend, link: &Link) -> xdp
     xdp::choose(cli.xdp, link, &Offloads::of(link).await)
 }
 
-fn describe(external: &External) -> String {
+pub(super) fn describe(external: &External) -> String {
     let External { link, address, public_ip } = external;
     format!("{} ({}) with address {address}, published as {public_ip}, MTU {}", link.name, link.index, link.mtu)
 }

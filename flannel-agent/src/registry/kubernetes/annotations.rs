@@ -72,8 +72,8 @@ impl Names {
         }
     }
 
-    /// What makes a node announce these attributes, as a strategic merge patch. [`None`] where it does already. Those of
-    /// IPv6 are nobody's here, and stay.
+    /// What makes a node announce these attributes, as a strategic merge patch. [`None`] where it does already: an annotation that
+    /// is empty is none. Those of IPv6 are nobody's here, and stay.
     pub(super) fn patch(&self, now: &Announcement, attributes: &LeaseAttributes) -> Option<Value> {
         let data = attributes.backend_data.as_ref().unwrap_or(&Value::Null).to_string();
         let managed = now.is_managed.then(|| MANAGED.to_owned());
@@ -84,7 +84,7 @@ impl Names {
             ("public-ip", &now.public_ip, attributes.public_ip.to_string()),
         ]
         .into_iter()
-        .filter(|(_, before, wanted)| before.as_ref() != Some(wanted))
+        .filter(|(_, before, wanted)| before.as_deref().unwrap_or_default() != wanted.as_str())
         .map(|(suffix, _, wanted)| (self.name(suffix), wanted.into()))
         .collect();
         (!annotations.is_empty()).then(|| json!({ "metadata": { "annotations": annotations } }))
