@@ -31,6 +31,7 @@
 //! * [`helpers`] — connections that conntrack's helpers read
 //! * [`overlays`] — worlds that differ in who carries the overlay
 //! * [`alloc`] — a network without a datapath, and changing to it and back
+//! * [`other_backends`] — leases of hosts with another backend
 //! * [`observers`] — queues, filters, programs and captures see each packet, as with flannel
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
@@ -116,6 +117,7 @@ mod network_policy;
 mod numbered;
 mod observers;
 mod originals;
+mod other_backends;
 mod overlays;
 mod path_mtu;
 mod privileges;

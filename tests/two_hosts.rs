@@ -269,7 +269,7 @@ fn a_bad_entry_costs_only_itself() {
         ("10.5.101.0-24x", "{}"),
         ("10.5.102.0-32", "{}"),
         ("10.5.103.0-24", &lease_value("0.0.0.1", "0a:00:00:00:00:99")),
-        ("10.5.104.0-24", r#"{"PublicIP":"1.2.3.4","BackendType":"host-gw"}"#),
+        ("10.5.104.0-24", r#"{"PublicIP":"1.2.3.4","BackendType":"vxlan"}"#),
     ] {
         world.store.put(&format!("{PREFIX}/subnets/{key}"), value).unwrap();
     }

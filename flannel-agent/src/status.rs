@@ -85,12 +85,16 @@ pub struct Status {
     pub store: StoreStatus,
     /// How the network config in the store differs from the one in use, and what to do.
     pub config_differs: Option<String>,
-    /// How many subnets have a peer in the maps.
+    /// How many subnets have a peer.
     pub peers: usize,
     /// Those of them that the store no longer names.
     pub held: Vec<HeldPeer>,
     /// How often the guard held peers back, in peers, by [`HoldReason::label`].
     pub held_total: BTreeMap<String, u64>,
+    /// How many leases are of hosts with another backend, which this host does not reach, by what they call it; `none` where they say
+    /// nothing, as with alloc and udp.
+    #[serde(default)]
+    pub other_backends: BTreeMap<String, usize>,
     /// What somebody else changed.
     #[serde(default)]
     pub drift: DriftStatus,

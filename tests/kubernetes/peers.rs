@@ -76,7 +76,7 @@ fn nonsense_in_annotations_costs_no_peer() {
     let long = format!(r#"{{"VNI":1,"VtepMAC":"{}"}}"#, "0a".repeat(100_000));
     let data = |data| vec![("backend-data", Some(data))];
     type Annotations<'a> = Vec<(&'a str, Option<&'a str>)>;
-    let nonsense: [(Annotations<'_>, &str); 14] = [
+    let nonsense: [(Annotations<'_>, &str); 13] = [
         (data(r#"{"VNI":1,"VtepMAC":"00:00:00:00:00:00"}"#), "is not a unicast MAC address"),
         (data(r#"{"VNI":1,"VtepMAC":"03:00:00:00:00:01"}"#), "is not a unicast MAC address"),
         (data(r#"{"VNI":7,"VtepMAC":"0a:00:00:00:00:01"}"#), "its VNI is 7, not 1"),
@@ -84,7 +84,6 @@ fn nonsense_in_annotations_costs_no_peer() {
         (data(&long), "is not a unicast MAC address"),
         (data(""), "it has no annotation backend-data"),
         (vec![("backend-data", None)], "it has no annotation backend-data"),
-        (vec![("backend-type", Some("host-gw"))], r#"its backend is "host-gw", not vxlan"#),
         (vec![("public-ip", Some("300.1.1.1"))], r#"its annotation public-ip "300.1.1.1" is no IPv4 address"#),
         (vec![("public-ip", Some("224.0.0.1"))], "its PublicIP 224.0.0.1 is no host's"),
         (vec![("kube-subnet-manager", None)], "flannel's annotations are gone from it"),
@@ -148,6 +147,27 @@ fn nonsense_in_annotations_costs_no_peer() {
     cluster.delete_node("peer100");
     wait_peer(&cluster, 0, 100, None);
     cluster.wait_status(0, "nothing to be said", |status| status["store"]["passedOver"] == json!({}));
+}
+
+#[test]
+fn a_node_with_another_backend_is_no_peer_and_no_trouble() {
+    let cluster = Cluster::with_pods(1);
+    (100..102).for_each(|octet| cluster.add_peer(octet));
+    cluster.wait_peers(0, 2);
+    // As flannel's write it: alloc and udp say nothing of themselves.
+    cluster.annotate("peer100", &[("backend-type", Some("host-gw")), ("backend-data", Some("null"))]);
+    cluster.annotate("peer101", &[("backend-type", Some("")), ("backend-data", Some("null"))]);
+    wait_peer(&cluster, 0, 100, None);
+    wait_peer(&cluster, 0, 101, None);
+    cluster.wait_status(0, "two of other backends", |status| {
+        status["otherBackends"] == json!({ "host-gw": 1, "none": 1 }) && status["held"] == json!([])
+    });
+    let status = cluster.status(0);
+    assert_eq!((&status["troubles"], &status["status"]["store"]["passedOver"]), (&json!([]), &json!({})), "{status:#}");
+    cluster.announce("peer100", "192.168.64.100", "0a:00:00:00:01:01");
+    wait_peer(&cluster, 0, 100, Some(("192.168.64.100", "0a:00:00:00:01:01")));
+    cluster.delete_node("peer101");
+    cluster.wait_status(0, "none of other backends", |status| status["otherBackends"] == json!({}));
 }
 
 #[test]

@@ -55,6 +55,7 @@ pub(super) fn status(
         peers: 0,
         held: Vec::new(),
         held_total: Default::default(),
+        other_backends: Default::default(),
         drift: DriftStatus::default(),
     }
 }

@@ -272,6 +272,20 @@ impl LeaseTable {
     /// A subnet is this host's own: nobody else's, whatever was known.
     pub fn exclude(&mut self, subnet: Ipv4Net) -> Option<PeerChange> {
         self.named.retain(|key, _| key.subnet != subnet);
+        self.drop_peer(subnet)
+    }
+
+    /// The holder of a lease says that it is no peer: that it has another backend. This is something that the store says, and
+    /// believed at once; it counts as no removal.
+    pub fn renounce(&mut self, key: LeaseKey) -> Option<PeerChange> {
+        self.named.remove(&key);
+        match self.named_for(key.subnet) {
+            Some(peer) => self.believe(key.subnet, peer),
+            None => self.drop_peer(key.subnet),
+        }
+    }
+
+    fn drop_peer(&mut self, subnet: Ipv4Net) -> Option<PeerChange> {
         self.held.remove(&subnet);
         self.leaving.remove(&subnet);
         self.peers.remove(&subnet).map(|_| PeerChange::Remove(subnet))

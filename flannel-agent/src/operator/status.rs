@@ -93,6 +93,12 @@ fn table(overlay: &Overlay) -> String {
     let resyncs: Vec<_> = store.resyncs.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
     lines.push(["snapshots".to_owned(), resyncs.join(", ")]);
     lines.push(["peers".to_owned(), format!("{}, of which {} held", status.peers, held.len())]);
+    if !status.other_backends.is_empty() {
+        let others: Vec<_> =
+            status.other_backends.iter().map(|(backend, count)| format!("{backend} {count}")).collect();
+        let words = format!("{}: leases of hosts with another backend, not reached from here", others.join(", "));
+        lines.push(["others".to_owned(), words]);
+    }
     let repaired = &status.drift.repaired;
     if !repaired.is_empty() {
         let repaired: Vec<_> =

@@ -3,9 +3,11 @@
 //!
 //! * `updates` — what is made of what the store says
 //! * `peers` — which entries are peers
+//! * `others` — which have another backend
 //! * `renewal` — keeping this host's own lease, and taking another where it is lost
 //! * `status` — what is told of it
 
+mod others;
 mod peers;
 mod renewal;
 mod status;
@@ -27,6 +29,7 @@ use tokio::{
 
 pub(super) use self::renewal::CLAIM_PERIOD;
 use self::{
+    others::OtherBackends,
     renewal::{LeaseHolder, RenewalEvent},
     status::LeasesStatus,
 };
@@ -69,6 +72,7 @@ pub(super) struct Leases {
     grace: Duration,
     /// What counts where an entry comes to name no VTEP.
     announced: Announced,
+    others: OtherBackends,
     /// The lease that this host has, or had last.
     own: OwnLease,
     holder: HolderLink,
@@ -126,6 +130,7 @@ impl Leases {
             network,
             attributes,
             announced: Announced::new(&known),
+            others: OtherBackends::default(),
             table: LeaseTable::new(known, grace),
             grace,
             own: lease,
@@ -225,7 +230,7 @@ impl Leases {
 
     /// Shows the table as it is now.
     pub(super) fn refresh(&mut self) {
-        self.status.refresh(&self.table);
+        self.status.refresh(&self.table, self.others.counts());
         let unnamed = self.table.unnamed();
         self.holder.unnamed.send_if_modified(|before| {
             let is_modified = *before != unnamed;

@@ -1,18 +1,59 @@
 //! Which of the store's entries are peers, and which is this host's own lease.
+//!
+//! A host whose lease names another backend is no peer, whatever it announced before, as with flannel (pkg/backend/vxlan/
+//! vxlan_network.go, `handleSubnetEvents`): it has said that it takes nothing any more of what this backend sends, and whoever went
+//! on sending would only hide that the two do not reach each other. It is dropped at once and not held, since the store does not
+//! lack it. Its subnet stays its own, and when it comes back to this backend, it is a peer again.
 
 use ipnet::Ipv4Net;
+use tracing::{debug, warn};
 
 use super::Leases;
 use crate::{
     device::vxlan::VxlanDevice,
-    lease::{LeaseKey, Peer},
+    lease::{InvalidLease, LeaseKey, Peer, PeerChange},
     registry::{Entry, PassedOver},
     status::LeaseState,
 };
 
+/// An entry of another host's that is no peer.
+pub(super) enum NoPeer {
+    /// It is a lease, of a host with this backend.
+    OtherBackend(String),
+    PassedOver(PassedOver),
+}
+
+impl From<PassedOver> for NoPeer {
+    fn from(passed_over: PassedOver) -> Self {
+        Self::PassedOver(passed_over)
+    }
+}
+
 impl Leases {
+    /// An entry is the lease of a host with another backend.
+    pub(super) fn renounce(&mut self, entry: &Entry, backend: &str) -> Option<PeerChange> {
+        let is_known = self.others.insert(entry.key, backend);
+        self.announced.forget(entry.key.subnet);
+        let change = self.table.renounce(entry.key);
+        let (subnet, host) = (entry.key.subnet, entry.attributes.public_ip);
+        match &change {
+            Some(PeerChange::Remove(_)) => {
+                warn!(
+                    "{subnet} is no peer any more: the backend of {host} is {backend:?}, not {}",
+                    self.network.backend.kind()
+                );
+            }
+            _ if !is_known => {
+                debug!("{subnet} is leased by {host} with the backend {backend:?}, and not reached from here")
+            }
+            _ => {}
+        }
+        change
+    }
+
     /// An entry names a VTEP.
     pub(super) fn take_note(&mut self, entry: &Entry, peer: Peer) {
+        self.others.remove(entry.key);
         self.announced.note(entry, peer);
         let own_mac = || {
             format!(
@@ -33,6 +74,9 @@ impl Leases {
 
     /// Takes note of what names no VTEP. What the same holder announced before counts in its place.
     pub(super) fn last_of(&mut self, passed_over: PassedOver) -> Option<(LeaseKey, Peer)> {
+        if let Some(key) = passed_over.key {
+            self.others.remove(key);
+        }
         let own = self.own.key.subnet;
         let key = passed_over.key.filter(|key| !overlap(own, key.subnet));
         let last = key.and_then(|_| self.announced.in_place_of(&passed_over));
@@ -45,30 +89,37 @@ impl Leases {
     }
 
     /// The host to encapsulate to for an entry; [`None`] for this one.
-    pub(super) fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, PassedOver> {
+    pub(super) fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, NoPeer> {
         let before = self.announced.before(entry);
         if entry.attributes.public_ip == self.public_ip() {
             return match entry.attributes.announced_mac() {
                 _ if entry.key == self.own.key => Ok(None),
-                Some(mac) if mac != self.own.vtep_mac => Err(entry.passed_over(format!(
-                    "it names this host's own address {} with the MAC {mac} of another: two hosts must not have one \
-                     --public-ip",
-                    self.public_ip()
-                ))),
+                Some(mac) if mac != self.own.vtep_mac => {
+                    let reason = format!(
+                        "it names this host's own address {} with the MAC {mac} of another: two hosts must not have one \
+                         --public-ip",
+                        self.public_ip()
+                    );
+                    Err(entry.passed_over(reason).into())
+                }
                 // A lease that this host had before has never been another's.
                 _ if before.is_some() => {
-                    Err(entry.passed_over(format!("it names this host's own address {}", self.public_ip())))
+                    Err(entry.passed_over(format!("it names this host's own address {}", self.public_ip())).into())
                 }
                 _ => Ok(None),
             };
         }
         let (own, theirs) = (self.own.key.subnet, entry.key.subnet);
         if overlap(own, theirs) {
-            return Err(entry.passed_over(format!("it overlaps this host's own lease {own}")));
+            return Err(entry.passed_over(format!("it overlaps this host's own lease {own}")).into());
         }
-        let peer = self.attributes.peer(&entry.attributes).map_err(|error| entry.passed_over(error.to_string()))?;
+        let peer = match self.attributes.peer(&entry.attributes) {
+            Err(InvalidLease::Backend { theirs, .. }) => return Err(NoPeer::OtherBackend(theirs)),
+            peer => peer.map_err(|error| entry.passed_over(error.to_string()))?,
+        };
         if peer.vtep_mac == self.own.vtep_mac && before.is_some_and(|before| before.vtep_mac != peer.vtep_mac) {
-            return Err(entry.passed_over(format!("it names the MAC {} of this host's own VTEP", peer.vtep_mac)));
+            let reason = format!("it names the MAC {} of this host's own VTEP", peer.vtep_mac);
+            return Err(entry.passed_over(reason).into());
         }
         Ok(Some(peer))
     }

@@ -26,6 +26,7 @@ pub(super) struct LeasesStatus {
     peers: usize,
     held: Vec<HeldPeer>,
     held_total: BTreeMap<String, u64>,
+    other_backends: BTreeMap<String, usize>,
     /// Where the network config is.
     config_place: String,
     /// The one whose unknown keys were said last.
@@ -52,6 +53,7 @@ impl LeasesStatus {
             peers: 0,
             held: Vec::new(),
             held_total: BTreeMap::new(),
+            other_backends: BTreeMap::new(),
             config_place,
             reviewed: Vec::new(),
             is_due: true,
@@ -67,6 +69,7 @@ impl LeasesStatus {
         status.peers = self.peers;
         status.held.clone_from(&self.held);
         status.held_total.clone_from(&self.held_total);
+        status.other_backends.clone_from(&self.other_backends);
     }
 
     /// Says which keys of a network config are unknown; of the same config once.
@@ -209,8 +212,9 @@ impl LeasesStatus {
         self.is_due = true;
     }
 
-    /// Takes in how many peers there are, and who is held.
-    pub(super) fn refresh(&mut self, table: &LeaseTable) {
+    /// Takes in how many peers there are, who is held, and how many leases have another backend.
+    pub(super) fn refresh(&mut self, table: &LeaseTable, other_backends: BTreeMap<String, usize>) {
+        self.other_backends = other_backends;
         let (wall, clock) = (now(), Instant::now());
         let held: Vec<_> = table
             .held()

@@ -9,7 +9,7 @@ use std::{
 use ipnet::Ipv4Net;
 use tracing::{debug, info, warn};
 
-use super::{Leases, renewal::RenewalEvent};
+use super::{Leases, peers::NoPeer, renewal::RenewalEvent};
 use crate::{
     lease::{Credibility, HoldReason, PeerChange},
     registry::{Entry, OwnLease, OwnLeaseState, PassedOver, ResyncCause, Snapshot, Update},
@@ -36,6 +36,7 @@ impl Leases {
                     self.status.event();
                     self.status.usable(&name);
                     self.announced.forget(key.subnet);
+                    self.others.remove(key);
                     let now = Instant::now();
                     if key == self.own.key {
                         self.table.own_is_gone(Some(revision), now);
@@ -118,6 +119,8 @@ impl Leases {
     /// nobody may put that back.
     pub(in crate::daemon) fn take_peers(&mut self, snapshot: &Snapshot, is_older: bool) -> Vec<PeerChange> {
         let mut peers = BTreeMap::new();
+        let mut renounced = Vec::new();
+        self.others.clear();
         let mut unusable = snapshot.passed_over.clone();
         for entry in &snapshot.entries {
             match self.peer_of(entry) {
@@ -126,7 +129,8 @@ impl Leases {
                     peers.insert(entry.key, peer);
                 }
                 Ok(None) => {}
-                Err(passed_over) => unusable.push(passed_over),
+                Err(NoPeer::OtherBackend(backend)) => renounced.extend(self.renounce(entry, &backend)),
+                Err(NoPeer::PassedOver(passed_over)) => unusable.push(passed_over),
             }
         }
         peers.extend(unusable.into_iter().filter_map(|passed_over| self.last_of(passed_over)));
@@ -140,7 +144,8 @@ impl Leases {
             // Whoever asked how it was deleted looks again.
             self.holder.asked = None;
         }
-        self.table.replace(peers, credibility, Instant::now())
+        renounced.extend(self.table.replace(peers, credibility, Instant::now()));
+        renounced
     }
 
     fn take_entry(&mut self, entry: &Entry) -> Option<PeerChange> {
@@ -156,8 +161,12 @@ impl Leases {
                 self.take_note(entry, peer);
                 self.table.set(entry.key, peer)
             }
-            Ok(None) => self.table.remove(entry.key, None, Instant::now()),
-            Err(passed_over) => self.pass_over(passed_over),
+            Ok(None) => {
+                self.others.remove(entry.key);
+                self.table.remove(entry.key, None, Instant::now())
+            }
+            Err(NoPeer::OtherBackend(backend)) => self.renounce(entry, &backend),
+            Err(NoPeer::PassedOver(passed_over)) => self.pass_over(passed_over),
         };
         if let Some(change) = &change {
             debug!("{change:?}");

@@ -395,3 +395,24 @@ fn what_an_older_table_lacks_is_held_however_few_it_is() {
     remove(&mut table, [5], now + 2 * WINDOW);
     assert_eq!(settled(&mut table, nobody), [PeerChange::Remove(subnet(5))]);
 }
+
+#[test]
+fn who_says_that_it_is_no_peer_goes_at_once_and_uses_up_nothing() {
+    let now = Instant::now();
+    let mut table = table(1..=20);
+    let none = table.replace(snapshot(1..=20), Credibility::Whole, now);
+    assert_eq!(none, []);
+    for n in 1..=17 {
+        assert_eq!(table.renounce(key(n)), Some(PeerChange::Remove(subnet(n))));
+        assert_eq!(table.renounce(key(n)), None);
+    }
+    assert_eq!((table.len(), table.settles_at()), (3, None), "nothing is to be judged");
+    // So many more may go as in any cluster.
+    assert_eq!(table.remove(key(18), Some(7), now), None);
+    assert_eq!(settled(&mut table, nobody), [PeerChange::Remove(subnet(18))]);
+    assert!(reasons(&table).is_empty());
+    // A subnet with two keys is the other's.
+    let dual = LeaseKey { ipv6_subnet: Some("fd00:1::/64".parse().expect("prefix")), ..key(19) };
+    assert_eq!(table.set(dual, peer(30)), Some(PeerChange::Set(subnet(19), peer(30))));
+    assert_eq!(table.renounce(dual), Some(PeerChange::Set(subnet(19), peer(19))));
+}
