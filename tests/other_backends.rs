@@ -72,3 +72,33 @@ fn a_host_that_changes_its_backend_is_dropped_at_once_and_comes_back() {
     world.wait_status(0, "no peer", |status| status["store"]["following"] == true && status["peers"] == 0);
     assert!(!is_answered(&world.hosts[0].pods[0].netns, &to));
 }
+
+#[test]
+fn a_backend_that_changes_under_a_running_agent_is_said_and_nothing_half_made() {
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let tables = world.hosts[0].overlay_tables().unwrap();
+    let vxlan = r#"{"Type": "vxlan"}"#;
+    let config = |backend: &str| crate::world::CONFIG.replace(vxlan, backend);
+    let traffic = world.traffic(0, 1);
+    for (backend, said) in [
+        (r#"{"Type": "host-gw"}"#, "Type"),
+        (r#"{"Type": "alloc"}"#, "Type"),
+        (r#"{"Type": "vxlan", "VNI": 2}"#, "VNI"),
+        (r#"{"Type": "vxlan", "DirectRouting": true}"#, "DirectRouting"),
+        (
+            r#"{"Type": "wireguard"}"#,
+            "unknown backend type: wireguard (Backend.Type; this agent has vxlan, host-gw, alloc",
+        ),
+    ] {
+        world.store.put(&format!("{PREFIX}/config"), &config(backend)).unwrap();
+        world
+            .wait_status(0, backend, |status| status["configDiffers"].as_str().is_some_and(|text| text.contains(said)));
+        assert_eq!(world.status(0)["status"]["backend"], "vxlan");
+        assert_eq!(world.hosts[0].overlay_tables().unwrap(), tables);
+        assert!(world.hosts[0].netns.ip("link show flannel.2").is_err());
+    }
+    world.store.put(&format!("{PREFIX}/config"), &config(vxlan)).unwrap();
+    world.wait_status(0, "nothing to be said", |status| status["configDiffers"].is_null());
+    traffic.assert_nothing_was_lost();
+}
