@@ -32,6 +32,7 @@
 //! * [`overlays`] — worlds that differ in who carries the overlay
 //! * [`alloc`] — a network without a datapath, and changing to it and back
 //! * [`other_backends`] — leases of hosts with another backend
+//! * [`networks`] — several networks on one host
 //! * [`observers`] — queues, filters, programs and captures see each packet, as with flannel
 //! * [`path_mtu`] — pods that believe in a larger MTU than the overlay has
 //! * [`retransmissions`] — pods against hosts
@@ -114,6 +115,7 @@ mod loaded;
 mod model;
 mod netfilter;
 mod network_policy;
+mod networks;
 mod numbered;
 mod observers;
 mod originals;

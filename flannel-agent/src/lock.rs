@@ -1,14 +1,26 @@
-//! One agent for each overlay of a host.
+//! One agent for each overlay of a host: by a file in the run directory, and by a name in the network namespace, where agents with
+//! other directories are.
 
 use std::{
     fs, io,
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            fs::{OpenOptionsExt as _, PermissionsExt as _},
+            net::{SocketAddr, UnixListener, UnixStream},
+        },
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use flannel_common::vxlan::Vni;
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials},
+    unistd::geteuid,
+};
+use tracing::warn;
 
 use crate::{atomic_file, privileges::permission_hint};
 
@@ -17,6 +29,8 @@ const LOOKS: u32 = 10;
 const LOOK_TIME: Duration = Duration::from_millis(10);
 /// Whoever can open the file, be it for reading, can hold the lock, and so keep an agent from starting (flock(2)).
 const MODE: u32 = 0o600;
+/// What an overlay's name in the network namespace begins with.
+const NAME: &str = "flannel-agent/";
 
 /// One agent for each overlay of a host.
 pub struct Lock {
@@ -27,8 +41,21 @@ pub struct Lock {
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another agent has it.
-    #[error("another agent serves flannel.{0} with the same --run-dir; stop it first, or name another directory")]
+    #[error(
+        "another agent serves flannel.{0} with the same --run-dir; stop it first, or give this one's network another VNI"
+    )]
     Held(Vni),
+    /// An agent with another run directory serves an overlay of this number.
+    #[error(
+        "the process {pid} serves flannel.{vni} on this host, with another --run-dir; stop it first, or give this one's network \
+         another VNI"
+    )]
+    Elsewhere {
+        /// Of both.
+        vni: Vni,
+        /// Its process.
+        pid: i32,
+    },
     /// The file can't be made.
     #[error("lock {path}: {source}; check --run-dir{}", permission_hint(.source))]
     File {
@@ -84,5 +111,74 @@ impl Lock {
     /// The file behind it.
     pub fn path(run_dir: &Path, vni: Vni) -> PathBuf {
         run_dir.join(format!("flannel.{vni}.lock"))
+    }
+}
+
+/// One agent for each overlay of a network namespace: it owns devices, routes and rules there that go by the overlay's number. Its
+/// name is that of an abstract socket (unix(7)), which a namespace has for itself, and which goes with the process.
+pub struct NamespaceLock {
+    /// [`None`] where a process that is no agent has the name: anybody on the host can take one.
+    _listener: Option<UnixListener>,
+}
+
+impl NamespaceLock {
+    /// Takes that of an overlay.
+    ///
+    /// # Errors
+    /// [`LockError::Elsewhere`].
+    pub fn take(vni: Vni) -> Result<Self, LockError> {
+        for look in 1..=LOOKS {
+            let error = match address(vni).and_then(|address| UnixListener::bind_addr(&address)) {
+                Ok(listener) => return Ok(Self { _listener: Some(listener) }),
+                Err(error) => error,
+            };
+            if let Some(pid) = Self::holder(vni) {
+                return Err(LockError::Elsewhere { vni, pid });
+            }
+            // The one that had it may just be gone.
+            if look == LOOKS {
+                warn!(
+                    "another agent for the VNI {vni} would not be noticed: its name in this network namespace: {error}"
+                );
+            }
+            std::thread::sleep(LOOK_TIME);
+        }
+        Ok(Self { _listener: None })
+    }
+
+    /// Whether an agent of any overlay is there.
+    pub fn is_any_held() -> bool {
+        let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+        let mut names = sockets.lines().filter_map(|line| line.split_once('@')?.1.strip_prefix(NAME)?.parse().ok());
+        names.any(|number| Vni::new_checked(number).is_ok_and(|vni| Self::holder(vni).is_some()))
+    }
+
+    /// The agent that has it: root's, or this user's. What others hold is not believed.
+    pub fn holder(vni: Vni) -> Option<i32> {
+        let stream = UnixStream::connect_addr(&address(vni).ok()?).ok()?;
+        let peer: UnixCredentials = getsockopt(&stream, PeerCredentials).ok()?;
+        [0, geteuid().as_raw()].contains(&peer.uid()).then(|| peer.pid())
+    }
+}
+
+fn address(vni: Vni) -> io::Result<SocketAddr> {
+    SocketAddr::from_abstract_name(format!("{NAME}{vni}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_taken_once_in_a_network_namespace() {
+        // Of no overlay here.
+        let vni = Vni::new_checked(9_999_998).expect("valid");
+        assert_eq!(NamespaceLock::holder(vni), None);
+        let lock = NamespaceLock::take(vni).expect("free");
+        assert_eq!(NamespaceLock::holder(vni), i32::try_from(std::process::id()).ok());
+        assert!(NamespaceLock::is_any_held());
+        assert!(matches!(NamespaceLock::take(vni), Err(LockError::Elsewhere { .. })));
+        drop(lock);
+        assert!(NamespaceLock::take(vni).is_ok());
     }
 }

@@ -26,7 +26,7 @@ use crate::{
     dataplane::{self, DataplaneError, PinDirectory},
     device::{DeviceError, Link, Netlink, vxlan::VxlanDevice},
     last_known::LastKnown,
-    lock::{Lock, LockError},
+    lock::{Lock, LockError, NamespaceLock},
     netfilter::{self, NetfilterError},
     ownership::Written,
     status::Status,
@@ -77,8 +77,10 @@ pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     let mut running = Vec::new();
     let connections: usize = overlays.keys().map(|vni| connections(cli, *vni)).sum();
     for (vni, device) in &overlays {
-        match Lock::take(&cli.run_dir, *vni) {
-            Ok(lock) => results.push(clean(cli, &netlink, *vni, device.as_ref(), &lock).await),
+        // An agent with other directories may serve the same number, and have what goes by it.
+        let locks = Lock::take(&cli.run_dir, *vni).and_then(|lock| Ok((lock, NamespaceLock::take(*vni)?)));
+        match locks {
+            Ok(locks) => results.push(clean(cli, &netlink, *vni, device.as_ref(), &locks).await),
             Err(error) => {
                 running.push(format!("flannel.{vni}"));
                 results.push(Err(error.into()));
@@ -105,6 +107,10 @@ fn connections(cli: &Cli, vni: Vni) -> usize {
 /// agent that comes back.
 fn restore_conntrack(cli: &Cli, connections: usize) -> Result<(), CleanupError> {
     let changed = conntrack::changed(&cli.run_dir);
+    if NamespaceLock::is_any_held() {
+        // One with another run directory would have to put it back, and lose packets until it has.
+        return Ok(());
+    }
     if connections > 0 && !changed.is_empty() {
         info!(
             "left {} at 1: conntrack has seen few packets of {connections} TCP connections, and would call the rest of them \
@@ -122,9 +128,20 @@ async fn overlays(cli: &Cli, netlink: &Netlink) -> Result<BTreeMap<Vni, Option<L
     let mut overlays: BTreeMap<_, _> = left.map(|vni| (vni, None)).collect();
     for link in netlink.links().await? {
         let Some(vni) = VxlanDevice::vni_of(&link.name) else { continue };
-        if overlays.contains_key(&vni) || netlink.has_our_next_hop(link.index).await? {
-            overlays.insert(vni, Some(link));
+        if !overlays.contains_key(&vni) {
+            if !netlink.has_our_next_hop(link.index).await? {
+                continue;
+            }
+            // Of programs without a pin none would be left.
+            if NamespaceLock::holder(vni).is_some() || dataplane::has_programs(link.index) {
+                info!(
+                    "left {}: it has programs of an agent with another --run-dir and --bpf-pin-dir; name these to clean it up",
+                    link.name
+                );
+                continue;
+            }
         }
+        overlays.insert(vni, Some(link));
     }
     Ok(overlays)
 }
@@ -134,7 +151,7 @@ async fn clean(
     netlink: &Netlink,
     vni: Vni,
     device: Option<&Link>,
-    _lock: &Lock,
+    _locks: &(Lock, NamespaceLock),
 ) -> Result<(), CleanupError> {
     let name = VxlanDevice::name_of(vni);
     let status = status_of(cli, vni);
@@ -200,9 +217,11 @@ pub async fn leave_datapath(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<()
     if !is_made {
         return Ok(());
     }
+    let lock = NamespaceLock::take(vni)?;
     let connections = connections(cli, vni);
     let mut results = Vec::new();
     let taken = clear_kernel(cli, netlink, vni, device, status.as_ref(), &mut results).await?;
+    drop(lock);
     if overlays.len() == 1 {
         results.push(restore_conntrack(cli, connections));
     }

@@ -29,7 +29,7 @@ use crate::{
     device::{DeviceError, Netlink, external::SelectError},
     docker_opts::DockerOptsError,
     health::{self, Health, ServeError},
-    lock::{Lock, LockError},
+    lock::{Lock, LockError, NamespaceLock},
     operator::OperatorError,
     preflight::{self, PreflightError},
     privileges::{self, PrivilegesError},
@@ -136,6 +136,11 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     let _lock = match prepared.lock.take() {
         Some(lock) => lock,
         None => Lock::take(&cli.run_dir, prepared.backend.vni())?,
+    };
+    // Without a datapath there is nothing that another could have too.
+    let _namespace_lock = match has_datapath(prepared.backend.kind()) {
+        true => Some(NamespaceLock::take(prepared.backend.vni())?),
+        false => None,
     };
     let agent = setup::set_up(cli, netlink, device_events, prepared, features, &health).await?;
     health.set_ready();

@@ -55,6 +55,7 @@ pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
 pub use forget::{Forgetter, Left};
 pub use held::Repaired;
 use ipnet::Ipv4Net;
+pub use others::has_programs;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets, Unheard};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
 pub use ways::{PeerWay, Way, pinned_ways};

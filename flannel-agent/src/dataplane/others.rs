@@ -85,6 +85,12 @@ impl PinDirectory {
     }
 }
 
+/// Whether programs are at the TCX hooks of a device. `false` on kernels without TCX.
+pub fn has_programs(ifindex: u32) -> bool {
+    let count = |attach_type| query(ifindex, attach_type, &mut [0; MOST]).unwrap_or(0);
+    [TCX_INGRESS, TCX_EGRESS].into_iter().any(|attach_type| count(attach_type) > 0)
+}
+
 fn pinned_program(pin: &PathBuf) -> Option<u32> {
     program_id(&FdLink::from(PinnedLink::from_pin(pin).ok()?))
 }
