@@ -218,6 +218,25 @@ mod tests {
     }
 
     #[test]
+    fn a_host_without_a_backend_type_is_announced_once() {
+        let alloc = LeaseAttributes::without_data([192, 168, 64, 3].into(), "");
+        let mut announced =
+            vec![("kube-subnet-manager", "true"), ("backend-data", "null"), ("public-ip", "192.168.64.3")];
+        assert_eq!(names().patch(&announcement(&announced), &alloc), None);
+        announced.push(("backend-type", ""));
+        assert_eq!(names().patch(&announcement(&announced), &alloc), None);
+        assert_eq!(announcement(&announced).attributes().expect("attributes").backend_type, "");
+        // What a backend before announced goes.
+        let before = [announced[0], ("backend-type", "vxlan"), ("backend-data", DATA), announced[2]];
+        let patch = names().patch(&announcement(&before), &alloc).expect("differs");
+        let annotations = &patch["metadata"]["annotations"];
+        assert_eq!(
+            (&annotations[names().name("backend-type")], &annotations[names().name("backend-data")]),
+            (&json!(""), &json!("null"))
+        );
+    }
+
+    #[test]
     fn nonsense_is_said() {
         for (pairs, reason) in [
             (vec![], "it has no annotation public-ip"),
