@@ -179,10 +179,10 @@ impl Underlay {
         neighbours.filter(is_other).map(|(next_hop, _)| *next_hop).collect()
     }
 
-    /// Whether a peer is its own next hop on the external interface.
-    pub fn is_on_link(&self, address: Ipv4Addr) -> bool {
+    /// Whether a peer is its own next hop on the external interface; [`None`] where that is to be asked for.
+    pub fn is_on_link(&self, address: Ipv4Addr) -> Option<bool> {
         let ifindex = self.endpoint.external.link.index;
-        self.next_hops.get(&address).copied().flatten() == Some(NextHop { ifindex, address })
+        Some(*self.next_hops.get(&address)? == Some(NextHop { ifindex, address }))
     }
 
     /// What the maps should say. A peer without a way stays in them: what comes from it is still its own.

@@ -103,7 +103,11 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
     let outcome: Result<_, DaemonError> = from_store.await;
     let (network, config, backend, request, lease, known, snapshot, lock) = match (outcome, known) {
         (Ok((network, config, backend, request, lease, snapshot, lock)), known) => {
-            let known = known.filter(|(_, before)| before.network == network.network);
+            // What peers are known by is their backend's.
+            let is_same = |(_, before): &(LastKnown, NetworkConfig)| {
+                before.network == network.network && before.backend.kind() == network.backend.kind()
+            };
+            let known = known.filter(is_same);
             let known = known.map(|(known, _)| known.peers).unwrap_or_default();
             (network, config, backend, request, lease, known, Some(snapshot), lock)
         }

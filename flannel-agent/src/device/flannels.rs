@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use flannel_common::vxlan::NEXT_HOP_MAC;
+use ipnet::Ipv4Net;
 use rtnetlink::packet_route::{
     AddressFamily,
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
@@ -15,6 +16,14 @@ use super::{
 };
 
 impl Netlink {
+    /// Whether a device is of an overlay with this Network: it has an address within, as flannel's and ours have.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn is_device_of(&self, ifindex: u32, network: Ipv4Net) -> Result<bool, DeviceError> {
+        Ok(self.addresses().await?.iter().any(|(index, address)| *index == ifindex && network.contains(address)))
+    }
+
     /// The subnets that flannel's daemon routes into a device: each by way of its own first address, whose permanent
     /// neighbour has another MAC than the agent's made-up one (flannel: pkg/backend/vxlan/vxlan_network.go). The agent
     /// removes them when it starts, so that whoever made them came after it.

@@ -22,8 +22,10 @@ use super::{
 use crate::repair::Repair;
 
 /// What is to lead to the peers.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkRoutes {
+    /// The address of this host that it sends from by the shared routes: that of flannel's, which lead to addresses beside it.
+    pub source: Ipv4Addr,
     /// Prefixes of routes that leases share.
     pub shared: Vec<Ipv4Net>,
     /// Leases that have a route of their own, and their hosts.
@@ -50,7 +52,7 @@ impl Netlink {
             self.set_neighbour(link, gateway, NEXT_HOP_MAC).await?;
             ensured.repairs.push(Repair::Neighbour);
         }
-        let shared = routes.shared.iter().map(|prefix| Wanted::shared(*prefix, gateway, Ipv4Addr::UNSPECIFIED));
+        let shared = routes.shared.iter().map(|prefix| Wanted::shared(*prefix, gateway, routes.source));
         let leases = routes.leases.iter().map(|(lease, host)| Wanted::by_host(*lease, *host));
         let wanted: HashSet<Wanted> = shared.chain(leases).collect();
         let former: HashSet<_> = there.iter().filter(|route| is_ours(route)).map(place).collect();
@@ -94,7 +96,8 @@ impl Netlink {
                 .iter()
                 .any(|route| Wanted::of(route).is_some_and(|route| network.contains(&route.prefix())));
             if has_some {
-                self.ensure_link_routes(&link, network, &LinkRoutes::default()).await?;
+                let none = LinkRoutes { source: Ipv4Addr::UNSPECIFIED, shared: Vec::new(), leases: BTreeMap::new() };
+                self.ensure_link_routes(&link, network, &none).await?;
             }
         }
         Ok(())

@@ -191,6 +191,10 @@ impl<'a> Reconciler<'a> {
             self.status.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
         }
         self.dataplane.peers.sync(&self.underlay.desired(table))?;
+        if event >= Changed::Way && self.target.backend.own_device_name().is_none() {
+            // Only now it is known who is on the link.
+            self.ensure_link_routes_or_say(table).await;
+        }
         if event >= Changed::Way {
             self.look_at_routing_rules(table).await;
         }

@@ -304,9 +304,19 @@ impl Reconciler<'_> {
     async fn ensure_link_routes(&mut self, routing: Routing, table: &LeaseTable) -> Result<Vec<Repair>, DaemonError> {
         let own = routes::of_their_own(routing, &self.routes.prefixes, table.iter().map(|(subnet, _)| subnet));
         let hosts = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip));
-        let (on_link, elsewhere): (Vec<_>, Vec<_>) = hosts.partition(|(_, host)| self.underlay.is_on_link(*host));
+        // Of whom the way is asked for again it is as it was.
+        let was_on_link =
+            |subnet: &Ipv4Net| self.routes.on_link.as_ref().is_none_or(|before| before.leases.contains_key(subnet));
+        let is_on_link = |(subnet, host): &(Ipv4Net, Ipv4Addr)| match self.underlay.is_on_link(*host) {
+            Some(is_on_link) => is_on_link,
+            None => was_on_link(subnet),
+        };
+        let (on_link, elsewhere): (Vec<_>, Vec<_>) = hosts.partition(is_on_link);
+        let elsewhere: Vec<_> =
+            elsewhere.into_iter().filter(|(_, host)| self.underlay.is_on_link(*host).is_some()).collect();
         self.status.waiting(NOT_ON_LINK, not_on_link(&elsewhere, &self.uplink.external.link.name));
         let wanted = LinkRoutes {
+            source: self.uplink.external.address,
             shared: if routing == Routing::Shared { self.routes.prefixes.clone() } else { Vec::new() },
             leases: on_link.into_iter().filter(|(subnet, _)| own.contains(subnet)).collect(),
         };
@@ -377,9 +387,13 @@ impl Reconciler<'_> {
         if backend.own_device_name() != Some(&device)
             && let Some(link) = self.netlink.link_by_name(&device).await?
         {
-            // Its addresses, routes, neighbours and forwarding entries go with it.
-            self.netlink.delete_link(&device, link.header.index).await?;
-            info!("removed {device}: the network's backend is {}", backend.kind());
+            if self.netlink.is_device_of(link.header.index, network.network).await? {
+                // Its addresses, routes, neighbours and forwarding entries go with it.
+                self.netlink.delete_link(&device, link.header.index).await?;
+                info!("removed {device}: the network's backend is {}", backend.kind());
+            } else {
+                info!("left {device}: it has no address within {}, and is another network's", network.network);
+            }
         }
         Ok(self.dataplane.detach_all_but(&hooks, &external.name, &at_external)?)
     }
@@ -396,11 +410,12 @@ impl Reconciler<'_> {
         if let Err(error) = self.sweep_other_backends().await {
             warn!("something of another backend stays: {error}");
         }
+        // flannel's host-gw made these, and its vxlan with DirectRouting.
+        let hosts = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip)).collect();
+        if let Err(error) = self.netlink.sweep_link_routes(&self.uplink.external.link, &hosts).await {
+            warn!("{error}");
+        }
         if self.target.backend.own_device_name().is_none() {
-            let hosts = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip)).collect();
-            if let Err(error) = self.netlink.sweep_link_routes(link, &hosts).await {
-                warn!("{error}");
-            }
             return;
         }
         let macs = table.iter().map(|(_, peer)| peer.vtep_mac.0).collect();

@@ -100,6 +100,11 @@ impl Reconciler<'_> {
         self.status.external(&self.uplink.external, &self.target.backend);
         let External { address, public_ip, .. } = self.uplink.external;
         self.events.push(Event::External { public_ip, is_other_source: address != address_before });
+        if self.target.backend.own_device_name().is_none() {
+            // Those over another interface would stand in the way.
+            let (network, kept) = (self.target.network.network, Some(self.uplink.external.link.index));
+            self.netlink.remove_link_routes(network, kept).await?;
+        }
         self.rebuild(table).await?;
         self.is_rebuild_due = false;
         Ok(())
