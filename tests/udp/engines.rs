@@ -6,6 +6,7 @@ use flannel_agent::{
     device::Netlink,
     udp::{OVERHEAD, Peers, Settings, Tunnel, UdpError},
 };
+use flannel_common::vxlan::Vni;
 use xtask::lab::{Host, Netns, Subnet};
 
 /// Number and address of each host: that number's subnet is `10.5.<number>.0/24`.
@@ -18,6 +19,7 @@ pub const MTU: u32 = 1500 - OVERHEAD;
 pub fn settings(host: &Host, number: u8) -> Settings {
     Settings {
         device: None,
+        vni: Vni::DEFAULT,
         local: SocketAddrV4::new(host.address, PORT),
         overlay: Ipv4Addr::new(10, 5, number, 0),
         network: "10.5.0.0/16".parse().unwrap(),

@@ -3,6 +3,7 @@
 //!
 //! * `vxlan` — in UDP, as the kernel's vxlan device sends them
 //! * `host_gw` — as they are, to hosts on the same link
+//! * `udp` — in UDP, by threads of this process
 //! * `alloc` — not by this agent
 //!
 //! A backend that is added has a module here, and a variant in [`BackendConfig`] (its settings) and in
@@ -12,6 +13,7 @@
 
 mod alloc;
 mod host_gw;
+mod udp;
 mod vxlan;
 
 use std::net::Ipv4Addr;
@@ -21,7 +23,7 @@ use flannel_common::{
     vxlan::{NEXT_HOP_MAC, Vni},
 };
 
-pub use self::{alloc::Alloc, host_gw::HostGw, vxlan::Vxlan};
+pub use self::{alloc::Alloc, host_gw::HostGw, udp::Udp, vxlan::Vxlan};
 use crate::{
     config::{BackendConfig, BackendType},
     dataplane::Hook,
@@ -57,6 +59,8 @@ pub enum Backend {
     Vxlan(Vxlan),
     /// As they are, to hosts on the same link.
     HostGw(HostGw),
+    /// In UDP, by threads of this process.
+    Udp(Udp),
     /// Not by this agent.
     Alloc(Alloc),
 }
@@ -77,13 +81,19 @@ pub const fn hooks(backend: BackendType) -> &'static [(Hook, At)] {
             &[(Hook::FromUnderlay, At::External), (Hook::FromOverlay, At::Device), (Hook::ToOverlay, At::Device)]
         }
         BackendType::HostGw => &[(Hook::FromUnderlay, At::External), (Hook::ToUnderlay, At::External)],
-        BackendType::Alloc => &[],
+        BackendType::Udp | BackendType::Alloc => &[],
     }
 }
 
-/// Whether a backend carries packets, by programs and what hangs on them. One that does not touches nothing of the kernel's.
+/// Whether a backend carries packets, by programs and what hangs on them. One that does not touches nothing of the kernel's, but
+/// for one [in user space](is_in_user_space).
 pub const fn has_datapath(backend: BackendType) -> bool {
     !hooks(backend).is_empty()
+}
+
+/// Whether a backend carries packets by threads of this process.
+pub const fn is_in_user_space(backend: BackendType) -> bool {
+    matches!(backend, BackendType::Udp)
 }
 
 impl Backend {
@@ -95,6 +105,7 @@ impl Backend {
         Ok(match config {
             BackendConfig::Vxlan(config) => Self::Vxlan(Vxlan::new(config, external)),
             BackendConfig::HostGw(config) => Self::HostGw(HostGw::new(*config, external)?),
+            BackendConfig::Udp(config) => Self::Udp(Udp::new(*config, external)),
             BackendConfig::Alloc(config) => Self::Alloc(Alloc::new(*config, external)),
         })
     }
@@ -104,6 +115,7 @@ impl Backend {
         match self {
             Self::Vxlan(_) => BackendType::Vxlan,
             Self::HostGw(_) => BackendType::HostGw,
+            Self::Udp(_) => BackendType::Udp,
             Self::Alloc(_) => BackendType::Alloc,
         }
     }
@@ -112,7 +124,7 @@ impl Backend {
     pub const fn flags(&self) -> u32 {
         match self {
             Self::Vxlan(vxlan) if vxlan.is_direct() => Config::DIRECT,
-            Self::Vxlan(_) | Self::Alloc(_) => 0,
+            Self::Vxlan(_) | Self::Udp(_) | Self::Alloc(_) => 0,
             Self::HostGw(_) => Config::DIRECT | Config::NO_TUNNEL,
         }
     }
@@ -121,14 +133,14 @@ impl Backend {
     pub const fn has_both_ways(&self) -> bool {
         match self {
             Self::Vxlan(vxlan) => vxlan.is_direct(),
-            Self::HostGw(_) | Self::Alloc(_) => false,
+            Self::HostGw(_) | Self::Udp(_) | Self::Alloc(_) => false,
         }
     }
 
     /// Whether each lease has a route of the kernel's own.
     pub const fn has_kernel_routes(&self) -> bool {
         match self {
-            Self::Vxlan(_) | Self::Alloc(_) => false,
+            Self::Vxlan(_) | Self::Udp(_) | Self::Alloc(_) => false,
             Self::HostGw(host_gw) => host_gw.has_kernel_routes(),
         }
     }
@@ -138,6 +150,7 @@ impl Backend {
         match self {
             Self::Vxlan(vxlan) => vxlan.vni(),
             Self::HostGw(host_gw) => host_gw.vni(),
+            Self::Udp(udp) => udp.vni(),
             Self::Alloc(alloc) => alloc.vni(),
         }
     }
@@ -147,6 +160,7 @@ impl Backend {
         match self {
             Self::Vxlan(vxlan) => vxlan.mtu(),
             Self::HostGw(host_gw) => host_gw.mtu(),
+            Self::Udp(udp) => udp.mtu(),
             Self::Alloc(alloc) => alloc.mtu(),
         }
     }
@@ -155,6 +169,7 @@ impl Backend {
     pub const fn port(&self) -> u16 {
         match self {
             Self::Vxlan(vxlan) => vxlan.port(),
+            Self::Udp(udp) => udp.port(),
             Self::HostGw(_) | Self::Alloc(_) => 0,
         }
     }
@@ -164,24 +179,26 @@ impl Backend {
         match self {
             Self::Vxlan(vxlan) => vxlan.attributes(),
             Self::HostGw(_) => HostGw::attributes(),
+            Self::Udp(_) => Udp::attributes(),
             Self::Alloc(_) => Alloc::attributes(),
         }
     }
 
-    /// The name of the device that carries the slow path.
+    /// The name of the device that carries the slow path; that it leaves by, where that one's is known only once it is made.
     pub fn device_name(&self) -> &str {
         match self {
             Self::Vxlan(vxlan) => vxlan.device_name(),
             Self::HostGw(host_gw) => host_gw.device_name(),
+            Self::Udp(udp) => udp.device_name(),
             Self::Alloc(alloc) => alloc.device_name(),
         }
     }
 
-    /// The name of the device that it makes, where it makes one.
+    /// The name of the device that it makes, where it makes one of a name that is known before.
     pub fn own_device_name(&self) -> Option<&str> {
         match self {
             Self::Vxlan(vxlan) => Some(vxlan.device_name()),
-            Self::HostGw(_) | Self::Alloc(_) => None,
+            Self::HostGw(_) | Self::Udp(_) | Self::Alloc(_) => None,
         }
     }
 
@@ -192,7 +209,7 @@ impl Backend {
     pub async fn device_mac(&self, netlink: &Netlink) -> Result<Option<MacAddress>, DeviceError> {
         match self {
             Self::Vxlan(vxlan) => vxlan.device_mac(netlink).await,
-            Self::HostGw(_) | Self::Alloc(_) => Ok(self.attributes().fixed_mac()),
+            Self::HostGw(_) | Self::Udp(_) | Self::Alloc(_) => Ok(self.attributes().fixed_mac()),
         }
     }
 
@@ -208,7 +225,7 @@ impl Backend {
     ) -> Result<Option<(Link, Option<Repair>)>, DeviceError> {
         match self {
             Self::Vxlan(vxlan) => vxlan.ensure_device(netlink, mac).await.map(Some),
-            Self::HostGw(_) | Self::Alloc(_) => Ok(None),
+            Self::HostGw(_) | Self::Udp(_) | Self::Alloc(_) => Ok(None),
         }
     }
 
@@ -216,7 +233,7 @@ impl Backend {
     pub fn endpoint(&self, external: &External, mac: MacAddress) -> Endpoint {
         match self {
             Self::Vxlan(vxlan) => vxlan.endpoint(external, mac),
-            Self::HostGw(_) | Self::Alloc(_) => Endpoint {
+            Self::HostGw(_) | Self::Udp(_) | Self::Alloc(_) => Endpoint {
                 external: external.clone(),
                 port: 0,
                 source_ports: device::local_ports(),

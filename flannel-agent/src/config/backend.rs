@@ -39,6 +39,9 @@ pub(super) const BACKEND_KEYS: [&str; 25] = [
 /// The smallest MTU of an underlay whose overlay still has the 68 bytes that IPv4 requires (RFC 791).
 const MIN_MTU: u32 = 68 + vxlan::OVERHEAD as u32;
 
+/// The udp backend's port, where none is given.
+pub const UDP_PORT: u16 = 8285;
+
 /// A backend that this agent has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendType {
@@ -46,19 +49,22 @@ pub enum BackendType {
     Vxlan,
     /// Packets as they are, to hosts on the same link.
     HostGw,
+    /// Packets in UDP, by the agent itself.
+    Udp,
     /// None: a lease and `subnet.env`.
     Alloc,
 }
 
 impl BackendType {
     /// Each of them.
-    pub const ALL: [Self; 3] = [Self::Vxlan, Self::HostGw, Self::Alloc];
+    pub const ALL: [Self; 4] = [Self::Vxlan, Self::HostGw, Self::Udp, Self::Alloc];
 
     /// Its `Type` in network configs.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Vxlan => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Udp => "udp",
             Self::Alloc => "alloc",
         }
     }
@@ -82,8 +88,19 @@ pub enum BackendConfig {
     Vxlan(VxlanConfig),
     /// The host-gw backend.
     HostGw(HostGwConfig),
+    /// The udp backend.
+    Udp(UdpConfig),
     /// The alloc backend.
     Alloc(AllocConfig),
+}
+
+/// Settings of the udp backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpConfig {
+    /// As [`HostGwConfig::vni`].
+    pub vni: Vni,
+    /// UDP port of the tunnel.
+    pub port: u16,
 }
 
 /// Settings of the alloc backend.
@@ -134,6 +151,9 @@ impl BackendConfig {
                 let kernel_routes = object.boolean("KernelRoutes")?.unwrap_or_default();
                 Ok(Self::HostGw(HostGwConfig { vni: number(&object)?, kernel_routes }))
             }
+            Some(BackendType::Udp) => {
+                Ok(Self::Udp(UdpConfig { vni: number(&object)?, port: port(&object, UDP_PORT)? }))
+            }
             Some(BackendType::Alloc) => Ok(Self::Alloc(AllocConfig { vni: number(&object)? })),
             None => Err(ConfigError::UnknownBackend(kind)),
         }
@@ -144,6 +164,7 @@ impl BackendConfig {
         match self {
             Self::Vxlan(_) => BackendType::Vxlan,
             Self::HostGw(_) => BackendType::HostGw,
+            Self::Udp(_) => BackendType::Udp,
             Self::Alloc(_) => BackendType::Alloc,
         }
     }
@@ -153,6 +174,7 @@ impl BackendConfig {
         match self {
             Self::Vxlan(vxlan) => vxlan.vni,
             Self::HostGw(host_gw) => host_gw.vni,
+            Self::Udp(udp) => udp.vni,
             Self::Alloc(alloc) => alloc.vni,
         }
     }
@@ -167,6 +189,10 @@ impl BackendConfig {
             (Self::HostGw(ours), Self::HostGw(theirs)) => vec![
                 ("VNI", ours.vni.to_string(), theirs.vni.to_string()),
                 ("KernelRoutes", ours.kernel_routes.to_string(), theirs.kernel_routes.to_string()),
+            ],
+            (Self::Udp(ours), Self::Udp(theirs)) => vec![
+                ("VNI", ours.vni.to_string(), theirs.vni.to_string()),
+                ("Port", ours.port.to_string(), theirs.port.to_string()),
             ],
             (Self::Alloc(ours), Self::Alloc(theirs)) => vec![("VNI", ours.vni.to_string(), theirs.vni.to_string())],
             (ours, theirs) => vec![("Type", ours.kind().to_string(), theirs.kind().to_string())],
@@ -185,23 +211,25 @@ fn number(object: &Object<'_>) -> Result<Vni, ConfigError> {
     checked.ok_or_else(|| in_range("Backend.VNI", vni, "0 to 9999999"))
 }
 
+/// The UDP port of a tunnel. 0 asks for the default, as where there is none.
+fn port(object: &Object<'_>, default: u16) -> Result<u16, ConfigError> {
+    let port = object.integer("Port", &default.to_string())?.unwrap_or_default();
+    match u16::try_from(port) {
+        Ok(0) => Ok(default),
+        Ok(port) => Ok(port),
+        Err(_) => Err(in_range("Backend.Port", port, &format!("1 to 65535, or 0 for the default {default}"))),
+    }
+}
+
 impl VxlanConfig {
     fn from_object(object: &Object<'_>) -> Result<Self, ConfigError> {
         if object.boolean("GBP")? == Some(true) {
             return Err(ConfigError::Unsupported("Backend GBP"));
         }
-        let port = object.integer("Port", "8472")?.unwrap_or_default();
         let mtu = object.integer("MTU", "1450")?.unwrap_or_default();
         Ok(Self {
             vni: number(object)?,
-            port: match u16::try_from(port) {
-                Ok(0) => vxlan::DEFAULT_PORT,
-                Ok(port) => port,
-                Err(_) => {
-                    let expected = format!("1 to 65535, or 0 for the default {}", vxlan::DEFAULT_PORT);
-                    return Err(in_range("Backend.Port", port, &expected));
-                }
-            },
+            port: port(object, vxlan::DEFAULT_PORT)?,
             mtu: match u32::try_from(mtu) {
                 Ok(0) => None,
                 Ok(mtu @ MIN_MTU..=65535) => Some(mtu),

@@ -95,14 +95,6 @@ pub enum ConfigError {
     /// SubnetMin is greater than SubnetMax: flannel accepts this and runs out of subnets.
     #[error("SubnetMin {0} is greater than SubnetMax {1}")]
     EmptyRange(Ipv4Addr, Ipv4Addr),
-    /// There is no Backend. flannel's default is the user-space one.
-    #[error(
-        "unknown backend type: udp (Backend is not given, and udp is flannel's default; expected {BACKEND_EXAMPLE}){hint}"
-    )]
-    NoBackend {
-        /// What may have been meant for it.
-        hint: String,
-    },
     /// Backend is no object, or is none that can be read.
     #[error("error decoding Backend property of config: {0}")]
     Backend(String),

@@ -15,7 +15,7 @@ use ipnet::Ipv4Net;
 
 use self::{backend::BACKEND_KEYS, decode::Object};
 pub use self::{
-    backend::{AllocConfig, BackendConfig, BackendType, HostGwConfig, VxlanConfig},
+    backend::{AllocConfig, BackendConfig, BackendType, HostGwConfig, UDP_PORT, UdpConfig, VxlanConfig},
     error::ConfigError,
 };
 
@@ -53,6 +53,8 @@ const KEYS: [&str; 12] = [
     "IPv6SubnetLen",
     "Backend",
 ];
+/// What a configuration without one has (pkg/subnet/config.go); flannel's documentation says vxlan.
+const DEFAULT_BACKEND: &str = r#"{"Type": "udp"}"#;
 /// kube-controller-manager's length of a node's podCIDR where nothing is said (`--node-cidr-mask-size`).
 const ASSIGNED_LEN: u8 = 24;
 
@@ -100,26 +102,27 @@ impl NetworkConfig {
         let max = object.address("SubnetMax", "10.5.255.0")?;
         let network = network.ok_or_else(|| ConfigError::NoNetwork { hint: misspelt(&object, "Network") })?;
         let (subnet_len, subnet_min, subnet_max, has_subnet_range) = subnets(network, len, min, max)?;
-        let backend = object.json("Backend");
-        let backend = backend.ok_or_else(|| ConfigError::NoBackend { hint: misspelt(&object, "Backend") })?;
-        let backend = BackendConfig::parse(backend)?;
+        let backend = BackendConfig::parse(object.json("Backend").unwrap_or(DEFAULT_BACKEND))?;
         Ok(Self { network, subnet_len, subnet_min, subnet_max, has_subnet_range, enable_nftables, backend })
     }
 }
 
-/// What is to be said of a configuration's keys that are none of flannel's, which have no effect, as with flannel. Nothing of
-/// one that is no object.
+/// What is to be said of a configuration's keys that are none of flannel's, which have no effect, as with flannel; and where it has
+/// no Backend. Nothing of one that is no object.
 pub fn unknown_keys(json: &str) -> Vec<String> {
     let Ok(object) = Object::parse(json, "") else { return Vec::new() };
     let backend = object.json("Backend").and_then(|json| Object::parse(json, "Backend.").ok());
     let own = object.unknown(&KEYS).into_iter().map(|key| ("", key));
     let backends = backend.map(|backend| backend.unknown(&BACKEND_KEYS)).unwrap_or_default();
-    own.chain(backends.into_iter().map(|key| ("Backend.", key)))
-        .map(|(path, (key, meant))| {
-            let meant = meant.map(|meant| format!(" (did you mean {path}{meant}?)")).unwrap_or_default();
-            format!("the key {path}{key} is none of flannel's{meant} and has no effect")
-        })
-        .collect()
+    let unknown = own.chain(backends.into_iter().map(|key| ("Backend.", key))).map(|(path, (key, meant))| {
+        let meant = meant.map(|meant| format!(" (did you mean {path}{meant}?)")).unwrap_or_default();
+        format!("the key {path}{key} is none of flannel's{meant} and has no effect")
+    });
+    let missing = object.json("Backend").is_none().then(|| {
+        "there is no Backend, and flannel's default is udp, in user space: vxlan is faster where it can be had"
+            .to_owned()
+    });
+    unknown.chain(missing).collect()
 }
 
 /// A key that is none and may have been meant for this one.

@@ -195,15 +195,15 @@ fn backend_errors() {
     let cases = [
         (
             r#"{"Type": "ipip"}"#,
-            r#"unknown backend type: ipip (Backend.Type; this agent has vxlan, host-gw, alloc: "Backend": {"Type": "vxlan"})"#,
+            r#"unknown backend type: ipip (Backend.Type; this agent has vxlan, host-gw, udp, alloc: "Backend": {"Type": "vxlan"})"#,
         ),
         (
             r#"{}"#,
-            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw, alloc: "Backend": {"Type": "vxlan"})"#,
+            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw, udp, alloc: "Backend": {"Type": "vxlan"})"#,
         ),
         (
             r#"null"#,
-            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw, alloc: "Backend": {"Type": "vxlan"})"#,
+            r#"unknown backend type:  (Backend.Type; this agent has vxlan, host-gw, udp, alloc: "Backend": {"Type": "vxlan"})"#,
         ),
         (r#""vxlan""#, r#"error decoding Backend property of config: "vxlan" (expected "Backend": {"Type": "vxlan"})"#),
         (
@@ -238,10 +238,10 @@ fn backend_errors() {
     }
     // Flannel's others, by name, and with what there is.
     for kind in
-        ["udp", "wireguard", "ipip", "ipsec", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce", "WireGuard"]
+        ["wireguard", "ipip", "ipsec", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce", "WireGuard"]
     {
         let message = backend(&format!(r#"{{"Type": "{kind}"}}"#)).expect_err(kind).to_string();
-        let expected = format!("unknown backend type: {kind} (Backend.Type; this agent has vxlan, host-gw, alloc: ");
+        let expected = format!("unknown backend type: {kind} (Backend.Type; this agent has vxlan, host-gw, udp, alloc: ");
         assert!(message.starts_with(&expected), "{message}");
     }
 }
@@ -258,17 +258,25 @@ fn alloc_has_a_number_and_nothing_else() {
 
 #[test]
 fn a_missing_backend_is_flannels_udp() {
-    let error =
-        |fields: &str| NetworkConfig::parse(&format!(r#"{{"Network": "10.1.0.0/16"{fields}}}"#)).expect_err(fields);
+    let parse = |fields: &str| {
+        NetworkConfig::parse(&format!(r#"{{"Network": "10.1.0.0/16"{fields}}}"#)).map(|config| config.backend)
+    };
+    let udp = |vni, port| Ok(BackendConfig::Udp(UdpConfig { vni: Vni::new_checked(vni).expect("valid"), port }));
+    assert_eq!(parse(""), udp(1, 8285));
+    assert_eq!(parse(r#", "Backed": {"Type": "vxlan"}"#), udp(1, 8285));
+    assert_eq!(parse(r#", "Backend": {"Type": "UDP", "VNI": 3, "Port": 9000}"#), udp(3, 9000));
+    assert_eq!(parse(r#", "Backend": {"Type": "udp", "Port": 0}"#), udp(1, 8285));
+    let error = |backend: &str| parse(&format!(r#", "Backend": {{"Type": "udp", {backend}}}"#)).expect_err(backend);
     assert_eq!(
-        error("").to_string(),
-        r#"unknown backend type: udp (Backend is not given, and udp is flannel's default; expected "Backend": {"Type": "vxlan"})"#
+        error(r#""Port": 65536"#).to_string(),
+        "Backend.Port: 65536 is out of range, expected 1 to 65535, or 0 for the default 8285"
     );
-    assert!(
-        error(r#", "Backed": {"Type": "vxlan"}"#)
-            .to_string()
-            .ends_with(r#"; it has "Backed", did you mean "Backend"?"#)
+    assert_eq!(
+        error(r#""Port": "8285""#).to_string(),
+        r#"Backend.Port: "8285" is a string, expected a whole number (as in "Port": 8285)"#
     );
+    let said = unknown_keys(r#"{"Network": "10.1.0.0/16", "Backed": {"Type": "vxlan"}}"#);
+    assert!(said[0].contains("did you mean Backend?") && said[1].starts_with("there is no Backend"), "{said:?}");
 }
 
 #[test]

@@ -17,6 +17,7 @@ use tracing::warn;
 use super::{
     DeviceError, Link, Netlink,
     overlay_route::{Ensured, NEXT_HOPS, Wanted, gateways, is_ours, place},
+    tun,
     vxlan::VxlanDevice,
 };
 use crate::repair::Repair;
@@ -87,7 +88,7 @@ impl Netlink {
     /// [`DeviceError::Call`] where the kernel does not list links or routes.
     pub async fn remove_link_routes(&self, network: Ipv4Net, kept: Option<u32>) -> Result<(), DeviceError> {
         for link in self.links().await? {
-            if Some(link.index) == kept || VxlanDevice::vni_of(&link.name).is_some() {
+            if Some(link.index) == kept || VxlanDevice::vni_of(&link.name).is_some() || tun::is_name(&link.name) {
                 continue;
             }
             let has_some = self

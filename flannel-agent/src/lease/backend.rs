@@ -19,7 +19,9 @@ pub enum BackendAttributes {
     },
     /// The host-gw backend's, which say nothing but that.
     HostGw,
-    /// The alloc backend's, which do not even say that.
+    /// The udp backend's, which do not even say that.
+    Udp,
+    /// The alloc backend's, which are the same.
     Alloc,
 }
 
@@ -31,7 +33,7 @@ impl BackendAttributes {
     pub fn of_host(self, public_ip: Ipv4Addr, vtep_mac: MacAddress) -> LeaseAttributes {
         match self {
             Self::Vxlan { vni } => LeaseAttributes::vxlan(public_ip, vni.get(), vtep_mac),
-            Self::HostGw | Self::Alloc => LeaseAttributes::without_data(public_ip, self.label()),
+            Self::HostGw | Self::Udp | Self::Alloc => LeaseAttributes::without_data(public_ip, self.label()),
         }
     }
 
@@ -40,7 +42,7 @@ impl BackendAttributes {
         match self {
             Self::Vxlan { .. } => "vxlan",
             Self::HostGw => "host-gw",
-            Self::Alloc => "",
+            Self::Udp | Self::Alloc => "",
         }
     }
 
@@ -48,7 +50,7 @@ impl BackendAttributes {
     pub const fn fixed_mac(self) -> Option<MacAddress> {
         match self {
             Self::Vxlan { .. } => None,
-            Self::HostGw | Self::Alloc => Some(NO_MAC),
+            Self::HostGw | Self::Udp | Self::Alloc => Some(NO_MAC),
         }
     }
 
@@ -56,7 +58,7 @@ impl BackendAttributes {
     pub fn announced_mac(self, attributes: &LeaseAttributes) -> Option<MacAddress> {
         match self {
             Self::Vxlan { .. } => attributes.announced_mac(),
-            Self::HostGw | Self::Alloc => self.peer(attributes).ok().map(|peer| peer.vtep_mac),
+            Self::HostGw | Self::Udp | Self::Alloc => self.peer(attributes).ok().map(|peer| peer.vtep_mac),
         }
     }
 
@@ -70,7 +72,7 @@ impl BackendAttributes {
             return Err(InvalidLease::Backend { theirs, ours: self.label() });
         }
         let vtep_mac = match self {
-            Self::HostGw | Self::Alloc => NO_MAC,
+            Self::HostGw | Self::Udp | Self::Alloc => NO_MAC,
             Self::Vxlan { vni } => {
                 let data = attributes.vxlan_data()?;
                 if data.vni != vni.get() {

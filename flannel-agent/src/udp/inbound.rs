@@ -54,16 +54,21 @@ impl Inbound {
         if message.len == 0 {
             self.queue.counters.add(Event::Truncated, 1);
         }
+        let mut is_heard = false;
         for start in (0..message.len).step_by(message.datagram_len.max(1)) {
             let end = message.len.min(start + message.datagram_len);
             match self.admit(&mut buffers[buffer][start..end], message) {
                 Ok(ipv4) => {
+                    is_heard = true;
                     // What is behind the packet is none of it.
                     let bytes = start..start + ipv4.total_len;
                     merger.add(buffers, Place { buffer, bytes }, &ipv4);
                 }
                 Err(event) => self.queue.counters.add(event, 1),
             }
+        }
+        if is_heard {
+            self.queue.peers.hear(message.host);
         }
     }
 

@@ -36,8 +36,10 @@ use std::{
     num::NonZeroUsize,
     sync::Arc,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
+use flannel_common::vxlan::Vni;
 use ipnet::Ipv4Net;
 use tokio::sync::watch;
 use tracing::error;
@@ -51,10 +53,9 @@ use self::{
     tun::Tun,
 };
 pub use self::{counters::Event, error::UdpError, peers::Peers};
+pub use crate::config::UDP_PORT as PORT;
 use crate::device::{Netlink, tun::TunDevice};
 
-/// flannel's default.
-pub const PORT: u16 = 8285;
 /// Bytes that the tunnel adds: the IPv4 and UDP headers.
 pub const OVERHEAD: u32 = 28;
 /// Queues of a device that are of use: packets of a flow take one, and more than this many flows seldom go at once.
@@ -65,6 +66,8 @@ const MAX_QUEUES: usize = 8;
 pub struct Settings {
     /// Name of a device that is this agent's already, or is to be; [`None`] for the first `flannel<number>` that is free.
     pub device: Option<String>,
+    /// The number that this host knows the overlay by.
+    pub vni: Vni,
     /// This host's address on the underlay, and the port of all hosts.
     pub local: SocketAddrV4,
     /// This host's address on the overlay.
@@ -73,6 +76,14 @@ pub struct Settings {
     pub network: Ipv4Net,
     /// MTU of the device, in bytes.
     pub mtu: u32,
+}
+
+impl Settings {
+    /// The device, by its name.
+    pub fn tun_device(&self, name: &str) -> TunDevice {
+        let Self { vni, overlay, network, mtu, .. } = *self;
+        TunDevice { name: name.to_owned(), vni, address: overlay, network, mtu }
+    }
 }
 
 /// A tunnel that carries packets. Stops when dropped; the device stays, with its address and routes, so that packets for the
@@ -104,9 +115,7 @@ impl Tunnel {
             }
         }
         let tun = Tun::open(settings.device.as_deref(), queues)?;
-        let Settings { overlay, network, mtu, .. } = *settings;
-        let device = TunDevice { name: tun.name.clone(), address: overlay, network, mtu };
-        netlink.ensure_tun(&device).await?;
+        netlink.ensure_tun(&settings.tun_device(&tun.name)).await?;
         let tunnel = Self::carry(settings, &tun, &sockets, peers)?;
         tun.keep()?;
         Ok(tunnel)
@@ -163,7 +172,14 @@ impl Tunnel {
 
     /// Takes other peers from the next packet on.
     pub fn set_peers(&self, peers: Peers) {
+        let peers = peers.after(&self.peers.borrow());
         self.peers.send_replace(Arc::new(peers));
+    }
+
+    /// For how long no packet has been let in from the host that leases a subnet; [`None`] where none ever was since the start, or
+    /// nobody does.
+    pub fn silence_of(&self, subnet: Ipv4Net) -> Option<Duration> {
+        self.peers.borrow().silence_of(subnet)
     }
 
     /// How many packets this happened to since the start.
@@ -174,6 +190,16 @@ impl Tunnel {
     /// Why it carries no packets any more, once it doesn't: the device was deleted, above all. It has to be started again.
     pub fn failure(&self) -> watch::Receiver<Option<String>> {
         self.failure.clone()
+    }
+
+    /// Waits until there is such a reason.
+    pub async fn failed(&self) -> String {
+        let mut failure = self.failure();
+        match failure.wait_for(Option::is_some).await {
+            Ok(cause) => cause.clone().unwrap_or_default(),
+            // All threads have ended without one.
+            Err(_) => std::future::pending().await,
+        }
     }
 }
 

@@ -1,14 +1,24 @@
 //! Who leases which subnet, for each packet.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     net::Ipv4Addr,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use flannel_common::packet::is_unicast;
 use ipnet::Ipv4Net;
 
 use super::Event;
+
+/// When a host was heard last, in milliseconds since [`BEGINNING`]; 0 where it never was.
+type Heard = Arc<AtomicU64>;
+
+static BEGINNING: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// The peers at one time. It is replaced as a whole.
 #[derive(Clone, Debug)]
@@ -20,7 +30,7 @@ pub struct Peers {
     owners: HashMap<(u8, u32), Ipv4Addr>,
     /// The prefix lengths that leases have, the longest first. It is one, where the Network was never configured anew.
     lens: Vec<u8>,
-    hosts: HashSet<Ipv4Addr>,
+    hosts: HashMap<Ipv4Addr, Heard>,
 }
 
 impl Peers {
@@ -37,8 +47,33 @@ impl Peers {
             .map(|(lease, host)| ((lease.prefix_len(), lease.network().to_bits()), host))
             .collect();
         let lens: BTreeSet<u8> = owners.keys().map(|(len, _)| *len).collect();
-        let hosts = owners.values().copied().collect();
+        let hosts = owners.values().map(|host| (*host, Heard::default())).collect();
         Self { subnet, address, accepted, owners, lens: lens.into_iter().rev().collect(), hosts }
+    }
+
+    /// With what is known of the hosts that were peers before, too.
+    pub(super) fn after(mut self, before: &Self) -> Self {
+        for (host, heard) in &mut self.hosts {
+            if let Some(known) = before.hosts.get(host) {
+                *heard = Arc::clone(known);
+            }
+        }
+        self
+    }
+
+    /// A packet from a host was let in.
+    pub(super) fn hear(&self, host: Ipv4Addr) {
+        if let Some(heard) = self.hosts.get(&host) {
+            let now = BEGINNING.elapsed().as_millis() as u64;
+            heard.store(now.max(1), Ordering::Relaxed);
+        }
+    }
+
+    /// As [`Tunnel::silence_of`](super::Tunnel::silence_of).
+    pub(super) fn silence_of(&self, subnet: Ipv4Net) -> Option<Duration> {
+        let host = self.owners.get(&(subnet.prefix_len(), subnet.network().to_bits()))?;
+        let heard = self.hosts.get(host)?.load(Ordering::Relaxed);
+        (heard > 0).then(|| BEGINNING.elapsed().saturating_sub(Duration::from_millis(heard)))
     }
 
     /// The host that leases the subnet of an address.
@@ -61,7 +96,7 @@ impl Peers {
         let is_local = self.subnet.contains(&source);
         match self.owner_of(source) {
             Some(owner) if owner == host && !is_local => {}
-            _ if !self.hosts.contains(&host) => return Err(Event::UnknownPeer),
+            _ if !self.hosts.contains_key(&host) => return Err(Event::UnknownPeer),
             None if !is_local && (source == host || self.accepts(source)) => {}
             _ => return Err(Event::SpoofedInnerSource),
         }
@@ -72,7 +107,7 @@ impl Peers {
 
     /// Whether the operator names an address, and it is no host's own.
     fn accepts(&self, address: Ipv4Addr) -> bool {
-        let is_host = address == self.address || self.hosts.contains(&address);
+        let is_host = address == self.address || self.hosts.contains_key(&address);
         !is_host && self.accepted.iter().any(|prefix| prefix.contains(&address))
     }
 }
@@ -107,6 +142,23 @@ mod tests {
         assert_eq!(owner([10, 5, 9, 1]), None, "within this host's subnet");
         let everywhere = Peers::new((prefix("10.5.9.0/24"), NINE), Vec::new(), [(prefix("0.0.0.0/0"), ONE)]);
         assert_eq!(everywhere.owner_of([8, 8, 8, 8].into()), Some(ONE));
+    }
+
+    #[test]
+    fn who_was_heard_is_known_as_long_as_it_is_a_peer() {
+        let first = peers();
+        first.hear(ONE);
+        first.hear(STRANGER);
+        let subnets = ["10.5.1.0/24", "10.5.2.64/26", "10.5.2.0/24", "10.5.3.0/24", "10.5.9.0/28"].map(prefix);
+        let heard = |peers: &Peers| subnets.map(|subnet| peers.silence_of(subnet).is_some());
+        assert_eq!(heard(&first), [true, true, false, false, false]);
+        let second = peers().after(&first);
+        assert_eq!(heard(&second), heard(&first));
+        // By a thread that has still the ones before.
+        first.hear(TWO);
+        assert_eq!(heard(&second), [true, true, true, false, false]);
+        let none = Peers::new((prefix("10.5.9.0/24"), NINE), Vec::new(), []).after(&second);
+        assert_eq!(heard(&peers().after(&none)), [false; 5]);
     }
 
     #[test]
