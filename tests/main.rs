@@ -65,7 +65,7 @@
 //! * [`privileges`] — an ordinary user with two capabilities; files, symbolic links, hostile text
 //! * [`drift`], [`drift_external`] — what somebody else changes on a host while pods talk
 //! * [`cni`] — the CNI plugin, run as a runtime runs it
-//! * [`udp`] — the tunnel of the backend udp: its wire, its senders, what stands in its way
+//! * [`udp`] — the tunnel of the backend udp: its wire, its senders, the daemon that drives it, what stands in its way
 //! * [`docker_opts`] — Docker's options
 //! * [`docker`] — Docker Engines with these, and their containers
 //! * [`flags`] — flags, variables and shared files as flannel takes them, with its own process

@@ -83,12 +83,13 @@ fn a_backend_that_changes_under_a_running_agent_is_said_and_nothing_half_made() 
     let traffic = world.traffic(0, 1);
     for (backend, said) in [
         (r#"{"Type": "host-gw"}"#, "Type"),
+        (r#"{"Type": "udp"}"#, "Type"),
         (r#"{"Type": "alloc"}"#, "Type"),
         (r#"{"Type": "vxlan", "VNI": 2}"#, "VNI"),
         (r#"{"Type": "vxlan", "DirectRouting": true}"#, "DirectRouting"),
         (
             r#"{"Type": "wireguard"}"#,
-            "unknown backend type: wireguard (Backend.Type; this agent has vxlan, host-gw, alloc",
+            "unknown backend type: wireguard (Backend.Type; this agent has vxlan, host-gw, udp, alloc",
         ),
     ] {
         world.store.put(&format!("{PREFIX}/config"), &config(backend)).unwrap();

@@ -146,11 +146,13 @@ impl NamespaceLock {
         Ok(Self { _listener: None })
     }
 
-    /// Whether an agent of any overlay is there.
-    pub fn is_any_held() -> bool {
+    /// Whether another process is there that is the agent of any overlay.
+    pub fn is_held_by_others() -> bool {
         let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
         let mut names = sockets.lines().filter_map(|line| line.split_once('@')?.1.strip_prefix(NAME)?.parse().ok());
-        names.any(|number| Vni::new_checked(number).is_ok_and(|vni| Self::holder(vni).is_some()))
+        let holder = |number| Self::holder(Vni::new_checked(number).ok()?);
+        let own = i32::try_from(std::process::id()).ok();
+        names.any(|number| holder(number).is_some_and(|pid| Some(pid) != own))
     }
 
     /// The agent that has it: root's, or this user's. What others hold is not believed.
@@ -176,7 +178,7 @@ mod tests {
         assert_eq!(NamespaceLock::holder(vni), None);
         let lock = NamespaceLock::take(vni).expect("free");
         assert_eq!(NamespaceLock::holder(vni), i32::try_from(std::process::id()).ok());
-        assert!(NamespaceLock::is_any_held());
+        assert!(!NamespaceLock::is_held_by_others());
         assert!(matches!(NamespaceLock::take(vni), Err(LockError::Elsewhere { .. })));
         drop(lock);
         assert!(NamespaceLock::take(vni).is_ok());

@@ -79,6 +79,9 @@ pub struct Status {
     /// Packet rules.
     #[serde(default)]
     pub rules: RulesStatus,
+    /// The tunnel of the backend udp, once there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<TunnelStatus>,
     /// This host's lease.
     pub lease: LeaseStatus,
     /// The store.
@@ -244,6 +247,17 @@ pub struct RulesStatus {
     pub repairs: u64,
     /// Why they are not as they should be.
     pub problem: Option<String>,
+}
+
+/// The tunnel of the backend udp.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelStatus {
+    /// The name of its TUN device.
+    pub device: String,
+    /// UDP port of all hosts.
+    pub port: u16,
+    /// Packets since the agent's start by what became of them, as [`Event::label`](crate::udp::Event::label).
+    pub packets: BTreeMap<String, u64>,
 }
 
 /// This host's lease.

@@ -1,6 +1,7 @@
 //! The tunnel of the backend udp, beside a proxy of one packet with each call, as flannel's is built.
 
 mod bad_input;
+mod daemon;
 mod engines;
 mod forwarder;
 mod wire;

@@ -20,8 +20,9 @@ use flannel_common::vxlan::Vni;
 use tracing::{info, warn};
 
 use crate::{
-    backend::has_datapath,
+    backend::{has_datapath, is_in_user_space},
     cli::Cli,
+    config::BackendType,
     conntrack, control,
     dataplane::{self, DataplaneError, PinDirectory},
     device::{DeviceError, Link, Netlink, vxlan::VxlanDevice},
@@ -107,7 +108,7 @@ fn connections(cli: &Cli, vni: Vni) -> usize {
 /// agent that comes back.
 fn restore_conntrack(cli: &Cli, connections: usize) -> Result<(), CleanupError> {
     let changed = conntrack::changed(&cli.run_dir);
-    if NamespaceLock::is_any_held() {
+    if NamespaceLock::is_held_by_others() {
         // One with another run directory would have to put it back, and lose packets until it has.
         return Ok(());
     }
@@ -126,6 +127,12 @@ fn restore_conntrack(cli: &Cli, connections: usize) -> Result<(), CleanupError> 
 async fn overlays(cli: &Cli, netlink: &Netlink) -> Result<BTreeMap<Vni, Option<Link>>, DeviceError> {
     let left = dataplane::pinned_vnis(&cli.bpf_pin_dir).into_iter().chain(vnis_of_files(&cli.run_dir));
     let mut overlays: BTreeMap<_, _> = left.map(|vni| (vni, None)).collect();
+    for (vni, _) in netlink.tuns().await? {
+        // That of an agent with other directories.
+        if NamespaceLock::holder(vni).is_none() {
+            overlays.entry(vni).or_default();
+        }
+    }
     for link in netlink.links().await? {
         let Some(vni) = VxlanDevice::vni_of(&link.name) else { continue };
         if !overlays.contains_key(&vni) {
@@ -156,7 +163,10 @@ async fn clean(
     let name = VxlanDevice::name_of(vni);
     let status = status_of(cli, vni);
     let mut results = Vec::new();
-    match clear_kernel(cli, netlink, vni, device, status.as_ref(), &mut results).await? {
+    let taken = clear_kernel(cli, netlink, vni, device, status.as_ref(), &mut results).await?;
+    // Nobody else can take that over.
+    results.push(netlink.remove_tun(vni).await.map_err(Into::into));
+    match taken {
         Some(reason) => {
             info!("removed the agent's programs, maps, files, and route of {name}");
             info!(
@@ -200,24 +210,30 @@ async fn clear_kernel(
     Ok(None)
 }
 
-/// Takes away what an agent made in the kernel for an overlay that has no datapath any more, and leaves its files. Touches nothing
-/// where none made any.
+/// Takes away what an agent made in the kernel for an overlay that has no datapath any more, or another one now that needs no
+/// programs, and leaves its files. Touches nothing where none made any.
 ///
 /// # Errors
 /// [`CleanupError`].
-pub async fn leave_datapath(cli: &Cli, netlink: &Netlink, vni: Vni) -> Result<(), CleanupError> {
+pub async fn leave_datapath(cli: &Cli, netlink: &Netlink, vni: Vni, backend: BackendType) -> Result<(), CleanupError> {
+    let keeps_tun = is_in_user_space(backend);
     let overlays = overlays(cli, netlink).await?;
     let (device, status) = (overlays.get(&vni).and_then(Option::as_ref), status_of(cli, vni));
     let is_made = match (device, &status) {
         _ if PinDirectory::new(&cli.bpf_pin_dir, vni).exists() => true,
+        (_, Some(status)) if is_in_user_space(status.backend_type()) => !keeps_tun,
         (_, Some(status)) => has_datapath(status.backend_type()),
         (Some(device), None) => netlink.has_our_next_hop(device.index).await?,
         (None, None) => false,
     };
+    if !keeps_tun {
+        netlink.remove_tun(vni).await?;
+    }
     if !is_made {
         return Ok(());
     }
-    let lock = NamespaceLock::take(vni)?;
+    // One that goes on in user space has it already.
+    let lock = if keeps_tun { None } else { Some(NamespaceLock::take(vni)?) };
     let connections = connections(cli, vni);
     let mut results = Vec::new();
     let taken = clear_kernel(cli, netlink, vni, device, status.as_ref(), &mut results).await?;

@@ -237,11 +237,10 @@ fn backend_errors() {
         assert_eq!(backend(json).expect_err(json).to_string(), message);
     }
     // Flannel's others, by name, and with what there is.
-    for kind in
-        ["wireguard", "ipip", "ipsec", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce", "WireGuard"]
-    {
+    for kind in ["wireguard", "ipip", "ipsec", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce", "WireGuard"] {
         let message = backend(&format!(r#"{{"Type": "{kind}"}}"#)).expect_err(kind).to_string();
-        let expected = format!("unknown backend type: {kind} (Backend.Type; this agent has vxlan, host-gw, udp, alloc: ");
+        let expected =
+            format!("unknown backend type: {kind} (Backend.Type; this agent has vxlan, host-gw, udp, alloc: ");
         assert!(message.starts_with(&expected), "{message}");
     }
 }

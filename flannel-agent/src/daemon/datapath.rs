@@ -1,14 +1,14 @@
-//! What keeps this host in step with network config, lease and peers: programs and what hangs on them, or with `subnet.env` alone
-//! where the network's backend has no datapath.
+//! What keeps this host in step with network config, lease and peers: programs and what hangs on them; a tunnel in user space; or
+//! `subnet.env` alone where the network's backend has no datapath.
 
 use ipnet::Ipv4Net;
 
 use super::{
     DaemonError,
-    reconcile::{Allocation, Beginning, Due, Event, Reconciler},
+    reconcile::{Allocation, Beginning, Due, Event, Reconciler, TunnelDue, UserSpace},
 };
 use crate::{
-    backend::has_datapath,
+    backend::{has_datapath, is_in_user_space},
     cli::Cli,
     device::{DeviceEvent, Link},
     lease::{LeaseTable, PeerChange},
@@ -16,15 +16,17 @@ use crate::{
     status::Status,
 };
 
-/// Which of the two.
+/// Which of them.
 pub(super) enum Datapath<'a> {
     Programs(Box<Reconciler<'a>>),
+    UserSpace(Box<UserSpace<'a>>),
     None(Box<Allocation<'a>>),
 }
 
 /// What there is to see to.
 pub(super) enum ToSee {
     Programs(Due),
+    Tunnel(TunnelDue),
     Device(DeviceEvent),
 }
 
@@ -33,6 +35,8 @@ impl<'a> Datapath<'a> {
     pub(super) async fn new(cli: &'a Cli, beginning: Beginning<'_>) -> Result<Self, DaemonError> {
         Ok(if has_datapath(beginning.backend.kind()) {
             Self::Programs(Box::new(Reconciler::new(cli, beginning).await?))
+        } else if is_in_user_space(beginning.backend.kind()) {
+            Self::UserSpace(Box::new(UserSpace::new(cli, beginning)))
         } else {
             Self::None(Box::new(Allocation::new(cli, beginning)))
         })
@@ -42,6 +46,7 @@ impl<'a> Datapath<'a> {
     pub(super) async fn make(&mut self, table: &LeaseTable) -> Result<Link, DaemonError> {
         match self {
             Self::Programs(reconciler) => reconciler.make(table).await,
+            Self::UserSpace(tunnel) => tunnel.make(table).await,
             Self::None(allocation) => Ok(allocation.make().await),
         }
     }
@@ -49,6 +54,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn write_subnet_env(&self) -> Result<(), DaemonError> {
         match self {
             Self::Programs(reconciler) => reconciler.write_subnet_env(),
+            Self::UserSpace(tunnel) => tunnel.write_subnet_env(),
             Self::None(allocation) => allocation.write_subnet_env(),
         }
     }
@@ -57,6 +63,7 @@ impl<'a> Datapath<'a> {
     pub(super) async fn sweep(&mut self, link: &Link, table: &LeaseTable) {
         match self {
             Self::Programs(reconciler) => reconciler.sweep(link, table).await,
+            Self::UserSpace(tunnel) => tunnel.sweep(table).await,
             // Before anything was written: what an agent wrote says what is its.
             Self::None(_) => {}
         }
@@ -65,6 +72,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn say_carried(&self, link: &Link) {
         match self {
             Self::Programs(reconciler) => reconciler.say_carried(link),
+            Self::UserSpace(tunnel) => tunnel.say_carried(),
             Self::None(allocation) => allocation.say_carried(),
         }
     }
@@ -73,6 +81,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn is_heard(&self, subnet: Ipv4Net) -> bool {
         match self {
             Self::Programs(reconciler) => reconciler.is_heard(subnet),
+            Self::UserSpace(tunnel) => tunnel.is_heard(subnet),
             Self::None(_) => false,
         }
     }
@@ -81,6 +90,7 @@ impl<'a> Datapath<'a> {
     pub(super) async fn next(&mut self) -> ToSee {
         match self {
             Self::Programs(reconciler) => ToSee::Programs(reconciler.next().await),
+            Self::UserSpace(tunnel) => ToSee::Tunnel(tunnel.next().await),
             Self::None(allocation) => ToSee::Device(allocation.next().await),
         }
     }
@@ -89,15 +99,18 @@ impl<'a> Datapath<'a> {
         match (self, due) {
             (Self::Programs(reconciler), ToSee::Programs(due)) => reconciler.see_to(due, table).await,
             (Self::None(allocation), ToSee::Device(event)) => allocation.see_to(event).await,
-            // It came from the other.
-            (Self::Programs(_), ToSee::Device(_)) | (Self::None(_), ToSee::Programs(_)) => {}
+            (Self::UserSpace(tunnel), ToSee::Tunnel(due)) => tunnel.see_to(due, table).await,
+            // It came from another.
+            (_, ToSee::Programs(_) | ToSee::Tunnel(_) | ToSee::Device(_)) => {}
         }
     }
 
     /// Brings everything up by changes of the peers, which the table has already.
     pub(super) async fn apply(&mut self, changes: Vec<PeerChange>, table: &LeaseTable) {
-        if let Self::Programs(reconciler) = self {
-            reconciler.apply(changes, table).await;
+        match self {
+            Self::Programs(reconciler) => reconciler.apply(changes, table).await,
+            Self::UserSpace(tunnel) => tunnel.set_peers(table),
+            Self::None(_) => {}
         }
     }
 
@@ -105,6 +118,7 @@ impl<'a> Datapath<'a> {
     pub(super) async fn move_to(&mut self, lease: OwnLease, table: &LeaseTable) {
         match self {
             Self::Programs(reconciler) => reconciler.move_to(lease, table).await,
+            Self::UserSpace(tunnel) => tunnel.move_to(lease, table).await,
             Self::None(allocation) => allocation.move_to(lease),
         }
     }
@@ -113,6 +127,7 @@ impl<'a> Datapath<'a> {
     pub(super) async fn review(&mut self, table: &LeaseTable) {
         match self {
             Self::Programs(reconciler) => reconciler.review(table).await,
+            Self::UserSpace(tunnel) => tunnel.review(table).await,
             Self::None(allocation) => allocation.review().await,
         }
     }
@@ -121,6 +136,7 @@ impl<'a> Datapath<'a> {
     pub(super) async fn look(&mut self, table: &LeaseTable) {
         match self {
             Self::Programs(reconciler) => reconciler.look(table).await,
+            Self::UserSpace(tunnel) => tunnel.look(table).await,
             Self::None(allocation) => allocation.look().await,
         }
     }
@@ -135,6 +151,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn subnet_env_damage(&mut self) -> Option<&'static str> {
         match self {
             Self::Programs(reconciler) => reconciler.subnet_env_damage(),
+            Self::UserSpace(tunnel) => tunnel.subnet_env_damage(),
             Self::None(allocation) => allocation.subnet_env_damage(),
         }
     }
@@ -143,6 +160,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn restore_subnet_env(&mut self, damage: &str) {
         match self {
             Self::Programs(reconciler) => reconciler.restore_subnet_env(damage),
+            Self::UserSpace(tunnel) => tunnel.restore_subnet_env(damage),
             Self::None(allocation) => allocation.restore_subnet_env(damage),
         }
     }
@@ -151,6 +169,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn take_events(&mut self) -> Vec<Event> {
         match self {
             Self::Programs(reconciler) => reconciler.take_events(),
+            Self::UserSpace(tunnel) => tunnel.take_events(),
             Self::None(allocation) => allocation.take_events(),
         }
     }
@@ -159,6 +178,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn is_told_otherwise(&self) -> bool {
         match self {
             Self::Programs(reconciler) => reconciler.is_told_otherwise(),
+            Self::UserSpace(tunnel) => tunnel.is_told_otherwise(),
             Self::None(allocation) => allocation.is_told_otherwise(),
         }
     }
@@ -167,6 +187,7 @@ impl<'a> Datapath<'a> {
     pub(super) fn tell(&mut self, status: &mut Status) {
         match self {
             Self::Programs(reconciler) => reconciler.tell(status),
+            Self::UserSpace(tunnel) => tunnel.tell(status),
             Self::None(allocation) => allocation.tell(status),
         }
     }

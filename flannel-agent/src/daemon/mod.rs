@@ -4,7 +4,7 @@
 //! * `setup` — making all of it
 //! * `agent` — the loop that carries what happens between the three, none of which knows another:
 //! * `leases` — what follows the store
-//! * `datapath`, `reconcile` — what keeps the host in step: which of two, and the two
+//! * `datapath`, `reconcile` — what keeps the host in step: which of three, and the three
 //! * `report` — what is told
 
 mod agent;
@@ -22,7 +22,7 @@ use tracing::info;
 
 use crate::{
     atomic_file::WriteError,
-    backend::{BackendError, has_datapath},
+    backend::{BackendError, has_datapath, is_in_user_space},
     cleanup::CleanupError,
     cli::{Cli, InvalidMargin},
     dataplane::{self, DataplaneError, Features},
@@ -34,6 +34,7 @@ use crate::{
     preflight::{self, PreflightError},
     privileges::{self, PrivilegesError},
     registry::RegistryError,
+    udp::UdpError,
 };
 
 /// Why the daemon ends.
@@ -60,6 +61,9 @@ pub enum DaemonError {
     /// The store, in a way that waiting does not heal.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// The tunnel in user space.
+    #[error(transparent)]
+    Tunnel(#[from] UdpError),
     /// Another agent serves this overlay.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -93,7 +97,10 @@ impl DaemonError {
         const HOST_LACKS: u8 = 77;
         const BAD_CONFIGURATION: u8 = 78;
         match self {
+            // The kernel said no to something else than what the host has to have.
+            Self::Tunnel(UdpError::Device(_) | UdpError::Thread(_)) => FAILED,
             Self::Preflight(_)
+            | Self::Tunnel(_)
             | Self::Interface(SelectError::NoMatch(_))
             | Self::Dataplane(
                 DataplaneError::NotBpffs { .. } | DataplaneError::Load(_) | DataplaneError::Program { .. },
@@ -138,7 +145,8 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
         None => Lock::take(&cli.run_dir, prepared.backend.vni())?,
     };
     // Without a datapath there is nothing that another could have too.
-    let _namespace_lock = match has_datapath(prepared.backend.kind()) {
+    let backend = prepared.backend.kind();
+    let _namespace_lock = match has_datapath(backend) || is_in_user_space(backend) {
         true => Some(NamespaceLock::take(prepared.backend.vni())?),
         false => None,
     };

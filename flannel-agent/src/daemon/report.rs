@@ -49,6 +49,7 @@ pub(super) fn status(
         xdp: XdpStatus::default(),
         routes: RoutesStatus::default(),
         rules: RulesStatus::default(),
+        tunnel: None,
         lease,
         store: StoreStatus { kind, since: now(), ..StoreStatus::default() },
         config_differs: None,

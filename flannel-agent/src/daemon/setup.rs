@@ -1,5 +1,7 @@
 //! Making the datapath for a lease, and all that keeps it.
 
+use std::fmt::Display;
+
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -13,7 +15,7 @@ use super::{
     start::Prepared,
 };
 use crate::{
-    backend::has_datapath,
+    backend::{has_datapath, is_in_user_space},
     cleanup,
     cli::Cli,
     dataplane::{Features, PinDirectory},
@@ -32,23 +34,38 @@ pub(super) async fn set_up<'a>(
     features: Features,
     health: &Health,
 ) -> Result<Agent<'a>, DaemonError> {
-    if !has_datapath(prepared.backend.kind()) {
+    let (vni, backend) = (prepared.backend.vni(), prepared.backend.kind());
+    let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
+    if is_in_user_space(backend) {
+        let had_tun = netlink.tun_of(vni).await?.is_some();
+        let result = make(cli, netlink.clone(), device_events, prepared, features, health).await;
+        // Before there is a tunnel, nothing else is touched.
+        if result.is_err() && !had_tun && netlink.tun_of(vni).await?.is_some() {
+            say_what_stays(netlink.remove_tun(vni).await);
+            if !had_pins {
+                say_what_stays(cleanup::undo(cli, &netlink, vni, true, false).await);
+            }
+        }
+        return result;
+    }
+    if !has_datapath(backend) {
         return make(cli, netlink, device_events, prepared, features, health).await;
     }
-    let vni = prepared.backend.vni();
-    let had_pins = PinDirectory::new(&cli.bpf_pin_dir, vni).exists();
     let had_device = match prepared.backend.own_device_name() {
         Some(name) => netlink.link_by_name(name).await?.is_some(),
         None => true,
     };
     let result = make(cli, netlink.clone(), device_events, prepared, features, health).await;
     if result.is_err() {
-        let undone = cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await;
-        if let Err(error) = undone {
-            warn!("what was made before the failure could not be removed: {error}");
-        }
+        say_what_stays(cleanup::undo(cli, &netlink, vni, !had_pins, !had_device).await);
     }
     result
+}
+
+fn say_what_stays<E: Display>(undone: Result<(), E>) {
+    if let Err(error) = undone {
+        warn!("what was made before the failure could not be removed: {error}");
+    }
 }
 
 async fn make<'a>(

@@ -106,6 +106,9 @@ pub fn print(cli: &Cli) -> Result<(), OperatorError> {
             let count = status.drift.repaired.get(repair).map_or(0, |repaired| repaired.count);
             repairs.get_or_create(&with("repair", repair)).inc_by(count);
         }
+        for (event, number) in status.tunnel.iter().flat_map(|tunnel| &tunnel.packets) {
+            packets.get_or_create(&with("event", event)).inc_by(*number);
+        }
         peers.get_or_create(&of()).set(count(status.peers));
         for reason in HoldReason::ALL {
             let number = status.held.iter().filter(|peer| peer.reason == reason).count();

@@ -20,7 +20,8 @@ use crate::{
     dataplane::{DataplaneError, PinDirectory, pinned_counters, pinned_vnis},
     device::DeviceError,
     lock::Lock,
-    status::{ReadError, Status},
+    status::{ReadError, Status, TunnelStatus},
+    udp,
 };
 
 /// A command could not do what it was asked.
@@ -51,13 +52,13 @@ pub enum OperatorError {
     NoDataplane(std::path::PathBuf),
 }
 
-/// Prints every counter of every pinned overlay.
+/// Prints every counter of every pinned overlay, and of every tunnel in user space, whose agent tells them every few seconds.
 ///
 /// # Errors
-/// [`OperatorError::NoDataplane`] or [`OperatorError::Dataplane`].
+/// [`OperatorError::NoDataplane`], [`OperatorError::Dataplane`] or [`OperatorError::Status`].
 pub fn print_counters(cli: &Cli) -> Result<(), OperatorError> {
-    let vnis = pinned_vnis(&cli.bpf_pin_dir);
-    if vnis.is_empty() {
+    let (vnis, tunnels) = (pinned_vnis(&cli.bpf_pin_dir), tunnels(cli)?);
+    if vnis.is_empty() && tunnels.is_empty() {
         return Err(OperatorError::NoDataplane(cli.bpf_pin_dir.clone()));
     }
     for vni in vnis {
@@ -66,7 +67,23 @@ pub fn print_counters(cli: &Cli) -> Result<(), OperatorError> {
             println!("{:<28}{:>12}{:>16}  {}", event.label(), counter.packets, counter.bytes, event.description());
         }
     }
+    for (vni, tunnel) in tunnels {
+        println!("{:<32}{:>12}  {}, VNI {vni}", "event", "packets", tunnel.device);
+        for event in udp::Event::ALL {
+            let packets = tunnel.packets.get(event.label()).copied().unwrap_or(0);
+            println!("{:<32}{packets:>12}  {}", event.label(), event.description());
+        }
+    }
     Ok(())
+}
+
+/// The tunnels in user space of this host's agents, as they were told of last.
+fn tunnels(cli: &Cli) -> Result<Vec<(Vni, TunnelStatus)>, ReadError> {
+    let statuses = match Status::read_all(&cli.run_dir) {
+        Err(ReadError::None(_)) => Vec::new(),
+        statuses => statuses?,
+    };
+    Ok(statuses.into_iter().filter_map(|(vni, status)| Some((vni, status.tunnel?))).collect())
 }
 
 /// Has every agent of this run directory let go of the peers that it holds.

@@ -4,9 +4,10 @@ use serde_json::json;
 
 use super::{OperatorError, dataplane::Dataplane, is_running, rows};
 use crate::{
-    backend::has_datapath,
+    backend::{has_datapath, is_in_user_space},
     cli::{Cli, Output},
-    status::{API_VERSION, Status, time},
+    status::{API_VERSION, Status, TunnelStatus, time},
+    udp::Event,
 };
 
 /// What is known of an overlay.
@@ -76,6 +77,8 @@ fn table(overlay: &Overlay) -> String {
     ]);
     if has_datapath(status.backend_type()) {
         lines.extend(datapath_rows(status));
+    } else if is_in_user_space(status.backend_type()) {
+        lines.extend(tunnel_rows(status));
     } else {
         lines.push(["datapath".to_owned(), format!("none: with the backend {} nothing is carried", status.backend)]);
     }
@@ -135,7 +138,34 @@ fn datapath_rows(status: &Status) -> Vec<[String; 2]> {
     lines.push(["bypass".to_owned(), bypass]);
     lines.extend(status.bypass.rows().into_iter().map(|row| ["by the stack".to_owned(), row]));
     lines.push(["xdp".to_owned(), format!("{}: {}", status.xdp.mode, status.xdp.reason)]);
-    lines.push(["routes".to_owned(), status.routes.reason.clone()]);
+    lines.extend(stack_rows(status));
+    lines
+}
+
+/// What the agent says of its tunnel in user space.
+fn tunnel_rows(status: &Status) -> Vec<[String; 2]> {
+    let words = "in user space: the slow road; vxlan is faster where it can be had";
+    let mut lines = Vec::new();
+    match &status.tunnel {
+        Some(TunnelStatus { device, port, packets }) => {
+            lines.push(["tunnel".to_owned(), format!("{device}, UDP port {port}, {words}")]);
+            let count = |event: Event| packets.get(event.label()).copied().unwrap_or(0);
+            let others = Event::ALL.iter().filter(|event| !matches!(event, Event::Sent | Event::Received));
+            let others = others.filter(|event| count(**event) > 0);
+            let others: Vec<_> = others.map(|event| format!("{} {}", event.label(), count(*event))).collect();
+            let others = if others.is_empty() { "nothing".to_owned() } else { others.join(", ") };
+            let (sent, received) = (count(Event::Sent), count(Event::Received));
+            lines.push(["packets".to_owned(), format!("{sent} sent, {received} received, dropped: {others}")]);
+        }
+        None => lines.push(["tunnel".to_owned(), format!("none yet; {words}")]),
+    }
+    lines.extend(stack_rows(status));
+    lines
+}
+
+/// What the agent says of the routes and packet rules of the host's stack.
+fn stack_rows(status: &Status) -> Vec<[String; 2]> {
+    let mut lines = vec![["routes".to_owned(), status.routes.reason.clone()]];
     let rules = match (status.rules.masquerade.as_str(), status.rules.forward) {
         ("", _) => "not set yet".to_owned(),
         (masquerade, true) => {

@@ -68,7 +68,9 @@ impl<'a> Allocation<'a> {
     /// Takes away what an agent made while the network had another backend. What can't be is said and left. The link that other
     /// hosts are behind.
     pub(in crate::daemon) async fn make(&self) -> Link {
-        if let Err(error) = cleanup::leave_datapath(self.cli, &self.netlink, self.backend.vni()).await {
+        if let Err(error) =
+            cleanup::leave_datapath(self.cli, &self.netlink, self.backend.vni(), self.backend.kind()).await
+        {
             warn!("something of another backend stays: {error}");
         }
         self.uplink.external.link.clone()

@@ -20,7 +20,7 @@ pub(in crate::daemon) const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
 /// What only others can repair, by what it is about.
 const PINS: &str = "pin directory";
-const FORWARDING: &str = "forwarding";
+pub(super) const FORWARDING: &str = "forwarding";
 
 impl Reconciler<'_> {
     /// Repairs and compares. What fails is said, and tried again at the next event or period.

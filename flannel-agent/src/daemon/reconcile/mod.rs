@@ -11,6 +11,7 @@
 //! * `routes` — which routes lead into the overlay, and keeping them so
 //! * `status` — what is told of it
 //! * `subnet_file` — `subnet.env`, and what somebody else did to it
+//! * `user_space` — all of it where the network's packets go through a tunnel in user space
 //! * `allocation` — all of it where the network has no datapath
 
 mod allocation;
@@ -25,6 +26,7 @@ mod status;
 mod subnet_file;
 mod target;
 mod uplink;
+mod user_space;
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -32,7 +34,13 @@ use ipnet::Ipv4Net;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-pub(super) use self::{allocation::Allocation, drift::LOOK_PERIOD, restrictions::WATCH_PERIOD, schedule::Due};
+pub(super) use self::{
+    allocation::Allocation,
+    drift::LOOK_PERIOD,
+    restrictions::WATCH_PERIOD,
+    schedule::Due,
+    user_space::{TunnelDue, UserSpace},
+};
 use self::{
     endings::Endings,
     inspection::Inspected,

@@ -373,7 +373,7 @@ impl Reconciler<'_> {
 }
 
 impl Reconciler<'_> {
-    /// Takes away what there is of the backend that the network had before: routes and device of an agent's or of flannel's, and
+    /// Takes away what there is of the backend that the network had before: routes and devices of an agent's or of flannel's, and
     /// programs.
     async fn sweep_other_backends(&mut self) -> Result<(), DaemonError> {
         let Target { backend, network, .. } = &self.target;
@@ -395,6 +395,7 @@ impl Reconciler<'_> {
                 info!("left {device}: it has no address within {}, and is another network's", network.network);
             }
         }
+        self.netlink.remove_tun(backend.vni()).await?;
         Ok(self.dataplane.detach_all_but(&hooks, &external.name, &at_external)?)
     }
 

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The least time between two looks at the kernel, so that a burst of events costs one.
-const SETTLE_TIME: Duration = Duration::from_millis(10);
+pub(super) const SETTLE_TIME: Duration = Duration::from_millis(10);
 /// How much longer it rests than a look for pods took.
 const IDLE_FOR_EACH: u32 = 9;
 

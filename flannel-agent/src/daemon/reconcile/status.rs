@@ -10,7 +10,7 @@ use crate::{
     dataplane::Features,
     device::external::External,
     repair::Repair,
-    status::{BypassStatus, DriftStatus, EndsStatus, RoutesStatus, RulesStatus, Status, XdpStatus, now},
+    status::{BypassStatus, DriftStatus, EndsStatus, RoutesStatus, RulesStatus, Status, TunnelStatus, XdpStatus, now},
     xdp::Choice,
 };
 
@@ -24,6 +24,7 @@ pub(super) struct DatapathStatus {
     xdp: XdpStatus,
     routes: RoutesStatus,
     rules: RulesStatus,
+    tunnel: Option<TunnelStatus>,
     drift: DriftStatus,
     /// Whether it is another than it was when it was told last.
     pub(super) is_due: bool,
@@ -40,6 +41,7 @@ impl DatapathStatus {
             xdp: XdpStatus::default(),
             routes: RoutesStatus::default(),
             rules: RulesStatus::default(),
+            tunnel: None,
             drift: DriftStatus::default(),
             is_due: true,
         }
@@ -54,6 +56,7 @@ impl DatapathStatus {
         status.xdp.clone_from(&self.xdp);
         status.routes.clone_from(&self.routes);
         status.rules.clone_from(&self.rules);
+        status.tunnel.clone_from(&self.tunnel);
         status.drift.clone_from(&self.drift);
     }
 
@@ -124,5 +127,10 @@ impl DatapathStatus {
     pub(super) fn rules(&mut self, rules: RulesStatus) {
         self.is_due |= self.rules != rules;
         self.rules = rules;
+    }
+
+    pub(super) fn tunnel(&mut self, tunnel: TunnelStatus) {
+        self.is_due |= self.tunnel.as_ref() != Some(&tunnel);
+        self.tunnel = Some(tunnel);
     }
 }
