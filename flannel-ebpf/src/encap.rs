@@ -190,10 +190,19 @@ pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
     if !is_by_shared_route && !packet.is_from_pod() {
         return Event::RoutedOther;
     }
-    let mut is_changed = false;
-    let released = flows::released(packet, &config, &mut is_changed);
     let peer = (Leases { config: &config }).peer_of(u32::from_be_bytes(ip.dst_addr));
     let on_link = peer.filter(|peer| peer.vtep.flags & Vtep::ON_LINK != 0 && peer.vtep.ifindex == packet.device());
+    // Another's route may have led it elsewhere: that is no way to repeat.
+    let is_to_peer = on_link.is_some_and(|Peer { vtep, .. }| {
+        is_by_shared_route || vtep.flags & Vtep::RESOLVED != 0 && ethernet.dst_addr == vtep.header.underlay_macs().0
+    });
+    let mut is_changed = false;
+    // At once: what is kept of it is loaded before it is looked whether it is there, see `released`.
+    if let Some(released) = flows::released(packet, &config, &mut is_changed)
+        && is_to_peer
+    {
+        released.note(packet);
+    }
     let Some(Peer { vtep, .. }) = on_link else {
         // Another network's programs may be here, too.
         let is_of_network = config.slot(u32::from_be_bytes(ip.dst_addr)).is_some();
@@ -205,15 +214,8 @@ pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
     };
     // It is for programs of this host only.
     packet.forget_note();
-    // Another's route may have led it elsewhere: that is no way to repeat.
-    let is_to_peer =
-        is_by_shared_route || vtep.flags & Vtep::RESOLVED != 0 && ethernet.dst_addr == vtep.header.underlay_macs().0;
     if !is_to_peer {
         return Event::RoutedOther;
-    }
-    // One that was changed is none.
-    if let Some(released) = released {
-        released.note(packet);
     }
     if is_by_shared_route {
         if vtep.flags & Vtep::RESOLVED == 0 {
