@@ -209,6 +209,8 @@ fn a_packet_with_another_hosts_address_does_not_get_in() {
     }
     wait_for("the drops", SOON, || world.counter(0, "direct_foreign_mac") == 10).unwrap();
     assert_eq!(world.counter(0, "direct_handed_in") + world.counter(0, "direct_delivered"), before);
+    let troubles = world.status(0)["troubles"].to_string();
+    assert!(troubles.contains("which is not that of the host that leases it"), "{troubles}");
     // Others' plain packets are the kernel's matter, as with flannel: of these, one arrives.
     send(2, Ipv4Addr::new(192, 168, 64, 3));
     arrived.end_with("payload").unwrap();

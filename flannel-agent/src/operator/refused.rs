@@ -9,11 +9,14 @@ use std::{
     time::Duration,
 };
 
-use flannel_common::{event::Event, maps::Counter};
+use flannel_common::event::Event;
 use ipnet::Ipv4Net;
 
 use super::{OperatorError, decode::decode, drops::age};
-use crate::dataplane::{PinDirectory, pinned_accepted, pinned_counters, pinned_drops};
+use crate::{
+    dataplane::{PinDirectory, pinned_accepted, pinned_counters, pinned_drops},
+    lease::MacAddress,
+};
 
 /// What is older may be over.
 const RECENT: Duration = Duration::from_secs(300);
@@ -28,7 +31,14 @@ pub(super) fn troubles(pins: &PinDirectory, network: Ipv4Net) -> Result<Vec<Stri
     let accepted = pinned_accepted(pins)?;
     let counters = pinned_counters(pins)?;
     let mut troubles = Vec::new();
+    let packets =
+        |event| counters.iter().find(|(counted, _)| *counted == event).map_or(0, |(_, counter)| counter.packets);
     for (event, samples) in pinned_drops(pins)? {
+        if event == Event::DirectForeignMac {
+            let recent = samples.iter().filter(|sample| sample.ago < RECENT).collect::<Vec<_>>();
+            let senders = recent.iter().filter_map(|sample| Some((sender_on_link(&sample.frame)?, sample.ago)));
+            troubles.extend(foreign_macs(senders, packets(event)));
+        }
         if !matches!(event, Event::SpoofedInnerSource | Event::ForeignInnerDestination) {
             continue;
         }
@@ -49,11 +59,36 @@ pub(super) fn troubles(pins: &PinDirectory, network: Ipv4Net) -> Result<Vec<Stri
                 *ago = sample.ago.min(*ago);
             }
         }
-        let packets =
-            counters.iter().find(|(counted, _)| *counted == event).map_or(0, |(_, Counter { packets, .. })| *packets);
-        troubles.extend(lines(event, packets, &refused, network));
+        troubles.extend(lines(event, packets(event), &refused, network));
     }
     Ok(troubles)
+}
+
+/// MAC and IPv4 source of a frame.
+fn sender_on_link(frame: &[u8]) -> Option<(MacAddress, Ipv4Addr)> {
+    const MAC: usize = 6;
+    const SOURCE: usize = 14 + 12;
+    let mac = MacAddress(*frame.get(MAC..)?.first_chunk()?);
+    Some((mac, Ipv4Addr::from(*frame.get(SOURCE..)?.first_chunk::<4>()?)))
+}
+
+/// A line for each MAC, with one of the addresses that it sent from; latest first.
+fn foreign_macs(senders: impl Iterator<Item = ((MacAddress, Ipv4Addr), Duration)>, packets: u64) -> Vec<String> {
+    let mut latest: BTreeMap<MacAddress, (Duration, Ipv4Addr)> = BTreeMap::new();
+    for ((mac, address), ago) in senders {
+        let last = latest.entry(mac).or_insert((ago, address));
+        *last = (*last).min((ago, address));
+    }
+    let line = |(mac, (ago, address)): (MacAddress, (Duration, Ipv4Addr))| {
+        format!(
+            "packets from {address} come without a tunnel from the MAC {mac}, which is not that of the host that leases it, last {} ago \
+             ({}, {packets} in all): if they are not forged, that host sends from several MACs on this link (bonding modes 5 and 6, two \
+             NICs): use vxlan without DirectRouting",
+            age(ago),
+            Event::DirectForeignMac.label(),
+        )
+    };
+    latest.into_iter().take(MOST_LINES).map(line).collect()
 }
 
 fn lines(event: Event, packets: u64, refused: &Refused, network: Ipv4Net) -> Vec<String> {
@@ -108,6 +143,20 @@ fn advice(event: Event, address: Ipv4Addr, network: Ipv4Net) -> (&'static str, S
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_foreign_mac_has_a_line() {
+        let mut frame = [0; 34];
+        frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 7]);
+        frame[26..30].copy_from_slice(&[10, 5, 2, 9]);
+        let sender = sender_on_link(&frame).unwrap();
+        assert_eq!(sender_on_link(&frame[..29]), None);
+        let senders = [(sender, Duration::from_secs(9)), (sender, Duration::from_secs(3))];
+        let lines = foreign_macs(senders.into_iter(), 12);
+        let expected = "packets from 10.5.2.9 come without a tunnel from the MAC 02:00:00:00:00:07, which is not that of the host \
+                        that leases it, last 3 s ago (direct_foreign_mac, 12 in all)";
+        assert!(lines.len() == 1 && lines[0].starts_with(expected), "{lines:?}");
+    }
 
     #[test]
     fn a_flood_of_addresses_is_a_few_lines_and_a_count() {
