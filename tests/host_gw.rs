@@ -240,12 +240,15 @@ fn a_peer_behind_a_router_is_named_and_costs_only_itself() {
     let world = World::with_backend(2, r#"{"Type": "host-gw"}"#).ready(&[]);
     world.wait_connected(0, 1);
     let value = r#"{"PublicIP":"203.0.113.9","BackendType":"host-gw"}"#;
-    world.store.put(&format!("{PREFIX}/subnets/10.5.150.0-24"), value).unwrap();
+    // None that a host has taken, and among those that have one route.
+    let taken = [0, 1].map(|host| world.hosts[host].subnet().unwrap().gateway.octets()[2]);
+    let free = (150..153).find(|octet| !taken.contains(octet)).unwrap();
+    world.store.put(&format!("{PREFIX}/subnets/10.5.{free}.0-24"), value).unwrap();
     world.wait_status(0, "the peer", |status| {
         let said = status["drift"]["waiting"]["peers on the link"].as_str().unwrap_or_default();
         said.contains("203.0.113.9") && said.contains("use vxlan")
     });
-    is_answered(&world.hosts[0].pods[0].netns, "10.5.150.2");
+    is_answered(&world.hosts[0].pods[0].netns, &format!("10.5.{free}.2"));
     wait_for("the counter", SOON, || world.counter(0, "routed_not_on_link") > 0).unwrap();
     world.wait_connected(0, 1);
     assert!(world.store.leases().unwrap_or_default().len() < 4);
