@@ -15,7 +15,7 @@ use network_types::{
 };
 
 use crate::{
-    leases::{Leases, Peer, has_flag, note_heard, note_heard_directly, peer_of_address},
+    leases::{Leases, Peer, note_heard, note_heard_directly, peer_of_address},
     packet::{Headers, Packet},
     routes::is_routed,
 };
@@ -154,7 +154,7 @@ fn direct_sender(source: u32, mac: u64, device: u32, now: u64) -> u32 {
         return 0;
     }
     if vtep.flags & Vtep::HAS_MAC != 0 && mac_as_number(vtep.header.underlay_macs().0) != mac {
-        return if has_flag(Config::DIRECT) { FOREIGN } else { 0 };
+        return FOREIGN;
     }
     note_heard_directly(id, now);
     id

@@ -38,7 +38,8 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     }
     let now = flows::now();
     let is_framed = config.underlay_header_len != 0;
-    let direct_from = if is_decapsulated || !is_framed { 0 } else { admit_directly(packet, &config, now) };
+    let may_be_direct = config.has(Config::DIRECT) && is_framed && !is_decapsulated;
+    let direct_from = if may_be_direct { admit_directly(packet, &config, now) } else { 0 };
     if direct_from == FOREIGN {
         return Event::DirectForeignMac;
     }

@@ -83,14 +83,6 @@ pub(crate) fn peer_of_address(address: u32) -> Option<Peer> {
     Some(Peer { id, vtep: VTEPS.get(id)? })
 }
 
-/// Whether a flag of [`Config`] is set, there.
-#[inline(always)]
-pub(crate) fn has_flag(flag: u32) -> bool {
-    let config = (&raw const CONFIG).cast::<Config>();
-    // SAFETY: as below.
-    unsafe { (&raw const (*config).flags).read_volatile() & flag != 0 }
-}
-
 #[inline(always)]
 fn id_of_address(address: u32) -> Option<u32> {
     let config = (&raw const CONFIG).cast::<Config>();

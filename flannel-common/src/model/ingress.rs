@@ -79,6 +79,9 @@ impl World {
 
     /// A peer on the link may send its pods' packets to ours as they are, from the MAC that it is known by.
     fn without_tunnel(&self, packet: Packet<'_>) -> Option<Fate> {
+        if self.config.flags & Config::DIRECT == 0 {
+            return None;
+        }
         let frame = packet.frame;
         let ip = Ipv4::at(frame, ETHERNET)?;
         let (from, to) = (ip.source(), ip.destination());
@@ -88,8 +91,7 @@ impl World {
             return None;
         }
         if peer.next_hop_mac.is_some_and(|mac| frame[6..12] != mac) {
-            let is_direct = self.config.flags & Config::DIRECT != 0;
-            return is_direct.then(|| Fate::unchanged(Event::DirectForeignMac, packet));
+            return Some(Fate::unchanged(Event::DirectForeignMac, packet));
         }
         let (kind, key) = flow(frame, ip, ETHERNET, End::Destination);
         let slow = Fate {
