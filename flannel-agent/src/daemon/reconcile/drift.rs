@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
-use super::{COMPARE_PERIOD, Reconciler};
+use super::{COMPARE_PERIOD, Reconciler, status::DatapathStatus};
 use crate::{
     bypass::BypassFlag,
     conntrack,
@@ -20,7 +20,7 @@ pub(in crate::daemon) const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
 /// What only others can repair, by what it is about.
 const PINS: &str = "pin directory";
-pub(super) const FORWARDING: &str = "forwarding";
+const FORWARDING: &str = "forwarding";
 
 impl Reconciler<'_> {
     /// Repairs and compares. What fails is said, and tried again at the next event or period.
@@ -72,15 +72,7 @@ impl Reconciler<'_> {
             Ok(entries) => self.status.repaired(Repair::MapEntry, &format!("{entries} entries had other values")),
             Err(error) => warn!("{error}; looking again in {LOOK_PERIOD:?}"),
         }
-        match device::enable_forwarding() {
-            Ok(changed) => {
-                if changed {
-                    self.status.repaired(Repair::IpForward, "net.ipv4.ip_forward was off");
-                }
-                self.status.waiting(FORWARDING, None);
-            }
-            Err(error) => self.status.waiting(FORWARDING, Some(error.to_string())),
-        }
+        ensure_forwarding(&mut self.status);
         self.ask_peers().await;
         if self.ensure_conntrack() {
             self.status.repaired(Repair::Conntrack, "conntrack was strict about windows");
@@ -112,5 +104,18 @@ impl Reconciler<'_> {
         }
         self.status.bypass(self.cli.bypass, self.cli.bypass_time(), conntrack::is_liberal());
         changed
+    }
+}
+
+/// Has the host forward packets.
+pub(super) fn ensure_forwarding(status: &mut DatapathStatus) {
+    match device::enable_forwarding() {
+        Ok(changed) => {
+            if changed {
+                status.repaired(Repair::IpForward, "net.ipv4.ip_forward was off");
+            }
+            status.waiting(FORWARDING, None);
+        }
+        Err(error) => status.waiting(FORWARDING, Some(error.to_string())),
     }
 }

@@ -201,7 +201,7 @@ impl<'a> Reconciler<'a> {
         self.dataplane.peers.sync(&self.underlay.desired(table))?;
         if event >= Changed::Way && self.target.backend.own_device_name().is_none() {
             // Only now it is known who is on the link.
-            self.ensure_link_routes_or_say(table).await;
+            self.follow_link_routes(table).await;
         }
         if event >= Changed::Way {
             self.look_at_routing_rules(table).await;
@@ -248,7 +248,7 @@ impl<'a> Reconciler<'a> {
         }
         // After the maps: what is routed there has somewhere to go.
         if self.target.backend.own_device_name().is_none() {
-            return self.ensure_link_routes_or_say(table).await;
+            return self.follow_link_routes(table).await;
         }
         for change in &changes {
             self.route_peer(change, table).await;

@@ -1,7 +1,7 @@
 //! The routes into the overlay: which there are to be, by what the host needs, and keeping them so.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
@@ -266,7 +266,8 @@ impl Reconciler<'_> {
     pub(super) async fn ensure_routes(&mut self, link: &Link, table: &LeaseTable) -> Result<Vec<Repair>, DaemonError> {
         let routing = self.choose_routes(table).await?;
         if self.target.backend.own_device_name().is_none() {
-            return self.ensure_link_routes(routing, table).await;
+            let wanted = self.wanted_link_routes(routing, table);
+            return self.ensure_link_routes(routing, wanted, table).await;
         }
         let leases = table.iter().map(|(subnet, _)| subnet);
         let wanted = OverlayRoutes {
@@ -292,34 +293,47 @@ impl Reconciler<'_> {
         Ok(if is_repair { ensured.repairs } else { Vec::new() })
     }
 
-    /// Brings the routes over the link up, as they were decided on.
-    pub(super) async fn ensure_link_routes_or_say(&mut self, table: &LeaseTable) {
+    /// Brings the routes over the link up, as they were decided on. Asks the kernel only where others are wanted than there were.
+    pub(super) async fn follow_link_routes(&mut self, table: &LeaseTable) {
         let Some(routing) = self.routes.routing() else { return };
-        if let Err(error) = self.ensure_link_routes(routing, table).await {
+        let wanted = self.wanted_link_routes(routing, table);
+        if self.routes.on_link.as_ref() == Some(&wanted) {
+            return;
+        }
+        if let Err(error) = self.ensure_link_routes(routing, wanted, table).await {
             warn!("{error}; comparing again later");
         }
     }
 
-    /// The same where the peers are on the link of the external interface, and there is no device.
-    async fn ensure_link_routes(&mut self, routing: Routing, table: &LeaseTable) -> Result<Vec<Repair>, DaemonError> {
+    /// The routes where the peers are on the link of the external interface, and there is no device. Says who is not on it.
+    fn wanted_link_routes(&mut self, routing: Routing, table: &LeaseTable) -> LinkRoutes {
         let own = routes::of_their_own(routing, &self.routes.prefixes, table.iter().map(|(subnet, _)| subnet));
-        let hosts = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip));
-        // Of whom the way is asked for again it is as it was.
-        let was_on_link =
-            |subnet: &Ipv4Net| self.routes.on_link.as_ref().is_none_or(|before| before.leases.contains_key(subnet));
-        let is_on_link = |(subnet, host): &(Ipv4Net, Ipv4Addr)| match self.underlay.is_on_link(*host) {
-            Some(is_on_link) => is_on_link,
-            None => was_on_link(subnet),
-        };
-        let (on_link, elsewhere): (Vec<_>, Vec<_>) = hosts.partition(is_on_link);
-        let elsewhere: Vec<_> =
-            elsewhere.into_iter().filter(|(_, host)| self.underlay.is_on_link(*host).is_some()).collect();
+        let mut leases = BTreeMap::new();
+        let mut elsewhere = Vec::new();
+        for (subnet, peer) in table.iter() {
+            // Of whom the way is asked for again it is as it was.
+            let was_on_link = || self.routes.on_link.as_ref().is_none_or(|before| before.leases.contains_key(subnet));
+            let is_on_link = self.underlay.is_on_link(peer.public_ip);
+            if is_on_link == Some(false) {
+                elsewhere.push((*subnet, peer.public_ip));
+            } else if own.contains(subnet) && (is_on_link.is_some() || was_on_link()) {
+                leases.insert(*subnet, peer.public_ip);
+            }
+        }
         self.status.waiting(NOT_ON_LINK, not_on_link(&elsewhere, &self.uplink.external.link.name));
-        let wanted = LinkRoutes {
+        LinkRoutes {
             source: self.uplink.external.address,
             shared: if routing == Routing::Shared { self.routes.prefixes.clone() } else { Vec::new() },
-            leases: on_link.into_iter().filter(|(subnet, _)| own.contains(subnet)).collect(),
-        };
+            leases,
+        }
+    }
+
+    async fn ensure_link_routes(
+        &mut self,
+        routing: Routing,
+        wanted: LinkRoutes,
+        table: &LeaseTable,
+    ) -> Result<Vec<Repair>, DaemonError> {
         let ensured =
             self.netlink.ensure_link_routes(&self.uplink.external.link, self.target.network.network, &wanted).await?;
         let is_repair = self.routes.on_link.as_ref() == Some(&wanted);

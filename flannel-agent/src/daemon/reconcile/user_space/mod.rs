@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use super::{
     Beginning, COMPARE_PERIOD, Event, LOOK_PERIOD,
-    drift::FORWARDING,
+    drift::ensure_forwarding,
     schedule::SETTLE_TIME,
     status::DatapathStatus,
     subnet_file::SubnetFile,
@@ -254,15 +254,7 @@ impl<'a> UserSpace<'a> {
 
     /// Looks at what changes without an event, and at what is still to be done.
     pub(in crate::daemon) async fn look(&mut self, table: &LeaseTable) {
-        match device::enable_forwarding() {
-            Ok(changed) => {
-                if changed {
-                    self.status.repaired(Repair::IpForward, "net.ipv4.ip_forward was off");
-                }
-                self.status.waiting(FORWARDING, None);
-            }
-            Err(error) => self.status.waiting(FORWARDING, Some(error.to_string())),
-        }
+        ensure_forwarding(&mut self.status);
         if !self.uplink.is_present {
             self.follow_external(table).await;
         }
