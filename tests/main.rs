@@ -15,7 +15,7 @@
 //! * [`fast_path`] — the same of flows that the programs know
 //! * [`originals`] — and of what is left for them on the other side of the stack, where netfilter translates
 //! * [`xdp`] — the same tables over a wire, with and without XDP
-//! * [`model`] — the programs against a model of them; [`inputs`] and [`comparison`] are shared with the fuzzer
+//! * [`model`] — the programs against a model of them; [`worlds`], [`inputs`] and [`comparison`] are shared with the fuzzer
 //! * [`short_frames`] — the rest of those tables, sent through the attached programs
 //! * [`two_hosts`] — pods talk, large sends stay whole, fragments pass, peers come, change and go
 //! * [`large_packets`] — every size, whole or segmented, on small frames and large
@@ -147,4 +147,6 @@ mod two_hosts;
 mod udp;
 mod upgrade;
 mod world;
+#[path = "fuzz/worlds.rs"]
+mod worlds;
 mod xdp;

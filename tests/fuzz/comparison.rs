@@ -29,7 +29,8 @@ use nix::{
 
 use crate::{
     frames::{Mac, NODE_ONE_MAC},
-    inputs::{Age, DEVICE_MAC, Input, Look, WORLDS},
+    inputs::{Age, Input, Look},
+    worlds::{DEVICE_MAC, WORLDS},
 };
 
 /// For how long a flow is fresh in these worlds: longer than this process is ever kept waiting.

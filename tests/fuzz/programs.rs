@@ -9,6 +9,7 @@ mod frames;
 #[expect(dead_code, reason = "the tests use the rest")]
 mod comparison;
 mod inputs;
+mod worlds;
 
 use std::{
     cell::RefCell,

@@ -54,8 +54,8 @@ impl<'a> Datapath<'a> {
     pub(super) fn write_subnet_env(&self) -> Result<(), DaemonError> {
         match self {
             Self::Programs(reconciler) => reconciler.write_subnet_env(),
-            Self::UserSpace(tunnel) => tunnel.write_subnet_env(),
-            Self::None(allocation) => allocation.write_subnet_env(),
+            Self::UserSpace(tunnel) => tunnel.host.write_subnet_env(),
+            Self::None(allocation) => allocation.host.write_subnet_env(),
         }
     }
 
@@ -151,8 +151,8 @@ impl<'a> Datapath<'a> {
     pub(super) fn subnet_env_damage(&mut self) -> Option<&'static str> {
         match self {
             Self::Programs(reconciler) => reconciler.subnet_env_damage(),
-            Self::UserSpace(tunnel) => tunnel.subnet_env_damage(),
-            Self::None(allocation) => allocation.subnet_env_damage(),
+            Self::UserSpace(tunnel) => tunnel.host.subnet_env_damage(),
+            Self::None(allocation) => allocation.host.subnet_env_damage(),
         }
     }
 
@@ -160,8 +160,8 @@ impl<'a> Datapath<'a> {
     pub(super) fn restore_subnet_env(&mut self, damage: &str) {
         match self {
             Self::Programs(reconciler) => reconciler.restore_subnet_env(damage),
-            Self::UserSpace(tunnel) => tunnel.restore_subnet_env(damage),
-            Self::None(allocation) => allocation.restore_subnet_env(damage),
+            Self::UserSpace(tunnel) => tunnel.host.restore_subnet_env(damage),
+            Self::None(allocation) => allocation.host.restore_subnet_env(damage),
         }
     }
 
@@ -169,8 +169,8 @@ impl<'a> Datapath<'a> {
     pub(super) fn take_events(&mut self) -> Vec<Event> {
         match self {
             Self::Programs(reconciler) => reconciler.take_events(),
-            Self::UserSpace(tunnel) => tunnel.take_events(),
-            Self::None(allocation) => allocation.take_events(),
+            Self::UserSpace(tunnel) => tunnel.host.take_events(),
+            Self::None(allocation) => allocation.host.take_events(),
         }
     }
 
@@ -178,8 +178,8 @@ impl<'a> Datapath<'a> {
     pub(super) fn is_told_otherwise(&self) -> bool {
         match self {
             Self::Programs(reconciler) => reconciler.is_told_otherwise(),
-            Self::UserSpace(tunnel) => tunnel.is_told_otherwise(),
-            Self::None(allocation) => allocation.is_told_otherwise(),
+            Self::UserSpace(tunnel) => tunnel.host.is_told_otherwise(),
+            Self::None(allocation) => allocation.host.is_told_otherwise(),
         }
     }
 
@@ -187,8 +187,8 @@ impl<'a> Datapath<'a> {
     pub(super) fn tell(&mut self, status: &mut Status) {
         match self {
             Self::Programs(reconciler) => reconciler.tell(status),
-            Self::UserSpace(tunnel) => tunnel.tell(status),
-            Self::None(allocation) => allocation.tell(status),
+            Self::UserSpace(tunnel) => tunnel.host.tell(status),
+            Self::None(allocation) => allocation.host.tell(status),
         }
     }
 }

@@ -12,36 +12,23 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
-use tokio::{
-    sync::mpsc,
-    time::{Instant, sleep_until},
-};
+use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
-use super::{
-    Beginning, COMPARE_PERIOD, Event, LOOK_PERIOD,
-    drift::ensure_forwarding,
-    schedule::SETTLE_TIME,
-    status::DatapathStatus,
-    subnet_file::SubnetFile,
-    uplink::{EXTERNAL, Uplink, describe},
-};
+use super::{Beginning, COMPARE_PERIOD, drift::ensure_forwarding, host::Host, schedule::SETTLE_TIME};
 use crate::{
-    backend::Backend,
     cleanup,
     cli::Cli,
-    config::NetworkConfig,
     daemon::DaemonError,
     device::{
-        self, Changed, DeviceError, DeviceEvent, Link, Netlink, external::External, host_routes::Interest,
-        overlay_route::ForeignNextHops, tun::EnsuredTun, vxlan::VxlanDevice,
+        self, Changed, DeviceError, DeviceEvent, Link, host_routes::Interest, overlay_route::ForeignNextHops,
+        tun::EnsuredTun, vxlan::VxlanDevice,
     },
     lease::LeaseTable,
     netfilter::keeper::Keeper,
     registry::OwnLease,
     repair::Repair,
-    status::{RoutesStatus, RulesStatus, Status},
-    subnet_env::SubnetEnv,
+    status::{RoutesStatus, RulesStatus},
     udp::Tunnel,
 };
 
@@ -53,13 +40,7 @@ const COUNT_PERIOD: Duration = Duration::from_secs(5);
 
 /// Keeps a tunnel in step.
 pub(in crate::daemon) struct UserSpace<'a> {
-    cli: &'a Cli,
-    netlink: Netlink,
-    device_events: mpsc::Receiver<DeviceEvent>,
-    network: NetworkConfig,
-    lease: OwnLease,
-    backend: Backend,
-    uplink: Uplink,
+    pub(in crate::daemon) host: Host<'a>,
     /// [`None`] where it could not be started again.
     tunnel: Option<Tunnel>,
     /// The device, once there was one.
@@ -72,11 +53,6 @@ pub(in crate::daemon) struct UserSpace<'a> {
     /// ... and when at the earliest.
     compare_at: Instant,
     rules: Keeper,
-    subnet_file: SubnetFile,
-    /// The file is still to be brought in step.
-    is_write_due: bool,
-    status: DatapathStatus,
-    events: Vec<Event>,
 }
 
 /// What there is to see to.
@@ -92,20 +68,14 @@ pub(in crate::daemon) enum TunnelDue {
 impl<'a> UserSpace<'a> {
     /// Makes nothing yet.
     pub(in crate::daemon) fn new(cli: &'a Cli, beginning: Beginning<'_>) -> Self {
-        let Beginning { netlink, device_events, features, network, lease, selection, external, backend, registry: _ } =
-            beginning;
-        let mut status = DatapathStatus::new(features, &external, &backend);
-        status.routes(RoutesStatus {
+        let mut host = Host::new(cli, beginning, cli.packet_rules.ip_masq);
+        host.status.routes(RoutesStatus {
             mode: "network".to_owned(),
-            reason: format!("one to {} into the TUN device, as flannel's", network.network),
+            reason: format!("one to {} into the TUN device, as flannel's", host.network.network),
             problem: None,
         });
         Self {
-            cli,
-            netlink,
-            device_events,
-            network,
-            lease,
+            host,
             tunnel: None,
             device: None,
             counted: BTreeMap::new(),
@@ -113,29 +83,23 @@ impl<'a> UserSpace<'a> {
             is_comparison_due: false,
             compare_at: Instant::now(),
             rules: Keeper::new(cli.packet_rules.resync()),
-            subnet_file: SubnetFile::new(cli, backend.vni()),
-            backend,
-            uplink: Uplink::new(selection, external),
-            is_write_due: false,
-            status,
-            events: Vec::new(),
         }
     }
 
     /// Makes everything for the first time: the tunnel first, so that nothing was touched where there can be none. The link that
     /// the tunnel leaves by.
     pub(in crate::daemon) async fn make(&mut self, table: &LeaseTable) -> Result<Link, DaemonError> {
-        let (vni, kind) = (self.backend.vni(), self.backend.kind());
-        self.device = self.netlink.tun_of(vni).await?;
+        let (vni, kind) = (self.host.backend.vni(), self.host.backend.kind());
+        self.device = self.host.netlink.tun_of(vni).await?;
         self.start(table).await?;
-        if let Err(error) = cleanup::leave_datapath(self.cli, &self.netlink, vni, kind).await {
+        if let Err(error) = cleanup::leave_datapath(self.host.cli, &self.host.netlink, vni, kind).await {
             warn!("something of another backend stays: {error}");
         }
         device::enable_forwarding()?;
         self.ensure().await?;
-        self.netlink.remove_flannels_blackhole(self.lease.key.subnet).await?;
+        self.host.netlink.remove_flannels_blackhole(self.host.lease.key.subnet).await?;
         self.set_rules().await;
-        Ok(self.uplink.external.link.clone())
+        Ok(self.host.uplink.external.link.clone())
     }
 
     /// Takes away what a flannel that ran here before made for its peers.
@@ -147,28 +111,28 @@ impl<'a> UserSpace<'a> {
 
     async fn sweep_flannels(&self, table: &LeaseTable) -> Result<(), DeviceError> {
         let hosts: HashMap<_, _> = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip)).collect();
-        self.netlink.sweep_link_routes(&self.uplink.external.link, &hosts).await?;
-        let name = VxlanDevice::name_of(self.backend.vni());
-        let Some(message) = self.netlink.link_by_name(&name).await? else { return Ok(()) };
+        self.host.netlink.sweep_link_routes(&self.host.uplink.external.link, &hosts).await?;
+        let name = VxlanDevice::name_of(self.host.backend.vni());
+        let Some(message) = self.host.netlink.link_by_name(&name).await? else { return Ok(()) };
         let link = Link { name, index: message.header.index, mtu: 0, mac: None };
-        let (network, len) = (self.network.network, self.lease.key.subnet.prefix_len());
+        let (network, len) = (self.host.network.network, self.host.lease.key.subnet.prefix_len());
         let is_lease = |address: Ipv4Addr| {
             Ipv4Net::new(address, len).is_ok_and(|lease| lease.network() == address && network.contains(&lease))
         };
-        self.netlink.sweep(&link, is_lease, &HashSet::new(), &ForeignNextHops::new()).await
+        self.host.netlink.sweep(&link, is_lease, &HashSet::new(), &ForeignNextHops::new()).await
     }
 
     pub(in crate::daemon) fn say_carried(&self) {
         let device = self.device.as_ref().map_or("the tunnel", |device| &device.name);
         info!(
             "{device} carries {}, in user space: the slow road; vxlan is faster where it can be had",
-            self.lease.key.subnet
+            self.host.lease.key.subnet
         );
     }
 
     /// The next that there is to [see to](Self::see_to).
     pub(in crate::daemon) async fn next(&mut self) -> TunnelDue {
-        let Self { tunnel, device_events, rules, is_comparison_due, compare_at, .. } = self;
+        let Self { host: Host { device_events, .. }, tunnel, rules, is_comparison_due, compare_at, .. } = self;
         let failure = async {
             match tunnel {
                 Some(tunnel) => tunnel.failed().await,
@@ -186,7 +150,7 @@ impl<'a> UserSpace<'a> {
     pub(in crate::daemon) async fn see_to(&mut self, due: TunnelDue, table: &LeaseTable) {
         match due {
             TunnelDue::Device(event) => self.is_comparison_due |= self.concerns(event),
-            TunnelDue::Rules(rules) => self.status.rules(rules),
+            TunnelDue::Rules(rules) => self.host.status.rules(rules),
             TunnelDue::Comparison => {
                 self.review(table).await;
                 self.is_comparison_due = false;
@@ -196,18 +160,18 @@ impl<'a> UserSpace<'a> {
                 let device = self.device.as_ref().map_or_else(String::new, |device| device.name.clone());
                 self.restart(table).await;
                 if self.tunnel.is_some() {
-                    self.status.repaired(Repair::Device, &format!("{device}: {cause}"));
+                    self.host.status.repaired(Repair::Device, &format!("{device}: {cause}"));
                 }
             }
         }
     }
 
     fn concerns(&self, event: DeviceEvent) -> bool {
-        let own = [self.device.as_ref().map(|device| device.index), Some(self.uplink.external.link.index)];
+        let own = [self.device.as_ref().map(|device| device.index), Some(self.host.uplink.external.link.index)];
         match event.kind {
             Changed::TrafficControl | Changed::Neighbour => false,
             Changed::Way | Changed::Route | Changed::Topology => {
-                !self.uplink.is_present || event.ifindex.is_none() || own.contains(&event.ifindex)
+                !self.host.uplink.is_present || event.ifindex.is_none() || own.contains(&event.ifindex)
             }
         }
     }
@@ -216,22 +180,22 @@ impl<'a> UserSpace<'a> {
     async fn ensure(&mut self) -> Result<Vec<Repair>, DaemonError> {
         let Some(tunnel) = &self.tunnel else { return Ok(Vec::new()) };
         let device = self.settings().tun_device(tunnel.device());
-        let EnsuredTun { link, repairs, is_routed } = self.netlink.ensure_tun(&device).await?;
-        self.netlink.set_interest(Interest {
+        let EnsuredTun { link, repairs, is_routed } = self.host.netlink.ensure_tun(&device).await?;
+        self.host.netlink.set_interest(Interest {
             overlay: link.index,
             is_shared: false,
-            prefixes: vec![self.network.network],
-            subnet: self.lease.key.subnet,
+            prefixes: vec![self.host.network.network],
+            subnet: self.host.lease.key.subnet,
             addresses: Vec::new(),
         });
         let elsewhere = format!(
             "a route of somebody else's leads {} elsewhere, which stays: only what others route into {} is carried",
-            self.network.network, link.name
+            self.host.network.network, link.name
         );
-        self.status.waiting(ROUTE, (!is_routed).then_some(elsewhere));
+        self.host.status.waiting(ROUTE, (!is_routed).then_some(elsewhere));
         self.device = Some(link);
-        let blackhole = self.cli.packet_rules.ip_blackhole_route.then_some(self.lease.key.subnet);
-        self.netlink.set_blackhole(self.backend.vni(), blackhole).await?;
+        let blackhole = self.host.cli.packet_rules.ip_blackhole_route.then_some(self.host.lease.key.subnet);
+        self.host.netlink.set_blackhole(self.host.backend.vni(), blackhole).await?;
         Ok(repairs)
     }
 
@@ -239,7 +203,7 @@ impl<'a> UserSpace<'a> {
         match self.ensure().await {
             Ok(repairs) => {
                 let device = self.device.as_ref().map_or_else(String::new, |device| device.name.clone());
-                repairs.into_iter().for_each(|repair| self.status.repaired(repair, &device));
+                repairs.into_iter().for_each(|repair| self.host.status.repaired(repair, &device));
             }
             // It is about to be heard that the device is gone.
             Err(error) => warn!("{error}; trying again in {COMPARE_PERIOD:?}"),
@@ -254,16 +218,14 @@ impl<'a> UserSpace<'a> {
 
     /// Looks at what changes without an event, and at what is still to be done.
     pub(in crate::daemon) async fn look(&mut self, table: &LeaseTable) {
-        ensure_forwarding(&mut self.status);
-        if !self.uplink.is_present {
+        ensure_forwarding(&mut self.host.status);
+        if !self.host.uplink.is_present {
             self.follow_external(table).await;
         }
         if self.tunnel.is_none() {
             self.restart(table).await;
         }
-        if self.is_write_due {
-            self.write_or_say();
-        }
+        self.host.write_where_due();
         if self.count_at.elapsed() >= COUNT_PERIOD {
             self.tell_counts();
         }
@@ -271,94 +233,27 @@ impl<'a> UserSpace<'a> {
 
     /// Goes on with a lease. Where it is of another subnet, the tunnel is started anew with its address.
     pub(in crate::daemon) async fn move_to(&mut self, lease: OwnLease, table: &LeaseTable) {
-        let before = std::mem::replace(&mut self.lease, lease).key;
-        let now = self.lease.key;
-        if before == now {
-            info!("the lease of {} is held again", now.subnet);
+        if !self.host.take_lease(lease) {
             return;
         }
-        warn!(
-            "this host moves from {} to {}: subnet.env is rewritten, and its pods need new addresses",
-            before.subnet, now.subnet
-        );
         self.restart(table).await;
         self.set_rules().await;
-        self.write_or_say();
+        self.host.tell_move();
         self.say_carried();
-        // What overlapped the subnet that it had was passed over.
-        self.events.push(Event::Moved);
     }
 
     async fn follow_external(&mut self, table: &LeaseTable) {
-        let found = match self.uplink.find_again(&self.netlink).await {
-            Ok(Some(found)) => found,
-            Ok(None) => return,
-            Err(error) => return self.status.waiting(EXTERNAL, Some(self.uplink.missing(&error))),
-        };
-        self.status.waiting(EXTERNAL, None);
-        if found == self.uplink.external {
-            return;
-        }
-        match Backend::new(&self.network.backend, &found) {
-            Ok(backend) => self.backend = backend,
-            Err(error) => return warn!("{error}; trying again in {LOOK_PERIOD:?}"),
-        }
-        info!("the external interface is {}, before {}", describe(&found), describe(&self.uplink.external));
-        let address_before = std::mem::replace(&mut self.uplink.external, found).address;
-        self.status.external(&self.uplink.external, &self.backend);
-        let External { address, public_ip, .. } = self.uplink.external;
-        self.events.push(Event::External { public_ip, is_other_source: address != address_before });
-        if address != address_before {
+        let Some(change) = self.host.find_external().await else { return };
+        if change.is_other_source {
             self.restart(table).await;
         } else {
             self.ensure_or_say().await;
         }
-        self.write_or_say();
-        self.status.repaired(Repair::ExternalInterface, &describe(&self.uplink.external));
+        self.host.tell_external();
     }
 
     /// Before pods are told of their subnet, as far as that can be.
     async fn set_rules(&self) {
-        self.rules.set(self.cli.packet_rules.rules(&self.network, self.lease.key.subnet)).await;
-    }
-
-    fn write_or_say(&mut self) {
-        let written = self.write_subnet_env();
-        self.is_write_due = written.is_err();
-        if let Err(error) = written {
-            warn!("{error}; trying again");
-        }
-    }
-
-    fn subnet_env(&self) -> SubnetEnv {
-        let (network, subnet, mtu) = (self.network.network, self.lease.key.subnet, self.backend.mtu());
-        SubnetEnv { network, subnet, mtu, ip_masq: self.cli.packet_rules.ip_masq }
-    }
-
-    pub(in crate::daemon) fn write_subnet_env(&self) -> Result<(), DaemonError> {
-        self.subnet_file.write(&self.subnet_env())
-    }
-
-    /// As [`super::Reconciler::subnet_env_damage`].
-    pub(in crate::daemon) fn subnet_env_damage(&mut self) -> Option<&'static str> {
-        self.subnet_file.damage(&self.subnet_env(), &mut self.status)
-    }
-
-    /// As [`super::Reconciler::restore_subnet_env`].
-    pub(in crate::daemon) fn restore_subnet_env(&mut self, damage: &str) {
-        let wanted = self.subnet_env();
-        self.subnet_file.restore(&wanted, damage, &mut self.status);
-    }
-
-    pub(in crate::daemon) fn take_events(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.events)
-    }
-
-    pub(in crate::daemon) const fn is_told_otherwise(&self) -> bool {
-        self.status.is_due
-    }
-
-    pub(in crate::daemon) fn tell(&mut self, status: &mut Status) {
-        self.status.tell(status);
+        self.rules.set(self.host.cli.packet_rules.rules(&self.host.network, self.host.lease.key.subnet)).await;
     }
 }

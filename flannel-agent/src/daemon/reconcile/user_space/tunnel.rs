@@ -28,18 +28,18 @@ impl UserSpace<'_> {
 
     fn peers(&self, table: &LeaseTable) -> Peers {
         let leases = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip));
-        let own = (self.lease.key.subnet, self.uplink.external.address);
-        Peers::new(own, self.cli.accept_source.clone(), leases)
+        let own = (self.host.lease.key.subnet, self.host.uplink.external.address);
+        Peers::new(own, self.host.cli.accept_source.clone(), leases)
     }
 
     pub(super) fn settings(&self) -> Settings {
         Settings {
             device: self.device.as_ref().map(|device| device.name.clone()),
-            vni: self.backend.vni(),
-            local: SocketAddrV4::new(self.uplink.external.address, self.backend.port()),
-            overlay: self.lease.key.subnet.network(),
-            network: self.network.network,
-            mtu: self.backend.mtu(),
+            vni: self.host.backend.vni(),
+            local: SocketAddrV4::new(self.host.uplink.external.address, self.host.backend.port()),
+            overlay: self.host.lease.key.subnet.network(),
+            network: self.host.network.network,
+            mtu: self.host.backend.mtu(),
         }
     }
 
@@ -48,7 +48,7 @@ impl UserSpace<'_> {
         self.counted = self.counts();
         // First: port and device are its.
         self.tunnel = None;
-        self.tunnel = Some(Tunnel::start(&self.netlink, &self.settings(), self.peers(table)).await?);
+        self.tunnel = Some(Tunnel::start(&self.host.netlink, &self.settings(), self.peers(table)).await?);
         self.tell_counts();
         Ok(())
     }
@@ -56,7 +56,7 @@ impl UserSpace<'_> {
     pub(super) async fn restart(&mut self, table: &LeaseTable) {
         let started = self.start(table).await;
         let problem = started.as_ref().err().map(|error| format!("nothing is carried: {error}"));
-        self.status.waiting(TUNNEL, problem);
+        self.host.status.waiting(TUNNEL, problem);
         if started.is_ok() {
             self.ensure_or_say().await;
         }
@@ -75,7 +75,7 @@ impl UserSpace<'_> {
     pub(super) fn tell_counts(&mut self) {
         self.count_at = Instant::now();
         let device = self.tunnel.as_ref().map(|tunnel| tunnel.device().to_owned()).unwrap_or_default();
-        let tunnel = TunnelStatus { device, port: self.backend.port(), packets: self.counts() };
-        self.status.tunnel(tunnel);
+        let tunnel = TunnelStatus { device, port: self.host.backend.port(), packets: self.counts() };
+        self.host.status.tunnel(tunnel);
     }
 }
