@@ -13,7 +13,7 @@ pub(super) const MAX_BYTES: usize = 65_507;
 /// Where some bytes lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Piece {
-    /// Among the headers that were made anew.
+    /// Among the headers that were rebuilt.
     Header(Range<usize>),
     /// In a packet that was read, by its number.
     Packet(usize, Range<usize>),

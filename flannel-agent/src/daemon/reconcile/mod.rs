@@ -4,7 +4,7 @@
 //! * `uplink` — following the external interface
 //! * `datapath` — device, programs, routes, and the programs of pods
 //! * `drift` — bringing back in step what somebody else changed
-//! * `schedule` — what is to be looked at, and when
+//! * `schedule` — what is due, and when
 //! * `endings` — connections and pods that end
 //! * `inspection` — which packets others' packet rules are looked through for
 //! * `restrictions` — what has to see each packet of this host, and what follows for the bypass

@@ -1,4 +1,4 @@
-//! What is to be looked at, and when: what the kernel tells of, collected for a moment, and what others find.
+//! What is due, and when: what the kernel tells of, collected for a moment, and what others find.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
-/// What is to be looked at.
+/// What is due.
 pub(super) struct Schedule {
     device_events: mpsc::Receiver<DeviceEvent>,
     /// What is to be compared, ...
@@ -129,7 +129,7 @@ impl Reconciler<'_> {
         self.schedule.are_pods_due = false;
         let begun = cpu_time();
         if !self.uplink.is_present {
-            // It may also be the external interface, made anew.
+            // It may also be the external interface, recreated.
             self.follow_external(table).await;
         }
         self.attach_pods_or_say().await;

@@ -122,7 +122,7 @@ impl Reconciler<'_> {
         self.target.lease = lease;
         let link = self.rebuild(table).await?;
         self.say_carried(&link);
-        // What overlapped the subnet that it had was passed over.
+        // What overlapped the subnet that it had was skipped.
         self.events.push(Event::Moved);
         Ok(())
     }
