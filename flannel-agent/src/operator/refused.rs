@@ -79,7 +79,9 @@ fn foreign_macs(senders: impl Iterator<Item = ((MacAddress, Ipv4Addr), Duration)
         let last = latest.entry(mac).or_insert((ago, address));
         *last = (*last).min((ago, address));
     }
-    let line = |(mac, (ago, address)): (MacAddress, (Duration, Ipv4Addr))| {
+    let mut latest: Vec<_> = latest.into_iter().map(|(mac, (ago, address))| (ago, address, mac)).collect();
+    latest.sort_unstable();
+    let line = |(ago, address, mac): (Duration, Ipv4Addr, MacAddress)| {
         format!(
             "packets from {address} come without a tunnel from the MAC {mac}, which is not that of the host that leases it, last {} ago \
              ({}, {packets} in all): if they are not forged, that host sends from several MACs on this link (bonding modes 5 and 6, two \
@@ -151,11 +153,13 @@ mod tests {
         frame[26..30].copy_from_slice(&[10, 5, 2, 9]);
         let sender = sender_on_link(&frame).unwrap();
         assert_eq!(sender_on_link(&frame[..29]), None);
-        let senders = [(sender, Duration::from_secs(9)), (sender, Duration::from_secs(3))];
+        let other = (MacAddress([2, 0, 0, 0, 0, 1]), sender.1);
+        let seconds = Duration::from_secs;
+        let senders = [(sender, seconds(9)), (other, seconds(5)), (sender, seconds(3))];
         let lines = foreign_macs(senders.into_iter(), 12);
         let expected = "packets from 10.5.2.9 come without a tunnel from the MAC 02:00:00:00:00:07, which is not that of the host \
-                        that leases it, last 3 s ago (direct_foreign_mac, 12 in all)";
-        assert!(lines.len() == 1 && lines[0].starts_with(expected), "{lines:?}");
+                        that leases it, last 3.0 s ago (direct_foreign_mac, 12 in all)";
+        assert!(lines.len() == 2 && lines[0].starts_with(expected), "{lines:?}");
     }
 
     #[test]
