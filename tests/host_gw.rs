@@ -1,6 +1,10 @@
 //! The host-gw backend, past the stack and by it, beside hosts of flannel's.
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{
+    collections::BTreeSet,
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use nix::sys::signal::Signal;
 use xtask::{
@@ -138,6 +142,25 @@ fn each_lease_has_a_route_of_the_kernels_where_that_is_asked_for() {
     netns.ip(&format!("route delete 10.5.{octet}.0/24 via 192.168.64.254")).unwrap();
     wait_for("the route", SOON, || routes().contains(&own)).unwrap();
     world.wait_status(0, "all is well", |status| status["drift"]["waiting"]["routes of leases"].is_null());
+}
+
+#[test]
+fn the_shared_routes_neighbour_comes_back_at_once() {
+    let world = World::with_backend(2, r#"{"Type": "host-gw"}"#).ready(&[]);
+    world.wait_connected(0, 1);
+    let netns = &world.hosts[0].netns;
+    let shared = || netns.exec("ip neigh show 169.254.1.1 dev eth0").unwrap();
+    let made = shared();
+    assert!(made.contains("PERMANENT"), "{made}");
+    let begun = Instant::now();
+    for _ in 0..3 {
+        for change in ["delete 169.254.1.1", "replace 169.254.1.1 lladdr 02:00:00:00:00:77 nud permanent"] {
+            netns.ip(&format!("neigh {change} dev eth0")).unwrap();
+            wait_for("the neighbour", SOON, || shared() == made).unwrap();
+        }
+    }
+    // Without an event each takes until the next comparison of everything: six of them, 50 s and more.
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
 }
 
 #[test]

@@ -136,7 +136,9 @@ impl DeviceEvent {
                 return None;
             }
             Message::NewNeighbour(entry) | Message::DelNeighbour(entry) => {
-                (Changed::Neighbour, Some(entry.header.ifindex))
+                // On any link: without it the shared routes lead nowhere.
+                let is_ours = overlay_route::is_of_next_hop(entry);
+                (if is_ours { Changed::Route } else { Changed::Neighbour }, Some(entry.header.ifindex))
             }
             Message::NewLink(link) | Message::DelLink(link) => (Changed::Topology, Some(link.header.index)),
             // On any link: a route's next hop can't be an address of this host.

@@ -479,6 +479,13 @@ pub(super) fn is_next_hop(entry: &NeighbourMessage) -> bool {
         && entry.attributes.contains(&NeighbourAttribute::LinkLayerAddress(NEXT_HOP_MAC.to_vec()))
 }
 
+/// Whether an entry is of an address that a next hop has.
+pub(super) fn is_of_next_hop(entry: &NeighbourMessage) -> bool {
+    entry.attributes.iter().any(|attribute| {
+        matches!(attribute, NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) if NEXT_HOPS.contains(address))
+    })
+}
+
 /// Whether an address is one that a next hop has.
 pub(super) fn is_next_hop_address(message: &AddressMessage) -> bool {
     local(message).is_some_and(|address| NEXT_HOPS.contains(&address))
