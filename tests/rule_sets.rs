@@ -57,8 +57,9 @@ fn the_table_of_nftables_is_this() {
     let rule = |expr| json!({"rule": {"family": "ip", "table": "flannel-ipv4", "chain": "postrtg-late", "comment": "flanneld masq", "expr": expr}});
     expected.extend(rules.map(rule));
     assert_eq!(listed["nftables"].as_array().unwrap()[1..], expected, "{listed:#}");
-    let status = &world.status(0)["status"]["rules"];
-    assert_eq!((&status["masquerade"], &status["forward"]), (&json!("nftables"), &json!(true)));
+    world.wait_status(0, "the rules", |status| {
+        (&status["rules"]["masquerade"], &status["rules"]["forward"]) == (&json!("nftables"), &json!(true))
+    });
     let file = fs::read_to_string(world.hosts[0].run_dir().join("subnet.env")).unwrap();
     assert!(file.ends_with("FLANNEL_IPMASQ=true\n"), "{file}");
 }
