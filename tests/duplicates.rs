@@ -1,11 +1,14 @@
-//! Two hosts with one address: a machine that was cloned, a `--public-ip` that is given twice.
+//! Two hosts with one address: a machine that was cloned, a `--public-ip` that is given twice, an address behind NAT.
 
 use std::fs;
 
 use nix::sys::signal::Signal;
 use xtask::{lab::PREFIX, progress::wait_for};
 
-use crate::world::{SOON, World, lease_value};
+use crate::{
+    kubernetes::Cluster,
+    world::{LeaseStore, SOON, World, lease_value},
+};
 
 const ADDRESS: &str = "--public-ip=192.168.64.1";
 const ASKED: &str = "asking whether that host lives";
@@ -23,8 +26,44 @@ fn with_newcomer() -> World {
     world
 }
 
-fn troubles(world: &World, host: usize) -> String {
+fn troubles<S: LeaseStore>(world: &World<S>, host: usize) -> String {
     world.status(host)["troubles"].to_string()
+}
+
+/// Vagrant's machines: the first interface, which has the default route, is behind a NAT of each machine's own, and all have the
+/// same address there.
+fn behind_nat<S>(world: &World<S>) {
+    for host in &world.hosts {
+        for line in [
+            "link add nat0 type veth peer name nat1",
+            "address add 10.0.2.15/24 dev nat0 valid_lft 86400 preferred_lft 86400",
+            "link set nat1 up",
+            "link set nat0 up",
+            "route replace default via 10.0.2.2 dev nat0",
+        ] {
+            host.netns.ip(line).unwrap();
+        }
+    }
+}
+
+/// Waits until a host says a line with all these words, in its log and among its status's troubles.
+fn wait_said<S: LeaseStore>(world: &World<S>, host: usize, words: &[&str]) {
+    let has_all = |line: &str| words.iter().all(|word| line.contains(word));
+    let log = || world.hosts[host].agent.as_ref().unwrap().log();
+    let is_told =
+        || world.status(host)["troubles"].as_array().unwrap().iter().any(|trouble| has_all(trouble.as_str().unwrap()));
+    let waited = wait_for("it to be said", SOON, || is_told() && log().lines().any(has_all));
+    assert!(waited.is_ok(), "{words:?}: {}\n{}", troubles(world, host), log());
+}
+
+/// Waits until two hosts that go by their other interface reach each other, and have no troubles.
+fn wait_way_out<S: LeaseStore>(world: World<S>) {
+    let world = world.ready(&["--iface=eth0"]);
+    world.wait_connected(0, 1);
+    for host in 0..2 {
+        let waited = wait_for("no troubles", SOON, || troubles(&world, host) == "[]");
+        assert!(waited.is_ok(), "{}", troubles(&world, host));
+    }
 }
 
 #[test]
@@ -129,4 +168,33 @@ fn a_second_lease_with_this_hosts_address_is_said() {
     assert_eq!(world.status(0)["status"]["peers"], 0);
     world.store.etcdctl(&["del", &key]).unwrap();
     world.wait_status(0, "it to be forgotten", |status| status["store"]["passedOver"].as_object().unwrap().is_empty());
+}
+
+#[test]
+fn two_hosts_behind_nat_both_say_so_and_the_way_out() {
+    let mut world = World::new(2);
+    behind_nat(&world);
+    world.start(0, &[]);
+    let gateway = world.hosts[0].wait_ready().unwrap().gateway;
+    world.start(1, &[]);
+    let subnet = format!("{}/24", std::net::Ipv4Addr::from_bits(gateway.to_bits() - 1));
+    wait_said(&world, 0, &["another host claims this host's address 10.0.2.15", &subnet, "--iface"]);
+    wait_said(&world, 1, &["has this host's address 10.0.2.15", &subnet, "--iface"]);
+    wait_way_out(world);
+}
+
+#[test]
+fn two_nodes_behind_nat_both_say_so_and_the_way_out() {
+    for backend in [r#"{"Type": "vxlan"}"#, r#"{"Type": "host-gw"}"#] {
+        let cluster = Cluster::with_nodes(2);
+        let config = format!(r#"{{"Network": "10.5.0.0/16", "Backend": {backend}}}"#);
+        fs::write(&cluster.store.net_conf, config).unwrap();
+        behind_nat(&cluster);
+        let cluster = cluster.with_ready_agents(&[]);
+        for (host, other) in [(0, "node2"), (1, "node1")] {
+            let said = ["it names this host's own address 10.0.2.15", "10.5.1.0/24", "10.5.2.0/24", other, "--iface"];
+            wait_said(&cluster, host, &said);
+        }
+        wait_way_out(cluster);
+    }
 }

@@ -44,6 +44,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Whether the store knows its holder for another than this lease's. Not every store knows holders.
+    pub fn is_of_another(&self, own: &OwnLease) -> bool {
+        matches!((&self.grant, &own.grant), (Grant::NodeUid(theirs), Grant::NodeUid(ours)) if theirs != ours)
+    }
+
     /// The same, as none that can be used.
     pub fn passed_over(&self, reason: String) -> PassedOver {
         let grant = Some(self.grant.clone());

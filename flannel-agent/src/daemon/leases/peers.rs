@@ -92,22 +92,26 @@ impl Leases {
     pub(super) fn peer_of(&self, entry: &Entry) -> Result<Option<Peer>, NoPeer> {
         let before = self.announced.before(entry);
         if entry.attributes.public_ip == self.public_ip() {
-            return match entry.attributes.announced_mac() {
-                _ if entry.key == self.own.key => Ok(None),
-                Some(mac) if mac != self.own.vtep_mac => {
-                    let reason = format!(
-                        "it names this host's own address {} with the MAC {mac} of another: two hosts must not have one \
-                         --public-ip",
-                        self.public_ip()
-                    );
-                    Err(entry.passed_over(reason).into())
-                }
+            let rival = match entry.attributes.announced_mac() {
+                _ if entry.key == self.own.key => return Ok(None),
+                Some(mac) if mac != self.own.vtep_mac => format!(" with the MAC {mac} of another"),
+                None if entry.is_of_another(&self.own) => ", and is another's".to_owned(),
                 // A lease that this host had before has never been another's.
                 _ if before.is_some() => {
-                    Err(entry.passed_over(format!("it names this host's own address {}", self.public_ip())).into())
+                    let reason = format!("it names this host's own address {}", self.public_ip());
+                    return Err(entry.passed_over(reason).into());
                 }
-                _ => Ok(None),
+                _ => return Ok(None),
             };
+            let reason = format!(
+                "it names this host's own address {}{rival}, for {}, and this host has {}: two hosts must not have one \
+                 address, as machines have behind the NAT of Vagrant. Give each host an address of its own with --iface or \
+                 --public-ip",
+                self.public_ip(),
+                entry.key.subnet,
+                self.own.key.subnet
+            );
+            return Err(entry.passed_over(reason).into());
         }
         let (own, theirs) = (self.own.key.subnet, entry.key.subnet);
         if overlap(own, theirs) {
