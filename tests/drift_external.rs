@@ -20,14 +20,15 @@ fn plug_in(world: &World, address: &str) {
     netns.ip("route add default via 192.168.64.254").unwrap();
 }
 
-fn public_ip(world: &World, key: &str) -> String {
+/// The address that a lease names.
+pub fn public_ip(world: &World, key: &str) -> String {
     let lease: serde_json::Value =
         serde_json::from_str(&world.store.get(&format!("{PREFIX}/subnets/{key}")).unwrap()).unwrap();
     lease["PublicIP"].as_str().unwrap().to_owned()
 }
 
 /// The rules by which it can be chosen.
-const RULES: [&[&str]; 3] = [&[], &["--iface=eth0"], &["--iface-regex=^eth"]];
+pub const RULES: [&[&str]; 3] = [&[], &["--iface=eth0"], &["--iface-regex=^eth"]];
 
 #[test]
 fn down_and_up() {

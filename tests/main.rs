@@ -64,6 +64,7 @@
 //! * [`upgrade`] — to other programs, to another map layout, and back; pins that can't be adopted
 //! * [`privileges`] — an ordinary user with two capabilities; files, symbolic links, hostile text
 //! * [`drift`], [`drift_external`] — what somebody else changes on a host while pods talk
+//! * [`addresses`] — addresses and interfaces that move, and which of a host's addresses it goes by
 //! * [`cni`] — the CNI plugin, run as a runtime runs it
 //! * [`udp`] — the tunnel of the backend udp: its wire, its senders, the daemon that drives it, what stands in its way
 //! * [`docker_opts`] — Docker's options
@@ -71,6 +72,7 @@
 //! * [`flags`] — flags, variables and shared files as flannel takes them, with its own process
 //! * [`bad_input`] — one line for each, and nothing half-made
 
+mod addresses;
 mod admission;
 mod alloc;
 mod api_server;

@@ -41,7 +41,7 @@ impl Forwarder {
         let (tun, name, socket) = host
             .netns
             .within(move || {
-                let (tun, name) = open();
+                let (tun, name) = open("flannel%d");
                 (tun, name, UdpSocket::bind((address, port)).unwrap())
             })
             .unwrap();
@@ -121,12 +121,13 @@ fn decrement_ttl(packet: &mut [u8]) -> bool {
     packet[8] != 0
 }
 
-fn open() -> (File, String) {
+/// A TUN device with such a name (`%d` stands for the first free number), as long as it is open.
+pub fn open(name: &str) -> (File, String) {
     let mut options = OpenOptions::new();
     let tun = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun").unwrap();
     // SAFETY: all zeros are a value of this C structure.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(*b"flannel%d") {
+    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *place = byte as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as c_short;

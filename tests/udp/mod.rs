@@ -3,7 +3,7 @@
 mod bad_input;
 mod daemon;
 mod engines;
-mod forwarder;
+pub mod forwarder;
 mod wire;
 
 use std::{

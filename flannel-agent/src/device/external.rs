@@ -10,7 +10,10 @@ use rtnetlink::{
     packet_route::route::{RouteAddress, RouteAttribute, RouteMessage},
 };
 
-use super::{DeviceError, Link, Netlink};
+use super::{
+    DeviceError, Link, Netlink,
+    addresses::{AddressKind, HostAddresses},
+};
 
 /// How the operator named the interface. The first of each list that matches is taken.
 #[derive(Clone, Debug, Default)]
@@ -67,8 +70,12 @@ impl Netlink {
     /// # Errors
     /// [`SelectError`], with what was looked for.
     pub async fn external_interface(&self, selection: &Selection) -> Result<External, SelectError> {
+        Ok(self.choose(selection).await?.0)
+    }
+
+    async fn choose(&self, selection: &Selection) -> Result<Found, SelectError> {
         let links = self.links().await?;
-        let addresses = self.addresses().await?;
+        let addresses = self.addresses().await?.with_routes(self.default_routes().await?);
         let choice = match selection {
             Selection { interfaces, patterns, can_reach, .. } if !interfaces.is_empty() || !patterns.is_empty() => {
                 match (by_name(selection, &links, &addresses), can_reach) {
@@ -78,11 +85,11 @@ impl Netlink {
                 }
             }
             Selection { can_reach: Some(destination), .. } => self.by_route(*destination).await?,
-            Selection { public_ip: Some(ip), .. } if addresses.iter().any(|(_, address)| address == ip) => {
-                Choice { index: owner(&addresses, *ip), address: Some(*ip) }
+            Selection { public_ip: Some(ip), .. } if addresses.has(*ip) => {
+                Choice { index: addresses.owner(*ip), address: Some(*ip) }
             }
             // A public IP that is no address of this host (NAT) says nothing about the interface.
-            _ => Choice { index: Some(self.default_route().await?), address: None },
+            _ => Choice { index: Some(default_link(&addresses)?), address: None },
         };
         let index = choice.index.ok_or_else(|| SelectError::NoMatch("its link is gone".to_owned()))?;
         let link = links
@@ -90,22 +97,21 @@ impl Netlink {
             .find(|link| link.index == index)
             .ok_or_else(|| SelectError::NoMatch(format!("link {index} is gone")))?;
         // The published address is the tunnel's wherever it is one of this host's: peers know no other.
-        let published = selection.public_ip.filter(|ip| addresses.iter().any(|(_, address)| address == ip));
-        let address = published
-            .or(choice.address)
-            .or_else(|| addresses.iter().find(|(owner, _)| *owner == index).map(|(_, address)| *address))
-            .ok_or_else(|| {
+        let published = selection.public_ip.filter(|ip| addresses.has(*ip));
+        let address =
+            published.or(choice.address).or_else(|| addresses.own(index).map(|own| own.address)).ok_or_else(|| {
                 SelectError::NoMatch(format!("{} has no IPv4 address; give it one or use --iface", link.name))
             })?;
         if link.mtu == 0 {
             return Err(SelectError::NoMatch(format!("{} has no MTU", link.name)));
         }
-        Ok(External { public_ip: selection.publish(address), link, address })
+        let kind = addresses.on_link(index, address).map(|there| there.kind);
+        Ok((External { public_ip: selection.publish(address), link, address }, kind))
     }
 
     /// Chooses again, where there was a choice before. The link stays chosen, by number or, made anew, by name, as long as it
-    /// has the tunnel's address. Where it has another, the same rule says which; a default route that is gone, as it is when
-    /// an interface goes down, is no reason to leave.
+    /// has the tunnel's address, which is `former` as soon as it has that again. Where it has another, the same rule says
+    /// which; a default route that is gone, as it is when an interface goes down, is no reason to leave.
     ///
     /// # Errors
     /// [`SelectError`], with what was looked for.
@@ -113,21 +119,28 @@ impl Netlink {
         &self,
         selection: &Selection,
         before: &External,
-    ) -> Result<External, SelectError> {
+        former: Option<Ipv4Addr>,
+    ) -> Result<Found, SelectError> {
         let links = self.links().await?;
         let same = links.iter().find(|link| link.index == before.link.index);
         let same = same.or_else(|| links.iter().find(|link| link.name == before.link.name));
-        let Some(link) = same.filter(|link| link.mtu > 0) else { return self.external_interface(selection).await };
+        let Some(link) = same.filter(|link| link.mtu > 0) else { return self.choose(selection).await };
         let addresses = self.addresses().await?;
-        let of = |address: Ipv4Addr| External { public_ip: selection.publish(address), link: link.clone(), address };
-        let has_published = selection.public_ip == Some(before.address);
-        if addresses.iter().any(|(owner, ip)| *ip == before.address && (*owner == link.index || has_published)) {
+        let of = |address: Ipv4Addr| {
+            let kind = addresses.on_link(link.index, address).map(|there| there.kind);
+            (External { public_ip: selection.publish(address), link: link.clone(), address }, kind)
+        };
+        if let Some(former) = former.filter(|former| addresses.on_link(link.index, *former).is_some()) {
+            return Ok(of(former));
+        }
+        let has_published = selection.public_ip == Some(before.address) && addresses.has(before.address);
+        let is_there = has_published || addresses.on_link(link.index, before.address).is_some();
+        if is_there && former.is_none() {
             return Ok(of(before.address));
         }
-        let by_rule = self.external_interface(selection).await;
-        let first = addresses.iter().find(|(owner, _)| *owner == link.index);
-        match (by_rule, first) {
-            (Err(SelectError::NoMatch(_)), Some((_, address))) if selection.is_default_route() => Ok(of(*address)),
+        let by_rule = self.choose(selection).await;
+        match (by_rule, addresses.own(link.index)) {
+            (Err(SelectError::NoMatch(_)), Some(own)) if selection.is_default_route() => Ok(of(own.address)),
             (by_rule, _) => by_rule,
         }
     }
@@ -144,14 +157,10 @@ impl Netlink {
         });
         Ok(Choice { index: output_interface(route), address })
     }
-
-    /// The link of the first default route.
-    async fn default_route(&self) -> Result<u32, SelectError> {
-        self.default_route_link().await?.ok_or_else(|| {
-            SelectError::NoMatch("there is no default route; name the interface with --iface".to_owned())
-        })
-    }
 }
+
+/// What was chosen, and how the address stands on the link, where it is that one's.
+type Found = (External, Option<AddressKind>);
 
 struct Choice {
     index: Option<u32>,
@@ -159,11 +168,18 @@ struct Choice {
     address: Option<Ipv4Addr>,
 }
 
-fn by_name(selection: &Selection, links: &[Link], addresses: &[(u32, Ipv4Addr)]) -> Result<Choice, SelectError> {
+/// The link of the first default route.
+fn default_link(addresses: &HostAddresses) -> Result<u32, SelectError> {
+    addresses
+        .default_link()
+        .ok_or_else(|| SelectError::NoMatch("there is no default route; name the interface with --iface".to_owned()))
+}
+
+fn by_name(selection: &Selection, links: &[Link], addresses: &HostAddresses) -> Result<Choice, SelectError> {
     for wanted in &selection.interfaces {
         match wanted.parse::<IpAddr>() {
             Ok(IpAddr::V4(ip)) => {
-                if let Some(index) = owner(addresses, ip) {
+                if let Some(index) = addresses.owner(ip) {
                     return Ok(Choice { index: Some(index), address: Some(ip) });
                 }
             }
@@ -175,8 +191,8 @@ fn by_name(selection: &Selection, links: &[Link], addresses: &[(u32, Ipv4Addr)])
         }
     }
     for pattern in &selection.patterns {
-        if let Some((index, address)) = addresses.iter().find(|(_, address)| pattern.is_match(&address.to_string())) {
-            return Ok(Choice { index: Some(*index), address: Some(*address) });
+        if let Some(own) = addresses.first_own(|address| pattern.is_match(&address.to_string())) {
+            return Ok(Choice { index: Some(own.link), address: Some(own.address) });
         }
         if let Some(link) = links.iter().find(|link| pattern.is_match(&link.name)) {
             return Ok(Choice { index: Some(link.index), address: None });
@@ -192,10 +208,6 @@ fn by_name(selection: &Selection, links: &[Link], addresses: &[(u32, Ipv4Addr)])
     )))
 }
 
-fn owner(addresses: &[(u32, Ipv4Addr)], ip: Ipv4Addr) -> Option<u32> {
-    addresses.iter().find(|(_, address)| *address == ip).map(|(index, _)| *index)
-}
-
 pub(super) fn output_interface(route: &RouteMessage) -> Option<u32> {
     route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Oif(index) => Some(*index),
@@ -206,7 +218,7 @@ pub(super) fn output_interface(route: &RouteMessage) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::addresses::tests::host, *};
 
     fn links() -> Vec<Link> {
         ["lo", "eth0", "eth1"]
@@ -216,8 +228,7 @@ mod tests {
             .collect()
     }
 
-    const ADDRESSES: [(u32, Ipv4Addr); 3] =
-        [(1, Ipv4Addr::LOCALHOST), (2, Ipv4Addr::new(10, 0, 0, 1)), (3, Ipv4Addr::new(192, 168, 1, 1))];
+    const ADDRESSES: [(u32, &str); 3] = [(1, "127.0.0.1/8"), (2, "10.0.0.1/24"), (3, "192.168.1.1/24")];
 
     fn choose(interfaces: &[&str], patterns: &[&str]) -> Result<(Option<u32>, Option<Ipv4Addr>), String> {
         let selection = Selection {
@@ -225,7 +236,7 @@ mod tests {
             patterns: patterns.iter().map(|pattern| Regex::new(pattern).expect("pattern")).collect(),
             ..Selection::default()
         };
-        by_name(&selection, &links(), &ADDRESSES)
+        by_name(&selection, &links(), &host(&ADDRESSES, &[]))
             .map(|choice| (choice.index, choice.address))
             .map_err(|error| error.to_string())
     }
@@ -233,14 +244,14 @@ mod tests {
     #[test]
     fn the_first_match_is_taken_names_before_patterns() {
         assert_eq!(choose(&["eth9", "eth1"], &["eth0"]), Ok((Some(3), None)));
-        assert_eq!(choose(&["192.168.1.1"], &[]), Ok((Some(3), Some(ADDRESSES[2].1))));
+        assert_eq!(choose(&["192.168.1.1"], &[]), Ok((Some(3), Some(Ipv4Addr::new(192, 168, 1, 1)))));
         assert_eq!(choose(&["eth9"], &["eth[01]"]), Ok((Some(2), None)));
     }
 
     #[test]
     fn a_pattern_is_tried_on_addresses_first() {
-        assert_eq!(choose(&[], &["1"]), Ok((Some(1), Some(ADDRESSES[0].1))));
-        assert_eq!(choose(&[], &[r"^192\.168"]), Ok((Some(3), Some(ADDRESSES[2].1))));
+        assert_eq!(choose(&[], &["1"]), Ok((Some(2), Some(Ipv4Addr::new(10, 0, 0, 1)))));
+        assert_eq!(choose(&[], &[r"^192\.168"]), Ok((Some(3), Some(Ipv4Addr::new(192, 168, 1, 1)))));
     }
 
     #[test]

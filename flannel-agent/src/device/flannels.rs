@@ -21,7 +21,7 @@ impl Netlink {
     /// # Errors
     /// [`DeviceError::Call`].
     pub async fn is_device_of(&self, ifindex: u32, network: Ipv4Net) -> Result<bool, DeviceError> {
-        Ok(self.addresses().await?.iter().any(|(index, address)| *index == ifindex && network.contains(address)))
+        Ok(self.addresses().await?.iter().any(|(index, address)| index == ifindex && network.contains(&address)))
     }
 
     /// The subnets that flannel's daemon routes into a device: each by way of its own first address, whose permanent

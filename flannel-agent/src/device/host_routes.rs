@@ -21,10 +21,12 @@ use rtnetlink::{
 use tokio::task::spawn_blocking;
 
 use super::{
-    Changed, DeviceError, DeviceEvent, Netlink,
+    Changed, DeviceError, DeviceEvent, Link, Netlink,
     overlay_route::{NEXT_HOPS, PROTOCOL},
     raw::dump,
     raw_route::{DELETED_ROUTE, GET_ROUTE, NEW_ROUTE, RawRoute},
+    tun,
+    vxlan::VxlanDevice,
 };
 
 /// Of routes that somebody else has within the shared ones, no more are looked at: that is a mistake, and a few show it.
@@ -74,6 +76,16 @@ impl Interest {
         let next = self.addresses.partition_point(|address| *address < prefix.network());
         self.addresses.get(next).is_some_and(|address| *address <= prefix.broadcast())
     }
+}
+
+/// A default route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DefaultRoute {
+    /// Its link; of several, the first.
+    pub(super) link: u32,
+    pub(super) gateway: Option<Ipv4Addr>,
+    /// What the host sends from by it, where it says so (`src`).
+    pub(super) source: Option<Ipv4Addr>,
 }
 
 /// What there is of these.
@@ -142,14 +154,22 @@ impl Netlink {
         Ok(found)
     }
 
-    /// The link of the first default route.
-    pub(super) async fn default_route_link(&self) -> Result<Option<u32>, DeviceError> {
-        let keep = |found: &mut Option<u32>, route: RawRoute<'_>| {
-            if found.is_none() && route.prefix_len() == 0 && route.is_of_main_table() {
-                *found = route.output();
+    /// The default routes of the main table, the first to be taken first: the kernel lists those of one prefix by their metric. One
+    /// into an overlay, as a DHCP client makes it that gives the device a link-local address, leads to pods only.
+    pub(super) async fn default_routes(&self) -> Result<Vec<DefaultRoute>, DeviceError> {
+        let keep = |found: &mut Vec<DefaultRoute>, route: RawRoute<'_>| {
+            if route.prefix_len() == 0
+                && route.is_of_main_table()
+                && let Some(link) = route.output()
+            {
+                found.push(DefaultRoute { link, gateway: route.gateway(), source: route.source() });
             }
         };
-        self.read_routes(keep).await
+        let mut routes = self.read_routes(keep).await?;
+        let links = self.links().await?;
+        let is_overlay = |link: &Link| VxlanDevice::vni_of(&link.name).is_some() || tun::is_name(&link.name);
+        routes.retain(|route| !links.iter().any(|link| link.index == route.link && is_overlay(link)));
+        Ok(routes)
     }
 
     /// Devices that part of the subnet is routed to.

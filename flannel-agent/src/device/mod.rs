@@ -3,6 +3,7 @@
 //! For any number of peers these are `flannel.<VNI>` with its address, the fewest routes into it that there can be and one
 //! neighbour for their next hop.
 
+mod addresses;
 mod blackhole;
 mod events;
 pub mod external;
@@ -23,10 +24,7 @@ mod sweep;
 pub mod tun;
 pub mod vxlan;
 
-use std::{
-    net::Ipv4Addr,
-    sync::{Arc, RwLock},
-};
+use std::sync::{Arc, RwLock};
 
 use flannel_common::packet::Mac;
 use futures_util::{StreamExt as _, TryStream, TryStreamExt as _};
@@ -36,7 +34,6 @@ use rtnetlink::{
     packet_core::NetlinkPayload,
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
         link::{LinkAttribute, LinkLayerType, LinkMessage},
     },
 };
@@ -45,7 +42,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::{events::LinkSocket, pods::PodLink};
+pub use self::{addresses::AddressKind, events::LinkSocket, pods::PodLink};
 use self::{events::RawEvents, host_routes::Interest};
 
 /// A netlink request that the kernel refused.
@@ -291,31 +288,6 @@ impl Netlink {
         let messages = self.dump("links", || self.handle.link().get().execute()).await?;
         Ok(messages.iter().map(Link::from_message).collect())
     }
-
-    /// The IPv4 addresses of all links, the best of each link first: global before link-local, permanent before
-    /// dynamic (flannel: pkg/ip/iface.go).
-    async fn addresses(&self) -> Result<Vec<(u32, Ipv4Addr)>, DeviceError> {
-        let messages = self.dump("addresses", || self.handle.address().get().execute()).await?;
-        let mut addresses: Vec<_> = messages.iter().filter_map(usable_address).collect();
-        addresses.sort_by_key(|(rank, ..)| *rank);
-        Ok(addresses.into_iter().map(|(_, index, address)| (index, address)).collect())
-    }
-}
-
-fn usable_address(message: &AddressMessage) -> Option<((bool, bool), u32, Ipv4Addr)> {
-    let mut local = None;
-    let mut flags = AddressFlags::empty();
-    for attribute in &message.attributes {
-        match attribute {
-            AddressAttribute::Local(std::net::IpAddr::V4(address)) => local = Some(*address),
-            AddressAttribute::Flags(value) => flags = *value,
-            _ => {}
-        }
-    }
-    let address = local.filter(|_| !flags.contains(AddressFlags::Deprecated))?;
-    let is_global = message.header.scope == AddressScope::Universe && !address.is_link_local();
-    let rank = (!is_global, !flags.contains(AddressFlags::Permanent));
-    Some((rank, message.header.index, address))
 }
 
 /// Lets the host forward between pods and overlay. `false` where it did already.

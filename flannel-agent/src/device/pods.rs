@@ -46,7 +46,7 @@ impl Netlink {
         }
         let addresses = self.addresses().await?;
         let gateways: HashSet<u32> =
-            addresses.into_iter().filter(|(_, address)| subnet.contains(address)).map(|(ifindex, _)| ifindex).collect();
+            addresses.iter().filter(|(_, address)| subnet.contains(address)).map(|(ifindex, _)| ifindex).collect();
         let is_pods =
             |veth: &Veth| veth.bridge.is_some_and(|bridge| gateways.contains(&bridge)) || routed.contains(&veth.index);
         let pod = |Veth { name, index, bridge }| PodLink { name, index, bridge };

@@ -18,6 +18,7 @@ pub(super) const GET_ROUTE: u16 = 26;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTA_PREFSRC: u16 = 7;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_TABLE: u16 = 15;
 
@@ -66,6 +67,11 @@ impl<'a> RawRoute<'a> {
 
     pub(super) fn gateway(&self) -> Option<Ipv4Addr> {
         self.address(RTA_GATEWAY)
+    }
+
+    /// What the host sends from by it, where it says so.
+    pub(super) fn source(&self) -> Option<Ipv4Addr> {
+        self.address(RTA_PREFSRC)
     }
 
     /// Its device; of several, the first.

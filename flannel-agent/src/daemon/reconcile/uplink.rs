@@ -1,6 +1,9 @@
 //! Following the external interface.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use tracing::{info, warn};
 
@@ -10,7 +13,7 @@ use crate::{
     cli::Cli,
     daemon::DaemonError,
     device::{
-        Link, Netlink,
+        AddressKind, Link, Netlink,
         external::{External, SelectError, Selection},
         offload::Offloads,
     },
@@ -21,6 +24,9 @@ use crate::{
 
 /// For how long another interface has to be the right one before the tunnel moves to it.
 const SETTLED: Duration = Duration::from_millis(900);
+/// For how long a link has to be without its own address before one counts that may move from host to host: a DHCP client that is
+/// restarted has its lease again by then.
+const OWN_AWAY: Duration = Duration::from_secs(10);
 /// What only others can repair.
 pub(super) const EXTERNAL: &str = "external interface";
 
@@ -31,14 +37,18 @@ pub(super) struct Uplink {
     pub(super) external: External,
     /// Whether it was there when it was last looked for.
     pub(super) is_present: bool,
-    /// Since when another interface is the right one.
+    /// How the address stands on its link, once that was looked at.
+    kind: Option<AddressKind>,
+    /// The address before, where the one now may move from host to host. It counts as soon as it is there again.
+    former: Option<Ipv4Addr>,
+    /// Since when another interface, or such an address, is the right one.
     other_since: Option<Instant>,
 }
 
 impl Uplink {
     /// That of a host which has just begun.
     pub(super) const fn new(selection: Selection, external: External) -> Self {
-        Self { selection, external, is_present: true, other_since: None }
+        Self { selection, external, is_present: true, kind: None, former: None, other_since: None }
     }
 
     /// Finds it again, by the rule that it was chosen by. [`None`] where that has just become another link: the one before may
@@ -48,13 +58,28 @@ impl Uplink {
     /// [`SelectError`] where it is away.
     pub(super) async fn find_again(&mut self, netlink: &Netlink) -> Result<Option<External>, SelectError> {
         self.is_present = false;
-        let found = netlink.external_interface_again(&self.selection, &self.external).await?;
-        if found.link.name == self.external.link.name {
-            self.other_since = None;
-        } else if self.other_since.get_or_insert_with(Instant::now).elapsed() < SETTLED {
-            return Ok(None);
+        let before = &self.external;
+        let (found, kind) = netlink.external_interface_again(&self.selection, before, self.former).await?;
+        let is_other_link = found.link.index != before.link.index && found.link.name != before.link.name;
+        let is_other_address = found.address != before.address;
+        let kinds = self.kind.zip(kind).filter(|_| is_other_address && !is_other_link);
+        let may_be_floating = kinds.is_some_and(|(before, now)| before.may_be_floating(now));
+        if is_other_link || may_be_floating {
+            let waited = self.other_since.get_or_insert_with(Instant::now).elapsed();
+            if may_be_floating && waited < OWN_AWAY {
+                return Err(SelectError::NoMatch(format!(
+                    "it has lost its address {}, and {} of {} may be one that moves from host to host",
+                    before.address, found.address, found.link.name
+                )));
+            }
+            if waited < SETTLED {
+                return Ok(None);
+            }
         }
-        self.is_present = true;
+        if is_other_address {
+            self.former = may_be_floating.then_some(before.address);
+        }
+        (self.kind, self.other_since, self.is_present) = (kind, None, true);
         Ok(Some(found))
     }
 
