@@ -19,7 +19,7 @@ use super::{
     traffic::{SERVICES, Traffic},
 };
 use crate::{
-    lab::{Host, Lab, Pod, Store, Subnet, address},
+    lab::{Backend, Host, Lab, Pod, Store, Subnet, address},
     process::Process,
 };
 
@@ -93,6 +93,7 @@ pub(super) struct Cluster<'a> {
     pub history: History,
     /// The store.
     pub store: Store,
+    pub(super) backend: Backend,
     /// Whether it is meant to be there.
     pub store_is_up: bool,
     /// When it was last started again.
@@ -161,6 +162,7 @@ impl<'a> Cluster<'a> {
     pub(super) fn new(
         lab: &'a Lab,
         store: Store,
+        backend: Backend,
         hosts: usize,
         binary: PathBuf,
         logs: PathBuf,
@@ -172,6 +174,7 @@ impl<'a> Cluster<'a> {
             places: (0..hosts).map(|_| Place::empty()).collect(),
             history: History::watch(&lab.underlay, &store, &logs)?,
             store,
+            backend,
             store_is_up: true,
             store_restarted: None,
             timeline: Timeline::default(),

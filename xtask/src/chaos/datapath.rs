@@ -13,7 +13,10 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::history::{Subnet, Vtep};
-use crate::{lab::Host, process::output};
+use crate::{
+    lab::{Backend, Host},
+    process::output,
+};
 
 /// An entry that nothing refers to is not used again for a second: what is read within half of that fits together.
 const CONSISTENT: Duration = Duration::from_millis(500);
@@ -121,21 +124,22 @@ fn bytes(value: &Value) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// Where it can't be listed.
-pub(super) fn surplus_or_missing(host: &Host) -> Result<Option<String>> {
+pub(super) fn surplus_or_missing(host: &Host, backend: Backend) -> Result<Option<String>> {
     let overlay = host.pin_dir().join("1");
     let names = fs::read_dir(&overlay).with_context(|| format!("list {overlay:?}"))?.flatten();
     let pins: BTreeSet<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     let links = host.netns.ip_json("link show")?;
     let links = links.as_array().into_iter().flatten();
     let links = links.filter_map(|link| Some((link["ifname"].as_str()?.to_owned(), link["ifindex"].as_u64()?)));
-    Ok(compare_pins(&pins, &links.collect::<Vec<_>>()))
+    Ok(compare_pins(&pins, &links.collect::<Vec<_>>(), backend))
 }
 
-fn compare_pins(pins: &BTreeSet<String>, links: &[(String, u64)]) -> Option<String> {
+fn compare_pins(pins: &BTreeSet<String>, links: &[(String, u64)], backend: Backend) -> Option<String> {
     let programs = |link: &str| -> &[&str] {
         match link {
             "flannel.1" => &["to_overlay", "from_overlay"],
-            "eth0" => &["from_underlay"],
+            "eth0" if backend.has_device() => &["from_underlay"],
+            "eth0" => &["from_underlay", "to_underlay"],
             name if name.starts_with("pod") => &["from_pod", "to_pod"],
             _ => &[],
         }
@@ -182,12 +186,13 @@ mod tests {
         let links = links.map(|(name, index)| (name.to_owned(), index));
         let pins = ["v4", "to_overlay-3", "from_overlay-3", "from_underlay-2", "from_pod-7", "to_pod-7"];
         let pins: BTreeSet<_> = pins.map(str::to_owned).into();
-        assert_eq!(compare_pins(&pins, &links), None);
+        assert_eq!(compare_pins(&pins, &links, Backend::Vxlan), None);
+        assert!(compare_pins(&pins, &links, Backend::HostGw).unwrap().contains("to_underlay-2"), "without a tunnel");
         let mut stale = pins.clone();
         stale.insert("from_pod-5".to_owned());
-        assert!(compare_pins(&stale, &links).unwrap().contains("from_pod-5"), "of a pod that went");
+        assert!(compare_pins(&stale, &links, Backend::Vxlan).unwrap().contains("from_pod-5"), "of a pod that went");
         let mut missing = pins;
         missing.remove("to_pod-7");
-        assert!(compare_pins(&missing, &links).is_some(), "a pod without a program");
+        assert!(compare_pins(&missing, &links, Backend::Vxlan).is_some(), "a pod without a program");
     }
 }

@@ -9,7 +9,7 @@ use super::{
     schedule::{Fault, Kind},
     timeline::Extent,
 };
-use crate::lab::{PREFIX, address};
+use crate::lab::{Backend, PREFIX, address};
 
 /// What became of a fault's beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +64,7 @@ impl Cluster<'_> {
             }
             Kind::HostReplaced => self.leave(place)?,
             Kind::ForeignLease => {
-                let (key, value) = foreign_lease(place, 1);
+                let (key, value) = foreign_lease(self.backend, place, 1);
                 self.store.put(&key, &value)?;
             }
             Kind::Compaction => {
@@ -133,7 +133,7 @@ impl Cluster<'_> {
             }
             Kind::HostReplaced => self.come(place)?,
             Kind::ForeignLease => {
-                let (key, value) = foreign_lease(place, 2);
+                let (key, value) = foreign_lease(self.backend, place, 2);
                 self.store.put(&key, &value)?;
                 self.store.etcdctl(&["del", &key])?;
             }
@@ -212,12 +212,15 @@ impl Cluster<'_> {
 }
 
 /// Key and value of a lease of a host that is not there; every other one does not fit the grid of subnets.
-fn foreign_lease(number: usize, version: u8) -> (String, String) {
+fn foreign_lease(backend: Backend, number: usize, version: u8) -> (String, String) {
     let suffix = if number.is_multiple_of(2) { "0-24" } else { "64-26" };
     let key = format!("{PREFIX}/subnets/10.5.{}.{suffix}", 200 + number);
-    let value = format!(
-        r#"{{"PublicIP":"{}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"0a:00:00:00:{number:02x}:{version:02x}"}}}}"#,
-        foreign_address(number)
-    );
+    let of_backend = if backend.has_device() {
+        let mac = format!("0a:00:00:00:{number:02x}:{version:02x}");
+        format!(r#""BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}"#)
+    } else {
+        r#""BackendType":"host-gw""#.to_owned()
+    };
+    let value = format!(r#"{{"PublicIP":"{}","PublicIPv6":null,{of_backend}}}"#, foreign_address(number));
     (key, value)
 }

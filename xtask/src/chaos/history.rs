@@ -186,10 +186,16 @@ pub(super) fn subnet_of(key: &str) -> Option<Subnet> {
     Some((address.parse().ok()?, len.parse().ok()?))
 }
 
+/// What stands for the MAC of a host that has no tunnel, in the agent's maps.
+const NO_TUNNEL: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
+
 /// The VTEP of a lease's value, as flannel writes it.
 pub(super) fn vtep_of(value: &[u8]) -> Option<Vtep> {
     let value: Value = serde_json::from_slice(value).ok()?;
     let address = text(&value["PublicIP"]).parse().ok()?;
+    if text(&value["BackendType"]) == "host-gw" {
+        return Some(Vtep { address, mac: NO_TUNNEL });
+    }
     let mut mac = [0; 6];
     let mut parts = text(&value["BackendData"]["VtepMAC"]).split(':');
     for byte in &mut mac {

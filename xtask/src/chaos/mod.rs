@@ -91,7 +91,7 @@ pub struct Options {
     /// For how long
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     minutes: u32,
-    /// How the hosts reach each other: vxlan or direct-routing
+    /// How the hosts reach each other
     #[arg(long, value_enum, default_value_t)]
     backend: Backend,
     /// The agent; built for release without
@@ -152,10 +152,6 @@ fn run_in(options: &Options, schedule: Schedule, directory: &Path, interrupted: 
     };
     let lab = Lab::new(NAME, directory)?;
     let logs = std::path::absolute(&options.logs)?;
-    anyhow::ensure!(
-        options.backend.has_device(),
-        "chaos knows vxlan's leases only: use --backend vxlan or direct-routing"
-    );
     run_on(&lab, schedule, options.backend, &agent, &logs, interrupted)
 }
 
@@ -177,7 +173,7 @@ pub fn run_on(
     let store = lab.store()?;
     store.put(&format!("{PREFIX}/config"), &format!(r#"{{{SUBNETS}, "Backend": {}}}"#, backend.json()))?;
     let start = Instant::now();
-    let cluster = Cluster::new(lab, store, schedule.hosts, agent.to_owned(), logs.to_owned(), start)?;
+    let cluster = Cluster::new(lab, store, backend, schedule.hosts, agent.to_owned(), logs.to_owned(), start)?;
     let report = Report { seed: schedule.seed, hosts: schedule.hosts, ..Report::default() };
     let due = Due::default();
     let mut run =

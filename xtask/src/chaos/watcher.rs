@@ -303,7 +303,7 @@ impl Watcher {
                 add(Invariant::MapsEqualStore, differences.join("; "));
             }
             report.checked(Invariant::NothingLeftOver, 1);
-            if let Some(wrong) = surplus_or_missing(host)? {
+            if let Some(wrong) = surplus_or_missing(host, cluster.backend)? {
                 add(Invariant::NothingLeftOver, wrong);
             }
         }
