@@ -48,7 +48,7 @@ impl Found {
             network: "10.5.0.0/16".parse().unwrap(),
             subnet: "10.5.28.0/24".parse().unwrap(),
             overlay: "flannel.1".to_owned(),
-            external: "eth0".to_owned(),
+            underlay: ["eth0".to_owned()].into(),
             address: [192, 168, 64, 1].into(),
             port: 8472,
             bridges: ["cni0".to_owned()].into(),

@@ -131,7 +131,7 @@ fn peers() -> DesiredPeers {
     ])
 }
 
-fn vtep(address: [u8; 4], next_hop_mac: Mac, peer_vtep_mac: Mac, flags: u32) -> Vtep {
+fn vtep(address: [u8; 4], next_hop_mac: Mac, peer_vtep_mac: Mac, flags: u16) -> Vtep {
     let header = OuterHeader::template(&Tunnel {
         next_hop_mac,
         device_mac: NODE_ONE_MAC,
@@ -142,7 +142,7 @@ fn vtep(address: [u8; 4], next_hop_mac: Mac, peer_vtep_mac: Mac, flags: u32) -> 
         peer_vtep_mac,
         vtep_mac: VTEP_ONE_MAC,
     });
-    Vtep { header, address: u32::from_be_bytes(address), next_hop: address, ifindex: 2, flags }
+    Vtep { header, address: u32::from_be_bytes(address), next_hop: address, ifindex: 2, flags, mtu: 0 }
 }
 
 impl Loaded<'_> {

@@ -45,6 +45,7 @@
 //! * [`firewalls`] — the same among rules of others that refuse, in either iptables, and with programs that fail
 //! * [`network_policy`] — policies of Calico, kube-router and kube-network-policies, on live flows
 //! * [`routes`] — which routes lead into the overlay, beside those of others; others' through it
+//! * [`underlays`] — several links between hosts, and VTEP addresses on none of them
 //! * [`routing_rules`] — routing rules that tunnel packets meet, followed or named
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`inspection`] — what others' rules do to each packet, found as they change, and done
@@ -147,6 +148,7 @@ mod translated;
 mod treated;
 mod two_hosts;
 mod udp;
+mod underlays;
 mod upgrade;
 mod world;
 #[path = "fuzz/worlds.rs"]

@@ -105,8 +105,10 @@ pub enum Scope {
     OverlayQueue,
     /// All, and they are shown to who captures on `flannel.<VNI>`.
     OverlayCapture,
-    /// All that come in by the external interface, which are left in their tunnel for who looks there.
+    /// All that come in by the external interface, which are left in their tunnel for who looks there, or from other hosts at all.
     ExternalInterface,
+    /// Those that come in by another link of the underlay, by its number.
+    UnderlayLink(u32),
     /// Those of the pod behind this link, by its number.
     Pod(u32),
     /// Those from or to these addresses, before or after a translation.
@@ -126,6 +128,7 @@ impl fmt::Display for Scope {
                 f.write_str("all packets take the stack, and are shown at the overlay's device on their way out")
             }
             Self::ExternalInterface => f.write_str("what comes in from other hosts takes the stack"),
+            Self::UnderlayLink(_) => f.write_str("what comes in there from other hosts takes the stack"),
             Self::Pod(_) => f.write_str("the pod's packets take the stack"),
             Self::Addresses(prefix) => write!(f, "packets from and to {prefix} take the stack"),
             Self::Ports(Ports { protocol, first, last }) => {
@@ -178,6 +181,8 @@ pub struct Plan {
     pub overlay_capture: bool,
     /// What comes in by the external interface.
     pub external_interface: bool,
+    /// What comes in by these links of the underlay.
+    pub underlay_links: BTreeSet<u32>,
     /// What is from or for the pods behind these links.
     pub pods: BTreeSet<u32>,
     /// What is from or to these addresses.
@@ -203,6 +208,9 @@ impl Plan {
             Scope::OverlayQueue => (self.everything, self.overlay_queue) = (true, true),
             Scope::OverlayCapture => (self.everything, self.overlay_capture) = (true, true),
             Scope::ExternalInterface => self.external_interface = true,
+            Scope::UnderlayLink(link) => {
+                self.underlay_links.insert(*link);
+            }
             Scope::Pod(link) => {
                 self.pods.insert(*link);
             }

@@ -54,6 +54,9 @@ pub struct Status {
     pub network: Ipv4Net,
     /// The interface to the other hosts.
     pub external_interface: String,
+    /// The interfaces that packets from other hosts are taken from.
+    #[serde(default)]
+    pub underlay_interfaces: Vec<String>,
     /// The address that the others are told.
     pub public_ip: Ipv4Addr,
     /// MTU of the overlay, in bytes.

@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 11 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 12 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -225,8 +225,10 @@ pub struct Vtep {
     pub next_hop: [u8; 4],
     /// The underlay device towards it; 0 where there is no route.
     pub ifindex: u32,
-    /// [`Vtep::RESOLVED`], [`Vtep::ON_LINK`] and [`Vtep::HAS_MAC`], or 0.
-    pub flags: u32,
+    /// [`Vtep::RESOLVED`] and the like, or 0.
+    pub flags: u16,
+    /// The largest IPv4 packet that fits on the way to it, in its tunnel, in bytes; 0 where that is the overlay's MTU.
+    pub mtu: u16,
     /// What goes in front of each packet to it.
     #[cfg(feature = "next-layout")]
     pub header: OuterHeader,
@@ -234,18 +236,28 @@ pub struct Vtep {
 
 impl Vtep {
     /// The header has the next hop's MAC. Without it the kernel resolves the next hop for each packet.
-    pub const RESOLVED: u32 = 1 << 0;
+    pub const RESOLVED: u16 = 1 << 0;
     /// The peer is its own next hop, on a link with Ethernet headers.
-    pub const ON_LINK: u32 = 1 << 1;
+    pub const ON_LINK: u16 = 1 << 1;
     /// The header has the MAC that the next hop had last, whether or not the kernel holds that for confirmed now.
-    pub const HAS_MAC: u32 = 1 << 2;
+    pub const HAS_MAC: u16 = 1 << 2;
+    /// The kernel's routes name a next hop for each flow (several next hops, rules by mark or source port), or one with an
+    /// IPv6 address: they are asked for each packet.
+    pub const BY_FLOW: u16 = 1 << 3;
 
     /// The id whose entry names `flannel.<VNI>`.
     pub const OVERLAY_DEVICE: u32 = 0;
 
     /// An entry that names nobody.
     pub const UNUSED: Self =
-        Self { header: OuterHeader([0; OuterHeader::LEN]), address: 0, next_hop: [0; 4], ifindex: 0, flags: 0 };
+        Self { header: OuterHeader([0; OuterHeader::LEN]), address: 0, next_hop: [0; 4], ifindex: 0, flags: 0, mtu: 0 };
+
+    /// The largest IPv4 packet that is sent to it past the stack, which answers or fragments what is larger; of an overlay with
+    /// an MTU.
+    #[inline(always)]
+    pub const fn path_mtu(&self, overlay_mtu: u32) -> u32 {
+        if self.mtu == 0 { overlay_mtu } else { self.mtu as u32 }
+    }
 }
 
 /// What `xdp_decap` leaves in front of a packet that it took out of the tunnel (XDP metadata), for `from_underlay`. Equal

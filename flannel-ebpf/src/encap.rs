@@ -26,7 +26,8 @@ use crate::{
     maps::CONFIG,
     next_hop::{Framed, NextHop, Translation},
     originals,
-    packet::{Header, Headers as _, NoRoom, Note, Packet, random_id},
+    packet::{Header, Headers as _, NoRoom, Note, Packet, copy_header, random_id},
+    routes,
 };
 
 #[inline(always)]
@@ -143,6 +144,9 @@ fn try_encapsulate(packet: &Packet<'_>, config: &Config, shown: Shown) -> Event 
     if len > config.mtu && !packet.is_gso() {
         return Event::EncapTooBig;
     }
+    let Some(chosen) = choose(packet, config, vtep) else {
+        return Event::EncapNoRoute;
+    };
     if shown == Shown::Copy && show(packet, config, vtep).is_err() {
         return Event::EncapFailed;
     }
@@ -153,12 +157,12 @@ fn try_encapsulate(packet: &Packet<'_>, config: &Config, shown: Shown) -> Event 
         Err(NoRoom::Nested) => return Event::EncapNested,
         Err(NoRoom::Refused) => return Event::EncapNoRoom,
     };
-    let mut header = vtep.header;
+    let mut header = copy_header(&vtep.header);
     header.complete(&inner);
     if packet.write(&header).is_err() {
         return Event::EncapFailed;
     }
-    match send(packet, vtep) {
+    match send_chosen(packet, vtep, chosen) {
         Sent::Resolved => Event::Encapsulated,
         Sent::ToNeighbour => Event::EncapsulatedNeighbour,
     }
@@ -305,7 +309,7 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
         0 => len,
         size => Ipv4Hdr::LEN as u32 + place.header_len + size,
     };
-    if largest > config.mtu || ip.ttl <= 1 {
+    if largest > vtep.path_mtu(config.mtu) || ip.ttl <= 1 {
         return None;
     }
     let translation = Translation::between(&place.key, &sent_as);
@@ -315,9 +319,12 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
     if config.has(Config::NO_TUNNEL) {
         return None;
     }
+    let chosen = choose(packet, config, vtep)?;
     let inner = make_room(packet, config, len, ip.tos).ok()?;
-    let mut header =
-        Encapsulation { outer: vtep.header, inner: NextHop::new(ip, &sent_as, Direction::Egress, &translation) };
+    let mut header = Encapsulation {
+        outer: copy_header(&vtep.header),
+        inner: NextHop::new(ip, &sent_as, Direction::Egress, &translation),
+    };
     header.outer.complete(&inner);
     if packet.write(&header).is_err() {
         return Some(Event::PodEncapFailed);
@@ -326,10 +333,10 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
         if translation.adjust(packet, ip.proto, OuterHeader::LEN + Ipv4Hdr::LEN).is_err() {
             return Some(Event::PodEncapFailed);
         }
-        send(packet, vtep);
+        send_chosen(packet, vtep, chosen);
         return Some(Event::PodTranslated);
     }
-    Some(match send(packet, vtep) {
+    Some(match send_chosen(packet, vtep, chosen) {
         Sent::Resolved => Event::PodEncapsulated,
         Sent::ToNeighbour => Event::PodEncapsulatedNeighbour,
     })
@@ -370,6 +377,28 @@ fn make_room(packet: &Packet<'_>, config: &Config, len: u32, tos: u8) -> Result<
     let source_port = config.source_ports.of(packet.flow_hash());
     packet.make_room()?;
     Ok(Inner { len, tos, id: random_id(), source_port })
+}
+
+/// Has the kernel choose where the way is the flow's own: the device, or 0 where there is nothing to choose. [`None`] where
+/// there is no way. Before the tunnel's headers are there: the hash is that of the packet inside.
+#[inline(always)]
+fn choose(packet: &Packet<'_>, config: &Config, vtep: &Vtep) -> Option<u32> {
+    if vtep.flags & Vtep::BY_FLOW == 0 {
+        return Some(0);
+    }
+    let source_port = config.source_ports.of(packet.flow_hash());
+    let device = routes::choose(packet.context(), vtep.address, source_port, packet.mark_and_priority().0);
+    (device != 0).then_some(device)
+}
+
+#[inline(always)]
+fn send_chosen(packet: &Packet<'_>, vtep: &Vtep, chosen: u32) -> Sent {
+    if chosen == 0 {
+        return send(packet, vtep);
+    }
+    packet.forget_note();
+    packet.redirect_to_chosen(chosen);
+    Sent::ToNeighbour
 }
 
 /// How an encapsulated packet is sent.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::bpf_fib_lookup,
+    bindings::{bpf_fib_lookup, bpf_redir_neigh},
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
@@ -62,6 +62,10 @@ pub(crate) static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(Even
 /// What the kernel is asked for a route with, on each CPU. Not pinned: it holds nothing between two packets.
 #[map]
 pub(crate) static LOOKUP: PerCpuArray<bpf_fib_lookup> = PerCpuArray::with_max_entries(1, 0);
+
+/// What it answered about a tunnel packet that is to be sent, likewise.
+#[map]
+pub(crate) static CHOSEN: PerCpuArray<bpf_redir_neigh> = PerCpuArray::with_max_entries(1, 0);
 
 /// Where what is to be known of a flow is put together, on each CPU: it would take a fifth of a program's stack. Not pinned.
 #[map]

@@ -29,6 +29,8 @@ use network_types::{
     vxlan::VxlanHdr,
 };
 
+use crate::routes::chosen;
+
 /// `AF_INET`, for `struct bpf_redir_neigh`.
 const AF_INET: u32 = 2;
 /// `PACKET_HOST` (include/uapi/linux/if_packet.h): addressed to the device's MAC.
@@ -360,6 +362,17 @@ impl<'a> Packet<'a> {
         unsafe { bpf_redirect_neigh(ifindex, &raw mut params, size_of::<bpf_redir_neigh>() as i32, 0) };
     }
 
+    /// The same, as [`choose`](crate::routes::choose) has chosen it.
+    #[inline(always)]
+    pub(crate) fn redirect_to_chosen(&self, ifindex: u32) {
+        self.forget_receive_queue();
+        self.forget_route();
+        if let Some(next_hop) = chosen() {
+            // SAFETY: the map's value is valid for the call, with the size given.
+            unsafe { bpf_redirect_neigh(ifindex, next_hop, size_of::<bpf_redir_neigh>() as i32, 0) };
+        }
+    }
+
     /// While a neighbour is being resolved, the kernel queues packets to it, and sends them to the neighbour that their
     /// *route* names when the answer comes (`neigh_update`): the overlay's made-up next hop. Tunnel metadata takes the
     /// place of the route, and means nothing to an underlay device.
@@ -518,6 +531,19 @@ pub(crate) fn fill_with_zeros<T>(value: &mut MaybeUninit<T>) {
         // SAFETY: within the value, and aligned.
         unsafe { value.as_mut_ptr().cast::<u64>().add(word).write_volatile(0) };
     }
+}
+
+/// A copy of a header in a map, word by word: the compiler's `memcpy` subtracts pointers, which the kernel refuses to agents
+/// without CAP_PERFMON.
+#[inline(always)]
+pub(crate) fn copy_header(from: &OuterHeader) -> OuterHeader {
+    let (from, mut to) = (ptr::from_ref(from).cast::<u64>(), MaybeUninit::<OuterHeader>::uninit());
+    for word in 0..OuterHeader::LEN / 8 {
+        // SAFETY: within both, and aligned.
+        unsafe { to.as_mut_ptr().cast::<u64>().add(word).write(from.add(word).read_volatile()) };
+    }
+    // SAFETY: all of its words were written.
+    unsafe { to.assume_init() }
 }
 
 /// A value that no two packets within reach of each other share by rule, for the outer identification.

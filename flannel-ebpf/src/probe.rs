@@ -3,12 +3,17 @@
 #![no_std]
 #![no_main]
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
-    bindings::{bpf_adj_room_mode, xdp_action},
-    helpers::bpf_skb_adjust_room,
+    bindings::{bpf_adj_room_mode, bpf_fib_lookup, xdp_action},
+    helpers::{bpf_skb_adjust_room, generated::bpf_fib_lookup as look_up},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
+
+/// `AF_INET`.
+const AF_INET: u8 = 2;
 
 /// Calls `bpf_skb_adjust_room` and returns what that does. The length is in the context's `priority`, the flags' halves in
 /// its `cb`.
@@ -20,6 +25,22 @@ pub(crate) fn probe_room(ctx: TcContext) -> i32 {
     let flags = u64::from(low) | u64::from(high) << 32;
     // SAFETY: the context is valid.
     unsafe { bpf_skb_adjust_room(skb, len, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, flags) as i32 }
+}
+
+/// Asks for a route by a mark of 0, and returns what `bpf_fib_lookup` does.
+#[classifier]
+pub(crate) fn probe_mark(ctx: TcContext) -> i32 {
+    const WITH_MARK: u32 = 1 << 5;
+    let mut params = MaybeUninit::<[u64; size_of::<bpf_fib_lookup>() / 8]>::uninit();
+    for word in 0..size_of::<bpf_fib_lookup>() / 8 {
+        // SAFETY: within the value, and aligned. Volatile: `memset` is a loop that the kernel refuses to some agents.
+        unsafe { params.as_mut_ptr().cast::<u64>().add(word).write_volatile(0) };
+    }
+    let params = params.as_mut_ptr().cast::<bpf_fib_lookup>();
+    // SAFETY: a field of the value, which is all zeros.
+    unsafe { (&raw mut (*params).family).write(AF_INET) };
+    // SAFETY: context and parameters are valid for the call, with the size given.
+    unsafe { look_up(ctx.skb.skb.cast(), params, size_of::<bpf_fib_lookup>() as i32, WITH_MARK) as i32 }
 }
 
 /// Loads only where XDP programs can take frames of several buffers.

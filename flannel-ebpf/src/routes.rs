@@ -1,20 +1,32 @@
-//! The kernel's routes, asked about packets that the leases refuse: where another serves this host by now, these know more.
+//! The kernel's routes, asked where they know more than the maps: about packets that the leases refuse, since another may serve
+//! this host by now; and by which of several next hops a tunnel packet leaves.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup},
+    bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_redir_neigh},
     helpers::generated::bpf_fib_lookup as look_up,
 };
-use flannel_common::admission::{self, Refused, Way};
+use flannel_common::{
+    admission::{self, Refused, Way},
+    maps::Config,
+};
 
 use crate::{
     leases::{overlay_device, owner_of},
-    maps::LOOKUP,
+    maps::{CHOSEN, CONFIG, LOOKUP},
 };
 
 /// `AF_INET`.
 const AF_INET: u8 = 2;
+/// `IPPROTO_UDP`.
+const UDP: u8 = 17;
+/// The number of `lo` in every namespace (`LOOPBACK_IFINDEX`): what a host sends itself comes in by it.
+const LOOPBACK: u32 = 1;
+/// `BPF_FIB_LOOKUP_MARK`, since Linux 6.10: the mark is in the place of the answer's MACs.
+const WITH_MARK: u32 = 1 << 5;
+/// `EINVAL`: the kernel does not know a flag.
+const EINVAL: i64 = 22;
 /// `ENODEV`: no device has the number that was asked with.
 const ENODEV: i64 = 19;
 
@@ -68,4 +80,62 @@ fn way_back(context: *mut c_void, source: u32, destination: u32) -> Way {
     // SAFETY: the member that was written; any octets are valid.
     let next_hop = unsafe { params.__bindgen_anon_4.ipv4_dst };
     Way::Overlay { next_hop: u32::from_be(next_hop), next_hop_mac: params.dmac, device_mac: params.smac }
+}
+
+/// Has the kernel choose the way of a tunnel packet as for its own vxlan device (`udp_tunnel_dst_lookup`): by rules, and among
+/// several next hops by the flow's hash, the weights and who is alive (`fib_select_path`). `destination` is the peer's VTEP
+/// address, host order, `source_port` the outer one. The device's number; 0 where there is no way. The next hop is in [`CHOSEN`].
+/// Before Linux 6.10 the mark counts for nothing.
+///
+/// Not inlined: it is out of the way of what needs no choice. Beside the stack of `from_pod` it may have 32 octets.
+#[inline(never)]
+pub(crate) fn choose(context: *mut c_void, destination: u32, source_port: u16, mark: u32) -> u32 {
+    let Some(lookup) = LOOKUP.get_ptr_mut(0) else { return 0 };
+    // SAFETY: the map's value for this CPU, as in `way_back`.
+    let params = unsafe { &mut *lookup };
+    let config = (&raw const CONFIG).cast::<Config>();
+    // SAFETY: the constants are a `Config`. Volatile, as in `Global::load`: they are patched at load.
+    let (source, port) =
+        unsafe { ((&raw const (*config).vtep_address).read_volatile(), (&raw const (*config).port).read_volatile()) };
+    params.family = AF_INET;
+    params.l4_protocol = UDP;
+    (params.sport, params.dport) = (source_port.to_be(), port.to_be());
+    params.__bindgen_anon_1.tot_len = 1;
+    params.ifindex = LOOPBACK;
+    params.__bindgen_anon_2.tos = 0;
+    params.__bindgen_anon_3.ipv4_src = source.to_be();
+    params.__bindgen_anon_4.ipv4_dst = destination.to_be();
+    let [a, b, c, d] = mark.to_ne_bytes();
+    (params.smac, params.dmac) = ([a, b, c, d, 0, 0], [0; 6]);
+    let params = &raw mut *params;
+    // SAFETY: context and parameters are valid for the call, with the size given.
+    let mut result = unsafe { look_up(context, params, size_of::<bpf_fib_lookup>() as i32, WITH_MARK) };
+    if result == -EINVAL {
+        // Nothing was written. SAFETY: as above.
+        result = unsafe { look_up(context, params, size_of::<bpf_fib_lookup>() as i32, 0) };
+    }
+    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) && result != i64::from(BPF_FIB_LKUP_RET_NO_NEIGH) {
+        return 0;
+    }
+    let Some(chosen) = CHOSEN.get_ptr_mut(0) else { return 0 };
+    // SAFETY: the maps' values for this CPU. Any octets of the union are valid; of an IPv4 address the first word is all that
+    // is read.
+    let device = unsafe {
+        (*chosen).nh_family = (*params).family.into();
+        // One by one: the compiler's `memcpy` subtracts pointers, which the kernel refuses to some agents.
+        let [a, b, c, d] = (*params).__bindgen_anon_4.ipv6_dst;
+        let next_hop = (&raw mut (*chosen).__bindgen_anon_1.ipv6_nh).cast::<u32>();
+        next_hop.write_volatile(a);
+        next_hop.add(1).write_volatile(b);
+        next_hop.add(2).write_volatile(c);
+        next_hop.add(3).write_volatile(d);
+        (*params).ifindex
+    };
+    if device == overlay_device() { 0 } else { device }
+}
+
+/// What [`choose`] left.
+#[inline(always)]
+pub(crate) fn chosen() -> Option<*mut bpf_redir_neigh> {
+    CHOSEN.get_ptr_mut(0)
 }

@@ -304,5 +304,5 @@ fn peer(slot: u32, ifindex: u32) -> Vtep {
         vtep_mac: VTEP_ONE_MAC,
     });
     let address = u32::from_be_bytes(node(slot));
-    Vtep { header, address, next_hop: node(slot), ifindex, flags: Vtep::RESOLVED }
+    Vtep { header, address, next_hop: node(slot), ifindex, flags: Vtep::RESOLVED, mtu: 0 }
 }

@@ -152,6 +152,7 @@ impl Loaded {
                 ifindex: if peer.has_route { ifindex } else { 0 },
                 flags: if peer.next_hop_mac.is_some() { Vtep::RESOLVED | Vtep::HAS_MAC } else { 0 }
                     | if peer.is_on_link { Vtep::ON_LINK } else { 0 },
+                mtu: peer.smaller_mtu.unwrap_or_default(),
             };
             dataplane.peers.set(format!("{a}.{b}.{c}.{d}/{len}").parse().unwrap(), &vtep).unwrap();
         }

@@ -101,23 +101,32 @@ const TWO: Peer = Peer {
     next_hop_mac: Some(NODE_TWO_MAC),
     has_route: true,
     is_on_link: true,
+    smaller_mtu: None,
 };
-const THREE: Peer =
-    Peer { address: NODE_THREE, vtep_mac: VTEP_THREE_MAC, next_hop_mac: None, has_route: true, is_on_link: true };
+const THREE: Peer = Peer {
+    address: NODE_THREE,
+    vtep_mac: VTEP_THREE_MAC,
+    next_hop_mac: None,
+    has_route: true,
+    is_on_link: true,
+    smaller_mtu: None,
+};
 const FOUR: Peer = Peer {
     address: [192, 168, 64, 4],
     vtep_mac: [0x0a, 0, 0, 0, 0, 4],
     next_hop_mac: None,
     has_route: false,
     is_on_link: false,
+    smaller_mtu: None,
 };
-/// Behind a router.
+/// Behind a router, and a smaller MTU.
 const FIVE: Peer = Peer {
     address: [192, 168, 65, 5],
     vtep_mac: [0x0a, 0, 0, 0, 0, 5],
     next_hop_mac: Some(NODE_TWO_MAC),
     has_route: true,
     is_on_link: false,
+    smaller_mtu: Some(120),
 };
 
 const fn lease(network: [u8; 4], len: u32, peer: Peer) -> Lease {

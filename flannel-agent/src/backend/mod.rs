@@ -70,6 +70,8 @@ pub enum Backend {
 pub enum At {
     /// The external interface.
     External,
+    /// That, and all others that tunnel packets can come in by.
+    Underlay,
     /// The device that the backend makes.
     Device,
 }
@@ -78,7 +80,7 @@ pub enum At {
 pub const fn hooks(backend: BackendType) -> &'static [(Hook, At)] {
     match backend {
         BackendType::Vxlan => {
-            &[(Hook::FromUnderlay, At::External), (Hook::FromOverlay, At::Device), (Hook::ToOverlay, At::Device)]
+            &[(Hook::FromUnderlay, At::Underlay), (Hook::FromOverlay, At::Device), (Hook::ToOverlay, At::Device)]
         }
         BackendType::HostGw => &[(Hook::FromUnderlay, At::External), (Hook::ToUnderlay, At::External)],
         BackendType::Udp | BackendType::Alloc => &[],
@@ -241,6 +243,8 @@ impl Backend {
                 // No device: what stands for the MAC of one.
                 vtep_mac: MacAddress(NEXT_HOP_MAC),
                 overlay: 0,
+                mtu: self.mtu(),
+                overhead: 0,
             },
         }
     }

@@ -1,6 +1,6 @@
 //! The vxlan backend (flannel: pkg/backend/vxlan/vxlan.go).
 
-use flannel_common::vxlan::Vni;
+use flannel_common::vxlan::{OVERHEAD, Vni};
 
 use crate::{
     config::VxlanConfig,
@@ -67,6 +67,8 @@ impl Vxlan {
             vni: self.device.vni,
             vtep_mac: mac,
             overlay: 0,
+            mtu: self.device.mtu,
+            overhead: OVERHEAD.into(),
         }
     }
 }

@@ -40,6 +40,7 @@ pub(super) fn status(
         vni: backend.vni().get(),
         network: network.network,
         external_interface: external.link.name.clone(),
+        underlay_interfaces: Vec::new(),
         public_ip: external.public_ip,
         mtu: backend.mtu(),
         backend: backend.kind().label().to_owned(),

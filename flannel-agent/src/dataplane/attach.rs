@@ -73,7 +73,7 @@ pub(super) fn attach(
             held.insert(pin, attachment(Some(link)));
             return Ok(false);
         }
-        if !Hook::OF_PODS.contains(&hook) {
+        if hook.has_one_place() {
             // What an agent pinned for another interface, or one that is gone.
             release_all_but(hook, pins, held, &HashSet::new())?;
         }

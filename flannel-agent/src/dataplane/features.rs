@@ -4,7 +4,7 @@
 use std::fmt;
 
 use aya::{
-    EbpfLoader, include_bytes_aligned,
+    Ebpf, EbpfLoader, include_bytes_aligned,
     programs::{ProgramError, ProgramType, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp},
     sys::{BpfHelper, is_helper_supported},
 };
@@ -39,6 +39,8 @@ pub struct Features {
     /// `bpf_skb_adjust_room` that clears what marks an aggregated packet as tunnelled (`BPF_F_ADJ_ROOM_DECAP_L4_UDP`). Where
     /// it does not, pods that route such packets on send them with that mark.
     pub decap_udp: bool,
+    /// `bpf_fib_lookup` by a packet's mark (`BPF_FIB_LOOKUP_MARK`, 6.10). Without it, routing rules by mark are not followed.
+    pub fib_lookup_mark: bool,
 }
 
 impl Features {
@@ -72,11 +74,12 @@ impl Features {
             tcx: has_tcx("lo"),
             xdp_frags,
             decap_udp: takes(-overhead, DECAPSULATE)?,
+            fib_lookup_mark: knows_mark(&mut ebpf)?,
         })
     }
 
     /// Each with its name.
-    pub const fn named(&self) -> [(&'static str, bool); 6] {
+    pub const fn named(&self) -> [(&'static str, bool); 7] {
         [
             ("encap_ethernet", self.encap_ethernet),
             ("redirect_neighbour", self.redirect_neighbour),
@@ -84,6 +87,7 @@ impl Features {
             ("tcx", self.tcx),
             ("xdp_frags", self.xdp_frags),
             ("decap_udp", self.decap_udp),
+            ("fib_lookup_mark", self.fib_lookup_mark),
         ]
     }
 
@@ -132,6 +136,17 @@ fn takes(program: &mut SchedClassifier, len: i32, flags: u64) -> Result<bool, Pr
     context[CB + 4..CB + 8].copy_from_slice(&((flags >> 32) as u32).to_ne_bytes());
     let options = TestRunOptions { data_in: Some(&frame), ctx_in: Some(&context), ..TestRunOptions::new() };
     Ok(program.test_run(options)?.return_value == 0)
+}
+
+/// Whether `bpf_fib_lookup` takes a mark: else it refuses the flag, whatever the packet.
+fn knows_mark(ebpf: &mut Ebpf) -> Result<bool, DataplaneError> {
+    let name = "probe_mark";
+    let program = ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
+    let program: &mut SchedClassifier = program.try_into().map_err(failed("use", name))?;
+    program.load().map_err(failed("load", name))?;
+    let options = TestRunOptions { data_in: Some(&[0; 64]), ..TestRunOptions::new() };
+    let answer = program.test_run(options).map_err(failed("run", name))?.return_value;
+    Ok(answer as i32 != -nix::libc::EINVAL)
 }
 
 fn failed(call: &'static str, program: &'static str) -> impl FnOnce(ProgramError) -> DataplaneError {

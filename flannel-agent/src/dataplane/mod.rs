@@ -24,6 +24,7 @@ mod pods;
 mod restrict;
 #[cfg(feature = "generator")]
 pub mod test_run;
+mod underlay;
 mod ways;
 mod xdp;
 
@@ -156,7 +157,7 @@ pub enum Hook {
     ToOverlay,
     /// `from_overlay`, ingress of `flannel.<VNI>`.
     FromOverlay,
-    /// `from_underlay`, ingress of the external interface.
+    /// `from_underlay`, ingress of each link that tunnel packets can come in by.
     FromUnderlay,
     /// `from_pod`, ingress of the host's side of each pod's veth.
     FromPod,
@@ -172,6 +173,14 @@ impl Hook {
         [Self::ToOverlay, Self::FromOverlay, Self::FromUnderlay, Self::FromPod, Self::ToPod, Self::ToUnderlay];
     /// Those of which there is one for each pod.
     pub const OF_PODS: [Self; 2] = [Self::FromPod, Self::ToPod];
+
+    /// Whether it is at one link only; others are at as many as there are of their kind.
+    const fn has_one_place(self) -> bool {
+        match self {
+            Self::ToOverlay | Self::FromOverlay | Self::ToUnderlay => true,
+            Self::FromUnderlay | Self::FromPod | Self::ToPod => false,
+        }
+    }
 
     /// The program's name in the object.
     pub const fn program(self) -> &'static str {
@@ -241,6 +250,8 @@ pub struct Dataplane {
     repaired: u32,
     /// The pods' links that this process attached its programs to.
     pods: BTreeSet<u32>,
+    /// The links that tunnel packets can come in by, and the bytes of their link-layer headers.
+    underlay: BTreeMap<u32, u16>,
     forgetter: Forgetter,
     /// The peers in the maps.
     pub peers: PeerMaps,
@@ -320,6 +331,7 @@ impl Dataplane {
             held: held::Held::new(),
             repaired: 0,
             pods: BTreeSet::new(),
+            underlay: BTreeMap::new(),
             forgetter,
             peers,
         })

@@ -13,6 +13,8 @@ pub(super) struct Variant {
     is_restricted: bool,
     /// Of [`Config`].
     flags: u32,
+    /// Bytes of the link-layer header in front of what comes in, where it is not as the external interface has it.
+    link_header_len: Option<u16>,
 }
 
 impl Dataplane {
@@ -54,10 +56,11 @@ impl Dataplane {
 
     /// What the plan wants in a place.
     pub(super) fn wanted(&self, place: Place, ifindex: u32) -> Variant {
-        let Plan { everything, overlay_queue, overlay_capture, external_interface, pods, .. } = &self.plan;
+        let Plan { everything, overlay_queue, overlay_capture, external_interface, underlay_links, pods, .. } =
+            &self.plan;
         let is_restricted = match place {
             Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex),
-            Place::Tc(Hook::FromUnderlay) => *everything || *external_interface,
+            Place::Tc(Hook::FromUnderlay) => *everything || *external_interface || underlay_links.contains(&ifindex),
             Place::Tc(Hook::ToOverlay | Hook::FromOverlay | Hook::ToUnderlay) => *everything,
             Place::Xdp(_) => false,
         };
@@ -67,7 +70,12 @@ impl Dataplane {
             Place::Tc(_) => 0,
             Place::Xdp(_) => flag(*external_interface, Config::LEFT_IN_TUNNEL),
         };
-        Variant { is_restricted, flags }
+        let link_header_len = match place {
+            Place::Tc(Hook::FromUnderlay) => self.underlay.get(&ifindex).copied(),
+            Place::Tc(_) | Place::Xdp(_) => None,
+        };
+        let as_loaded = self.parameters.config.underlay_header_len;
+        Variant { is_restricted, flags, link_header_len: link_header_len.filter(|len| *len != as_loaded) }
     }
 
     /// Makes programs of a variant, where they are others than the ones that are loaded at once.
@@ -79,6 +87,7 @@ impl Dataplane {
         self.repair_pins()?;
         let Parameters { mut config, .. } = self.parameters;
         config.flags |= variant.flags;
+        config.underlay_header_len = variant.link_header_len.unwrap_or(config.underlay_header_len);
         if variant.is_restricted {
             config.bypass_time = 0;
         }

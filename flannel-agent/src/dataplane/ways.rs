@@ -48,8 +48,10 @@ pub struct PeerWay {
     pub address: Ipv4Addr,
     /// How it is reached.
     pub way: Way,
-    /// The underlay's next hop towards it.
+    /// The underlay's next hop towards it; 0.0.0.0 where the flow decides.
     pub next_hop: Ipv4Addr,
+    /// The largest packet of the overlay that fits on the way, where that is less than its MTU, in bytes.
+    pub smaller_mtu: Option<u16>,
 }
 
 /// All peers of a dataplane whose agent may be gone, by their subnets. `network` is the overlay's, `subnet_len` the length of its
@@ -90,7 +92,7 @@ pub fn pinned_ways(
     }
     ids.sort_unstable();
     let way = |(subnet, id): (Ipv4Net, u32)| {
-        let Vtep { address, next_hop, ifindex, flags, .. } =
+        let Vtep { address, next_hop, ifindex, flags, mtu, .. } =
             vteps.get(&id, 0).map_err(DataplaneError::map("read", VTEPS))?;
         let heard = heard.get(&id, 0).map_err(DataplaneError::map("read", HEARD))?;
         let is_on_link = flags & Vtep::ON_LINK != 0;
@@ -100,7 +102,13 @@ pub fn pinned_ways(
             (_, false) if has_tunnel => Way::Encapsulated,
             (_, false) => Way::NotOnLink,
         };
-        Ok(PeerWay { subnet, address: address.into(), way, next_hop: next_hop.into() })
+        Ok(PeerWay {
+            subnet,
+            address: address.into(),
+            way,
+            next_hop: next_hop.into(),
+            smaller_mtu: (mtu > 0).then_some(mtu),
+        })
     };
     ids.into_iter().map(way).collect()
 }

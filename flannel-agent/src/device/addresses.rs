@@ -5,7 +5,10 @@
 //! gave. Such an address is a /32, or secondary in the prefix of another: one of that kind is only taken where the link has
 //! nothing else that the host can go by.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use ipnet::Ipv4Net;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
@@ -104,6 +107,12 @@ impl HostAddresses {
     /// All of them, with their links.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u32, Ipv4Addr)> {
         self.addresses.iter().map(|there| (there.link, there.address))
+    }
+
+    /// The links with an address of a prefix that is one of these, and has room for others' addresses.
+    pub(super) fn links_with_neighbours(&self, is_one: impl Fn(Ipv4Addr) -> bool) -> HashSet<u32> {
+        let such = |there: &&HostAddress| there.prefix.prefix_len() < 32 && is_one(there.address);
+        self.addresses.iter().filter(such).map(|there| there.link).collect()
     }
 
     pub(super) fn has(&self, address: Ipv4Addr) -> bool {

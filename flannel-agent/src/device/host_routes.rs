@@ -61,8 +61,10 @@ impl Interest {
         // Another table's, as VPNs have, can only be the way to an address.
         let is_default = prefix.prefix_len() == 0 && route.is_of_main_table();
         let is_beside = self.prefixes.contains(&prefix) && route.is_of_main_table();
-        let is_scan_due = is_default || is_beside || self.subnet.contains(&prefix);
-        let kind = match (is_into_overlay || is_scan_due, self.has_address_in(prefix)) {
+        let is_looked_at = is_default || is_beside || self.subnet.contains(&prefix);
+        let is_way = self.has_address_in(prefix);
+        let is_scan_due = is_looked_at || is_way && route.has_several();
+        let kind = match (is_into_overlay || is_looked_at, is_way) {
             // The external interface may be another.
             _ if is_default => Changed::Topology,
             (true, _) => Changed::Route,
@@ -99,6 +101,8 @@ pub struct HostRoutes {
     pub gateways: Vec<Ipv4Addr>,
     /// Devices that part of this host's subnet is routed to.
     pub pods: HashSet<u32>,
+    /// Whether some route, of any table, has several next hops.
+    pub has_several: bool,
 }
 
 impl Netlink {
@@ -117,6 +121,7 @@ impl Netlink {
         let (mut found, foreign) = self
             .read_routes(move |found: &mut (HostRoutes, Option<_>), route| {
                 let Some(prefix) = route.prefix() else { return };
+                found.0.has_several |= route.has_several();
                 if interest.subnet.contains(&prefix) {
                     found.0.pods.extend(route.outputs());
                 }

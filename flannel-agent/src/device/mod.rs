@@ -22,6 +22,7 @@ mod raw_route;
 pub mod routing_rules;
 mod sweep;
 pub mod tun;
+mod underlay_links;
 pub mod vxlan;
 
 use std::sync::{Arc, RwLock};
@@ -42,7 +43,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::{addresses::AddressKind, events::LinkSocket, pods::PodLink};
+pub use self::{addresses::AddressKind, events::LinkSocket, pods::PodLink, underlay_links::UnderlayCriteria};
 use self::{events::RawEvents, host_routes::Interest};
 
 /// A netlink request that the kernel refused.
@@ -171,6 +172,12 @@ pub struct Link {
 }
 
 impl Link {
+    /// Bytes of link-layer header in front of what comes in by it: Ethernet's, or none.
+    pub fn header_len(&self) -> u16 {
+        const ETHERNET: u16 = 14;
+        if self.mac.is_some() { ETHERNET } else { 0 }
+    }
+
     fn from_message(message: &LinkMessage) -> Self {
         let mut link = Self { name: String::new(), index: message.header.index, mtu: 0, mac: None };
         for attribute in &message.attributes {

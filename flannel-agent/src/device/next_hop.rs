@@ -4,8 +4,13 @@
 //! not known goes through `bpf_redirect_neigh`, which asks for it, and the answer is heard here. An entry that the
 //! kernel holds for stale is unknown again, since packets with a ready MAC would not make the kernel confirm it. So
 //! an agent adds nothing to the neighbour table, which an underlay with thousands of hosts on one link could overflow.
+//!
+//! Where a route has several next hops, the flow decides among them, and the programs ask the kernel for each packet.
 
-use std::{collections::HashMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::Ipv4Addr,
+};
 
 use flannel_common::packet::Mac;
 use futures_util::TryStreamExt as _;
@@ -14,7 +19,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType},
     },
 };
 
@@ -31,6 +36,51 @@ pub struct NextHop {
     pub address: Ipv4Addr,
 }
 
+/// The way to a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathTo {
+    /// How packets leave the host.
+    pub route: PeerRoute,
+    /// The MTU that the route has, or that was learned of the path, in bytes.
+    pub mtu: Option<u32>,
+}
+
+/// How packets to a peer leave the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PeerRoute {
+    /// All by one next hop.
+    One(NextHop),
+    /// Each as the kernel says of its flow, by one of these devices.
+    ByFlow(BTreeSet<u32>),
+}
+
+impl PeerRoute {
+    /// The next hop that all packets go by, where there is one.
+    pub const fn next_hop(&self) -> Option<NextHop> {
+        match self {
+            Self::One(next_hop) => Some(*next_hop),
+            Self::ByFlow(_) => None,
+        }
+    }
+
+    /// With other ways beside it, each of these devices, that some packets take.
+    pub fn or_by(self, others: &[&BTreeSet<u32>]) -> Self {
+        if others.is_empty() {
+            return self;
+        }
+        Self::ByFlow(self.devices().chain(others.iter().copied().flatten().copied()).collect())
+    }
+
+    /// The devices that packets leave by.
+    pub fn devices(&self) -> impl Iterator<Item = u32> {
+        let (one, several) = match self {
+            Self::One(next_hop) => (Some(next_hop.ifindex), None),
+            Self::ByFlow(devices) => (None, Some(devices)),
+        };
+        one.into_iter().chain(several.into_iter().flatten().copied())
+    }
+}
+
 /// What the kernel chooses the way of a tunnel packet by, besides its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WayKey {
@@ -45,23 +95,41 @@ pub struct WayKey {
 }
 
 impl Netlink {
-    /// The next hop towards `destination`, as the kernel's vxlan device would choose it for a forwarding entry of flannel's,
-    /// which names no interface: by the routing rules for addresses, protocol and ports (`udp_tunnel_dst_lookup`,
-    /// net/ipv4/udp_tunnel_core.c).
+    /// The way to `destination`, as the kernel's vxlan device would choose it for a forwarding entry of flannel's, which names
+    /// no interface: by the routing rules for addresses, protocol and ports (`udp_tunnel_dst_lookup`,
+    /// net/ipv4/udp_tunnel_core.c). Where the host has routes with several next hops, it may be one of these.
     ///
     /// # Errors
     /// [`DeviceError::Call`] where the kernel has no way, [`DeviceError::Unexpected`] for one that is not followed here.
-    pub async fn next_hop(&self, destination: Ipv4Addr, key: WayKey) -> Result<NextHop, DeviceError> {
-        next_hop(&self.way(destination, key).await?, destination)
+    pub async fn peer_route(
+        &self,
+        destination: Ipv4Addr,
+        key: WayKey,
+        may_be_several: bool,
+    ) -> Result<PathTo, DeviceError> {
+        let route = self.way(destination, key, RouteFlags::empty()).await?;
+        if may_be_several {
+            let whole = self.way(destination, key, RouteFlags::FibMatch).await?;
+            if let Some(devices) = several(&whole) {
+                return Ok(PathTo { route: PeerRoute::ByFlow(devices), mtu: mtu_of(&whole) });
+            }
+        }
+        Ok(PathTo { route: peer_route(&route, destination)?, mtu: mtu_of(&route) })
     }
 
-    /// The kernel's answer.
-    pub(super) async fn way(&self, destination: Ipv4Addr, key: WayKey) -> Result<RouteMessage, DeviceError> {
+    /// The kernel's answer: the next hop that it chooses, or with [`RouteFlags::FibMatch`] the route that it found, whole.
+    pub(super) async fn way(
+        &self,
+        destination: Ipv4Addr,
+        key: WayKey,
+        flags: RouteFlags,
+    ) -> Result<RouteMessage, DeviceError> {
         let WayKey { source, port, source_port, mark } = key;
         let mut request = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(destination, 32)
             .source_prefix(source, 32)
             .build();
+        request.header.flags = flags;
         request.attributes.extend([
             RouteAttribute::IpProto(nix::libc::IPPROTO_UDP as u8),
             RouteAttribute::Sport(source_port),
@@ -96,11 +164,8 @@ impl Netlink {
     }
 }
 
-/// Where a route leads a packet to `destination`.
-pub(super) fn next_hop(route: &RouteMessage, destination: Ipv4Addr) -> Result<NextHop, DeviceError> {
-    if route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Via(_))) {
-        return Err(DeviceError::Unexpected(format!("{destination} is behind an IPv6 next hop: not supported")));
-    }
+/// Where a route leads a packet to `destination`. Next hops with an IPv6 address (RFC 5549) are left to the kernel.
+pub(super) fn peer_route(route: &RouteMessage, destination: Ipv4Addr) -> Result<PeerRoute, DeviceError> {
     if route.header.kind != RouteType::Unicast {
         return Err(DeviceError::Unexpected(format!("{destination} is no other host's address")));
     }
@@ -110,7 +175,30 @@ pub(super) fn next_hop(route: &RouteMessage, destination: Ipv4Addr) -> Result<Ne
     });
     let ifindex = output_interface(route);
     let ifindex = ifindex.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no interface")))?;
-    Ok(NextHop { ifindex, address: gateway.unwrap_or(destination) })
+    if route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Via(_))) {
+        return Ok(PeerRoute::ByFlow([ifindex].into()));
+    }
+    Ok(PeerRoute::One(NextHop { ifindex, address: gateway.unwrap_or(destination) }))
+}
+
+/// The MTU of a route, in bytes, where it has one.
+pub(super) fn mtu_of(route: &RouteMessage) -> Option<u32> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+            RouteMetric::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+/// The devices of a route with more than one next hop.
+fn several(route: &RouteMessage) -> Option<BTreeSet<u32>> {
+    let next_hops = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::MultiPath(next_hops) if next_hops.len() > 1 => Some(next_hops),
+        _ => None,
+    })?;
+    Some(next_hops.iter().map(|next_hop| next_hop.interface_index).collect())
 }
 
 fn confirmed(entry: &NeighbourMessage) -> Option<(NextHop, Mac)> {

@@ -24,11 +24,11 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
-        route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteType},
     },
 };
 
-use super::{DeviceError, Link, Netlink};
+use super::{DeviceError, Link, Netlink, next_hop::mtu_of};
 use crate::repair::Repair;
 
 /// What our routes say of who made them (`rtm_protocol`), so that we know them again: a number that nobody has, neither
@@ -58,8 +58,9 @@ pub struct OverlayRoutes {
     pub source: Ipv4Addr,
     /// Prefixes of routes that leases share.
     pub shared: Vec<Ipv4Net>,
-    /// Leases that have a route of their own.
-    pub leases: BTreeSet<Ipv4Net>,
+    /// Leases that have a route of their own, and its MTU in bytes where that is less than the device's: the stack fragments or
+    /// refuses what is larger (`ip_forward`).
+    pub leases: BTreeMap<Ipv4Net, Option<u16>>,
 }
 
 /// How the kernel's vxlan device reaches a host: the MAC of its device, and its VTEP address.
@@ -86,17 +87,18 @@ pub(super) struct Wanted {
     gateway: Ipv4Addr,
     source: Ipv4Addr,
     metric: Option<u32>,
+    mtu: Option<u16>,
 }
 
 impl Wanted {
     /// To one lease, as flannel's hosts have it.
     fn of_lease(lease: Ipv4Net, source: Ipv4Addr) -> Self {
-        Self { prefix: lease, gateway: lease.network(), source, metric: None }
+        Self { prefix: lease, gateway: lease.network(), source, metric: None, mtu: None }
     }
 
     /// To one lease, by its host on the link.
     pub(super) const fn by_host(lease: Ipv4Net, host: Ipv4Addr) -> Self {
-        Self { prefix: lease, gateway: host, source: Ipv4Addr::UNSPECIFIED, metric: None }
+        Self { prefix: lease, gateway: host, source: Ipv4Addr::UNSPECIFIED, metric: None, mtu: None }
     }
 
     pub(super) const fn prefix(self) -> Ipv4Net {
@@ -113,7 +115,7 @@ impl Wanted {
     }
 
     pub(super) const fn shared(prefix: Ipv4Net, gateway: Ipv4Addr, source: Ipv4Addr) -> Self {
-        Self { prefix, gateway, source, metric: Some(SHARED_METRIC) }
+        Self { prefix, gateway, source, metric: Some(SHARED_METRIC), mtu: None }
     }
 
     /// [`None`] where it is not ours.
@@ -125,7 +127,8 @@ impl Wanted {
         });
         let (gateway, unspecified) = (gateways(route).next(), Ipv4Addr::UNSPECIFIED);
         let (gateway, source) = (gateway.unwrap_or(unspecified), source.unwrap_or(unspecified));
-        is_ours(route).then_some(Self { prefix, gateway, source, metric })
+        let mtu = mtu_of(route).and_then(|mtu| u16::try_from(mtu).ok());
+        is_ours(route).then_some(Self { prefix, gateway, source, metric, mtu })
     }
 
     fn message(self, link: &Link) -> RouteMessage {
@@ -137,10 +140,13 @@ impl Wanted {
             .onlink();
         // The kernel's choice without.
         let route = if self.source.is_unspecified() { route } else { route.pref_source(self.source) };
-        match self.metric {
+        let mut route = match self.metric {
             Some(metric) => route.priority(metric).build(),
             None => route.build(),
-        }
+        };
+        let mtu = self.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu.into())]));
+        route.attributes.extend(mtu);
+        route
     }
 }
 
@@ -187,7 +193,7 @@ impl Netlink {
         // the programs' matter (`flannel_common::admission::is_routed`).
         let via = |lease: &Ipv4Net| if next_hops.contains_key(&lease.network()) { gateway } else { lease.network() };
         let own: HashSet<Ipv4Addr> =
-            routes.leases.iter().map(via).chain((!routes.shared.is_empty()).then_some(gateway)).collect();
+            routes.leases.keys().map(via).chain((!routes.shared.is_empty()).then_some(gateway)).collect();
         for address in own.iter().filter(|address| neighbours.get(address) != Some(&NEXT_HOP_MAC)) {
             self.set_neighbour(link, *address, NEXT_HOP_MAC).await?;
             // Unless it is now that nobody else's route needs it.
@@ -203,8 +209,11 @@ impl Netlink {
         }
 
         let shared = routes.shared.iter().map(|prefix| Wanted::shared(*prefix, gateway, routes.source));
-        let leases =
-            routes.leases.iter().map(|lease| Wanted { gateway: via(lease), ..Wanted::of_lease(*lease, routes.source) });
+        let leases = routes.leases.iter().map(|(lease, mtu)| Wanted {
+            gateway: via(lease),
+            mtu: *mtu,
+            ..Wanted::of_lease(*lease, routes.source)
+        });
         let wanted: HashSet<Wanted> = shared.chain(leases).collect();
         // Beside which another is added, where only one could be.
         let former: HashSet<_> = there.iter().filter(|route| is_ours(route) || is_flannels(route)).map(place).collect();

@@ -10,7 +10,7 @@ use rtnetlink::packet_route::{
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
 };
 
-use super::{DeviceError, Netlink};
+use super::{DeviceError, Netlink, addresses::HostAddresses};
 
 /// The host's side of a pod's veth.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,26 +31,7 @@ impl Netlink {
     /// [`DeviceError::Call`].
     pub async fn pods(&self, subnet: Ipv4Net, routed: &HashSet<u32>) -> Result<Vec<PodLink>, DeviceError> {
         let links = self.dump("links", || self.handle.link().get().execute()).await?;
-        self.pods_among(&links, subnet, routed).await
-    }
-
-    pub(super) async fn pods_among(
-        &self,
-        links: &[LinkMessage],
-        subnet: Ipv4Net,
-        routed: &HashSet<u32>,
-    ) -> Result<Vec<PodLink>, DeviceError> {
-        let veths: Vec<_> = links.iter().filter_map(Veth::of).collect();
-        if veths.is_empty() {
-            return Ok(Vec::new());
-        }
-        let addresses = self.addresses().await?;
-        let gateways: HashSet<u32> =
-            addresses.iter().filter(|(_, address)| subnet.contains(address)).map(|(ifindex, _)| ifindex).collect();
-        let is_pods =
-            |veth: &Veth| veth.bridge.is_some_and(|bridge| gateways.contains(&bridge)) || routed.contains(&veth.index);
-        let pod = |Veth { name, index, bridge }| PodLink { name, index, bridge };
-        Ok(veths.into_iter().filter(is_pods).map(pod).collect())
+        Ok(pods_among(&links, &self.addresses().await?, subnet, routed))
     }
 
     /// The MAC that is known to be behind each device: by the bridge that it is a port of, or as a neighbour there.
@@ -66,6 +47,20 @@ impl Netlink {
         }
         Ok(macs)
     }
+}
+
+pub(super) fn pods_among(
+    links: &[LinkMessage],
+    addresses: &HostAddresses,
+    subnet: Ipv4Net,
+    routed: &HashSet<u32>,
+) -> Vec<PodLink> {
+    let gateways: HashSet<u32> =
+        addresses.iter().filter(|(_, address)| subnet.contains(address)).map(|(ifindex, _)| ifindex).collect();
+    let is_pods =
+        |veth: &Veth| veth.bridge.is_some_and(|bridge| gateways.contains(&bridge)) || routed.contains(&veth.index);
+    let pod = |Veth { name, index, bridge }| PodLink { name, index, bridge };
+    links.iter().filter_map(Veth::of).filter(is_pods).map(pod).collect()
 }
 
 /// A veth with its other side elsewhere.

@@ -21,6 +21,7 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PREFSRC: u16 = 7;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_TABLE: u16 = 15;
+const RTA_NH_ID: u16 = 30;
 
 /// An IPv4 route's message.
 #[derive(Clone, Copy)]
@@ -77,6 +78,11 @@ impl<'a> RawRoute<'a> {
     /// Its device; of several, the first.
     pub(super) fn output(&self) -> Option<u32> {
         self.outputs().next()
+    }
+
+    /// Whether it has more than one next hop, or may have: by an object of its own (`ip nexthop`), which can change alone.
+    pub(super) fn has_several(&self) -> bool {
+        self.outputs().nth(1).is_some() || self.attribute(RTA_NH_ID).is_some()
     }
 
     pub(super) fn outputs(&self) -> impl Iterator<Item = u32> + use<'a> {

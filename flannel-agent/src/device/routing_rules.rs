@@ -2,8 +2,8 @@
 //!
 //! The kernel is asked for the way to each peer by a tunnel packet's addresses, protocol, ports and user
 //! ([`next_hop`](super::next_hop)), and its answer follows all rules that these decide on. What is left are rules by the mark, which
-//! a tunnel packet has of the packet inside, and by source ports, of which each flow has its own: with flannel's device they
-//! choose a way for each packet, while here all tunnel packets to a peer take the one that was asked for.
+//! a tunnel packet has of the packet inside, and by source ports, of which each flow has its own: where there are such, the programs
+//! ask the kernel for each packet.
 
 use std::{
     collections::BTreeSet,
@@ -16,16 +16,12 @@ use rtnetlink::{
     IpVersion,
     packet_core::Nla as _,
     packet_route::{
-        route::RouteType,
+        route::{RouteAttribute, RouteFlags, RouteMessage, RouteType},
         rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange},
     },
 };
 
-use super::{
-    DeviceError, Netlink,
-    next_hop::{WayKey, next_hop},
-};
-use crate::bypass::{Kind, Restriction, Scope};
+use super::{DeviceError, Netlink, next_hop::WayKey};
 
 // linux/fib_rules.h, Linux 6.13 and later.
 const FRA_DSCP: u16 = 25;
@@ -45,6 +41,19 @@ pub struct TunnelPackets {
     pub source_ports: SourcePorts,
     /// The bits that their marks may have.
     pub marks: u32,
+}
+
+/// A rule by which some of the tunnel packets to a peer take another way than the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parting {
+    /// As `ip rule` shows it.
+    pub text: String,
+    /// To which peers; [`None`] for all.
+    pub to: Option<Ipv4Net>,
+    /// Whether it is by the mark.
+    pub is_by_mark: bool,
+    /// The devices of the other way.
+    pub devices: BTreeSet<u32>,
 }
 
 /// A rule that some tunnel packets to a peer meet, and others do not.
@@ -67,39 +76,58 @@ impl Netlink {
         &self,
         tunnel: TunnelPackets,
         peers: &BTreeSet<Ipv4Addr>,
-    ) -> Result<BTreeSet<Restriction>, DeviceError> {
+    ) -> Result<Vec<Parting>, DeviceError> {
         let rules = self.dump("routing rules", || self.handle.rule().get(IpVersion::V4).execute()).await?;
-        let mut found = BTreeSet::new();
+        let mut found = Vec::new();
         for rule in rules.iter().filter_map(|rule| PacketRule::of(rule, tunnel)) {
-            if self.leads_elsewhere(&rule, tunnel.key, peers).await {
-                let subject = format!(
-                    "{}: all tunnel packets to a peer go one way, that of packets without a mark from port {}; route by \
-                     address or destination port instead",
-                    rule.text, tunnel.key.source_port
-                );
-                found.insert(Restriction { kind: Kind::Rule, subject, scope: Scope::Nothing });
+            if let Some(devices) = self.elsewhere(&rule, tunnel.key, peers).await {
+                let is_by_mark = rule.others.iter().any(|other| other.mark != tunnel.key.mark);
+                found.push(Parting { text: rule.text, to: rule.to, is_by_mark, devices });
             }
         }
         Ok(found)
     }
 
-    async fn leads_elsewhere(&self, rule: &PacketRule, asked: WayKey, peers: &BTreeSet<Ipv4Addr>) -> bool {
+    /// The devices that a rule leads to some peer by, where that is another way than that of all packets.
+    async fn elsewhere(&self, rule: &PacketRule, asked: WayKey, peers: &BTreeSet<Ipv4Addr>) -> Option<BTreeSet<u32>> {
         let is_met = |peer: &&Ipv4Addr| rule.to.is_none_or(|to| to.contains(*peer));
         for peer in peers.iter().filter(is_met).take(MOST_PEERS) {
-            let usual = self.next_hop(*peer, asked).await.ok();
+            let usual = self.found_route(*peer, asked).await;
             for other in &rule.others {
-                let way = self.way(*peer, *other).await.ok();
+                let found = self.found_route(*peer, *other).await;
                 // What a mark keeps on this host was kept from the overlay by it.
-                if way.as_ref().is_some_and(|way| way.header.kind == RouteType::Local) {
+                if found.as_ref().is_some_and(|route| route.header.kind == RouteType::Local) {
                     continue;
                 }
-                if way.and_then(|way| next_hop(&way, *peer).ok()) != usual {
-                    return true;
+                if found.as_ref().map(where_to) != usual.as_ref().map(where_to) {
+                    return Some(found.iter().flat_map(devices).collect());
                 }
             }
         }
-        false
+        None
     }
+
+    /// The route, whole: of several next hops, each port would be answered with another.
+    async fn found_route(&self, peer: Ipv4Addr, key: WayKey) -> Option<RouteMessage> {
+        self.way(peer, key, RouteFlags::FibMatch).await.ok()
+    }
+}
+
+/// By what the ways of two routes differ.
+fn where_to(route: &RouteMessage) -> (RouteType, Vec<&RouteAttribute>) {
+    let is_way = |attribute: &&RouteAttribute| {
+        use RouteAttribute::{Gateway, MultiPath, NhId, Oif, Via};
+        matches!(attribute, Gateway(_) | Via(_) | Oif(_) | MultiPath(_) | NhId(_))
+    };
+    (route.header.kind, route.attributes.iter().filter(is_way).collect())
+}
+
+fn devices(route: &RouteMessage) -> impl Iterator<Item = u32> {
+    route.attributes.iter().flat_map(|attribute| match attribute {
+        RouteAttribute::Oif(device) => vec![*device],
+        RouteAttribute::MultiPath(next_hops) => next_hops.iter().map(|next_hop| next_hop.interface_index).collect(),
+        _ => Vec::new(),
+    })
 }
 
 impl PacketRule {

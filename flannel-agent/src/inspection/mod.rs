@@ -67,8 +67,8 @@ pub struct Surroundings {
     pub subnet: Ipv4Net,
     /// The name of `flannel.<VNI>`.
     pub overlay: String,
-    /// The name of the external interface.
-    pub external: String,
+    /// The names of the links that tunnel packets come in by, and leave by.
+    pub underlay: BTreeSet<String>,
     /// This host's VTEP address.
     pub address: Ipv4Addr,
     /// The tunnel's UDP port, host order.
@@ -183,13 +183,13 @@ fn packets(family: Family, base: &Base, around: &Surroundings, untracked: Option
         devices(bridges.chain(around.pods.keys().map(String::as_str)))
     };
     let overlay = || devices([around.overlay.as_str()]);
-    let external = || devices([around.external.as_str()]);
+    let underlay = || devices(around.underlay.iter().map(String::as_str));
     let none = || devices([]);
     let ways: Vec<(Way, Devices, Devices)> = match (family, base.hook) {
         (Family::Ip, Hook::Prerouting) => vec![
             (Way::Out, bridge_or_pods(), none()),
             (Way::In, overlay(), none()),
-            (Way::TunnelIn, external(), none()),
+            (Way::TunnelIn, underlay(), none()),
         ],
         (Family::Ip, Hook::Forward) => {
             vec![(Way::Out, bridge_or_pods(), overlay()), (Way::In, overlay(), bridge_or_pods())]
@@ -198,17 +198,17 @@ fn packets(family: Family, base: &Base, around: &Surroundings, untracked: Option
         (Family::Ip, Hook::Postrouting) => vec![
             (Way::Out, bridge_or_pods(), overlay()),
             (Way::In, overlay(), bridge_or_pods()),
-            (Way::TunnelOut, none(), external()),
+            (Way::TunnelOut, none(), underlay()),
         ],
-        (Family::Ip, Hook::Input) => vec![(Way::TunnelIn, external(), none())],
-        (Family::Ip, Hook::Output) => vec![(Way::TunnelOut, none(), external())],
+        (Family::Ip, Hook::Input) => vec![(Way::TunnelIn, underlay(), none())],
+        (Family::Ip, Hook::Output) => vec![(Way::TunnelOut, none(), underlay())],
         (Family::Bridge, Hook::Prerouting | Hook::Input) => vec![(Way::Out, ports(), none())],
         (Family::Bridge, Hook::Output | Hook::Postrouting) => vec![(Way::In, none(), ports())],
         (Family::Ip | Family::Netdev, Hook::Ingress) => {
-            vec![(Way::Out, all(), none()), (Way::In, overlay(), none()), (Way::TunnelIn, external(), none())]
+            vec![(Way::Out, all(), none()), (Way::In, overlay(), none()), (Way::TunnelIn, underlay(), none())]
         }
         (Family::Netdev, Hook::Egress) => {
-            vec![(Way::In, none(), all()), (Way::Out, none(), overlay()), (Way::TunnelOut, none(), external())]
+            vec![(Way::In, none(), all()), (Way::Out, none(), overlay()), (Way::TunnelOut, none(), underlay())]
         }
         (Family::Ip, Hook::Egress) | (Family::Bridge | Family::Netdev, _) => Vec::new(),
     };

@@ -15,7 +15,7 @@ pub(super) fn around() -> Surroundings {
         network: "10.5.0.0/16".parse().expect("CIDR"),
         subnet: "10.5.28.0/24".parse().expect("CIDR"),
         overlay: "flannel.1".to_owned(),
-        external: "eth0".to_owned(),
+        underlay: ["eth0".to_owned()].into(),
         address: Ipv4Addr::new(192, 168, 64, 1),
         port: 8472,
         bridges: ["cni0".to_owned()].into(),

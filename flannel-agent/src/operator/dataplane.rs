@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use flannel_common::vxlan::Vni;
+use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 
 use super::{
@@ -22,6 +23,9 @@ use crate::{
     status::Status,
 };
 
+/// More peers than these are not named one by one.
+const MOST_NAMED: usize = 8;
+
 /// The kernel's part of an overlay.
 pub(super) struct Dataplane {
     attachments: Vec<Attachment>,
@@ -40,9 +44,17 @@ impl Dataplane {
         let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
         let (netlink, _events, _connection) = Netlink::open()?;
         let pods = netlink.pods(status.lease.subnet, &netlink.devices_within(status.lease.subnet).await?).await?;
-        let places = hooks(status.backend_type()).iter().map(|(hook, at)| match at {
-            At::External => (*hook, status.external_interface.clone()),
-            At::Device => (*hook, VxlanDevice::name_of(vni)),
+        let external = || status.external_interface.clone();
+        // One that is gone, or of which nobody has heard yet, is no trouble.
+        let is_there = |name: &String| *name == status.external_interface || if_nametoindex(name.as_str()).is_ok();
+        let places = hooks(status.backend_type()).iter().flat_map(|(hook, at)| {
+            let names = match at {
+                At::External => vec![external()],
+                At::Underlay if status.underlay_interfaces.is_empty() => vec![external()],
+                At::Underlay => status.underlay_interfaces.iter().filter(|name| is_there(name)).cloned().collect(),
+                At::Device => vec![VxlanDevice::name_of(vni)],
+            };
+            names.into_iter().map(|name| (*hook, name))
         });
         let attachments = attachments(&pins, places, &pods, &netlink).await?;
         let xdp = attached_xdp(&pins)?;
@@ -94,6 +106,7 @@ impl Dataplane {
             let words: Vec<_> = ways.iter().map(|(way, count)| format!("{count} {}", way.label())).collect();
             rows.push(["reached".to_owned(), words.join(", ")]);
         }
+        rows.extend(self.smaller_paths());
         rows.extend(self.drops.iter().map(|reason| {
             let last = reason.samples.first().map(|sample| {
                 format!(", last {} ago: {}", drops::age(Duration::from_millis(sample.age_ms)), sample.summary)
@@ -102,6 +115,18 @@ impl Dataplane {
             ["dropped".to_owned(), count]
         }));
         rows
+    }
+
+    /// Peers to whom not all packets of the overlay's MTU fit.
+    fn smaller_paths(&self) -> Option<[String; 2]> {
+        let smaller = |peer: &PeerWay| Some(format!("{} by {}: {}", peer.subnet, peer.address, peer.smaller_mtu?));
+        let mut named: Vec<_> = self.ways.iter().filter_map(smaller).collect();
+        let more = named.len().saturating_sub(MOST_NAMED);
+        named.truncate(MOST_NAMED);
+        if more > 0 {
+            named.push(format!("and {more} more"));
+        }
+        (!named.is_empty()).then(|| ["smaller MTU".to_owned(), named.join(", ")])
     }
 
     pub(super) fn json(&self) -> Value {

@@ -208,6 +208,9 @@ impl World {
             return slow;
         }
         let Some(peer) = self.leaseholder(sent_as.remote).filter(|peer| peer.has_route) else { return slow };
+        if peer.smaller_mtu.is_some_and(|mtu| inner.len() > usize::from(mtu)) {
+            return slow;
+        }
         let is_direct = self.is_direct(peer, packet.known.heard);
         // What is to be segmented gets no tunnel here.
         if !is_direct && (packet.is_gso || self.has_no_tunnel()) {

@@ -115,6 +115,8 @@ pub struct Peer {
     pub has_route: bool,
     /// Whether it is on the same link as this host.
     pub is_on_link: bool,
+    /// The largest packet that fits on the way to it, where that is less than the overlay's MTU, in bytes.
+    pub smaller_mtu: Option<u16>,
 }
 
 /// A packet that a program sees.

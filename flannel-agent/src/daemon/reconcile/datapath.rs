@@ -25,7 +25,7 @@ impl Reconciler<'_> {
         let device = made.as_ref().map_or(&external.link, |(device, _)| device);
         for (hook, at) in hooks(backend.kind()) {
             let link = match at {
-                At::External => &external.link,
+                At::External | At::Underlay => &external.link,
                 At::Device => device,
             };
             dataplane.attach(*hook, &link.name, link.index)?;
@@ -70,10 +70,23 @@ impl Reconciler<'_> {
         }
     }
 
+    /// What comes in by a link without the program is dropped where it comes out of the tunnel.
+    fn attach_underlay(&mut self) {
+        let Self { dataplane, bypass, uplink, target, status, .. } = self;
+        let all = &bypass.restrictions.places.underlay;
+        let has_tunnel = target.backend.own_device_name().is_some();
+        let links = if has_tunnel { all.as_slice() } else { std::slice::from_ref(&uplink.external.link) };
+        if let Err(error) = dataplane.attach_underlay(links) {
+            warn!("{error}; tunnel packets that come in there are dropped; trying again in {COMPARE_PERIOD:?}");
+        }
+        status.underlay(links);
+    }
+
     async fn attach_pods(&mut self) -> Result<(), DaemonError> {
         // First: a pod that has a queue has it from its first packet on.
         let pods = self.look_at_links().await?;
         self.inspect_for_pods(&pods);
+        self.attach_underlay();
         if !self.dataplane.knows_pods(&pods) {
             // Those that were there before have no need to send something again. Where that can't be told, they do.
             let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);

@@ -14,7 +14,7 @@ use tracing::warn;
 use super::{Reconciler, restrictions::Observer};
 use crate::{
     bypass::{BypassFlag, Kind, Restriction, Scope},
-    device::PodLink,
+    device::{Changed, PodLink},
     inspection::{
         Pod, Surroundings,
         reader::{Found, Reader},
@@ -79,18 +79,20 @@ impl Reconciler<'_> {
     /// Takes what the rule sets come to.
     pub(super) async fn take_found(&mut self, Found { restrictions, marks }: Found, table: &LeaseTable) {
         self.observed(Observer::Rules, restrictions.into_iter().collect());
-        if std::mem::replace(&mut self.bypass.inspected.marks, marks) != marks {
-            self.look_at_routing_rules(table).await;
+        let has_other_marks = std::mem::replace(&mut self.bypass.inspected.marks, marks) != marks;
+        if has_other_marks && self.look_at_routing_rules(table).await {
+            self.schedule.comparison = self.schedule.comparison.max(Some(Changed::Way));
         }
     }
 
     fn inspect(&self) {
         let Inspected { reader, bridges, pods, peers, marks: _ } = &self.bypass.inspected;
+        let (places, external) = (&self.bypass.restrictions.places, self.uplink.external.link.name.clone());
         reader.set(Surroundings {
             network: self.target.network.network,
             subnet: self.target.lease.key.subnet,
             overlay: self.target.backend.device_name().to_owned(),
-            external: self.uplink.external.link.name.clone(),
+            underlay: places.underlay.iter().map(|link| link.name.clone()).chain([external]).collect(),
             address: self.uplink.external.address,
             port: self.target.backend.port(),
             bridges: bridges.clone(),

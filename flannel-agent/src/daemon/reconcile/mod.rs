@@ -197,6 +197,9 @@ impl<'a> Reconciler<'a> {
     async fn compare(&mut self, event: Changed, table: &LeaseTable) -> Result<(), DaemonError> {
         // First: what changes while it asks is heard of.
         self.follow_routes(table);
+        if event >= Changed::Way {
+            self.look_at_routing_rules(table).await;
+        }
         for next_hop in self.underlay.refresh(&self.netlink, table, event).await? {
             self.status.repaired(Repair::NextHop, &format!("{} has another MAC", next_hop.address));
         }
@@ -206,7 +209,11 @@ impl<'a> Reconciler<'a> {
             self.follow_link_routes(table).await;
         }
         if event >= Changed::Way {
-            self.look_at_routing_rules(table).await;
+            self.follow_smaller_paths(table).await;
+        }
+        // By a link that was none of the underlay's, answers may come in.
+        if self.underlay.take_new_links() {
+            self.schedule.are_pods_due = true;
         }
         Ok(())
     }

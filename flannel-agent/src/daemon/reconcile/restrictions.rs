@@ -9,11 +9,12 @@ use tracing::{debug, info, warn};
 
 use super::{COMPARE_PERIOD, Reconciler};
 use crate::{
-    bypass::{BypassFlag, Kind, Plan, Restriction},
+    bypass::{BypassFlag, Kind, Plan, Restriction, Scope},
     daemon::DaemonError,
     device::{
-        PodLink,
+        PodLink, UnderlayCriteria,
         observers::{Places, Tap},
+        routing_rules::Parting,
     },
     lease::LeaseTable,
 };
@@ -98,8 +99,13 @@ impl Reconciler<'_> {
     /// Finds the pods, and what there is on the devices that their packets cross.
     pub(super) async fn look_at_links(&mut self) -> Result<Vec<PodLink>, DaemonError> {
         let (subnet, routed) = (self.target.lease.key.subnet, &self.routes.host.pods);
-        let (overlay, external) = (self.underlay.overlay(), self.uplink.external.link.index);
-        let places = self.netlink.places(subnet, routed, overlay, external).await?;
+        let criteria = UnderlayCriteria {
+            external: self.uplink.external.link.index,
+            overlay: self.underlay.overlay(),
+            network: self.target.network.network,
+            used: self.underlay.used(),
+        };
+        let places = self.netlink.places(subnet, routed, criteria).await?;
         match self.netlink.traffic_control(&places).await {
             Ok(found) => self.observed(Observer::TrafficControl, found),
             Err(error) => warn!("{error}; who has to see each packet may not; trying again in {COMPARE_PERIOD:?}"),
@@ -128,15 +134,24 @@ impl Reconciler<'_> {
         }
     }
 
-    /// Looks for routing rules by which tunnel packets of one peer would go different ways.
-    pub(super) async fn look_at_routing_rules(&mut self, table: &LeaseTable) {
+    /// Looks for routing rules by which tunnel packets to one peer go different ways. Whether there are others than before, so that
+    /// the ways are to be looked up again.
+    pub(super) async fn look_at_routing_rules(&mut self, table: &LeaseTable) -> bool {
         // What a filter or a program writes into marks can't be told.
         let is_program = |restriction: &Restriction| matches!(restriction.kind, Kind::Filter | Kind::Program);
         let marks = if self.bypass.restrictions.all().any(is_program) { u32::MAX } else { self.bypass.inspected.marks };
         let peers = table.iter().map(|(_, peer)| peer.public_ip).collect();
         match self.netlink.rules_by_packet(self.underlay.tunnel_packets(marks), &peers).await {
-            Ok(found) => self.observed(Observer::Routing, found),
-            Err(error) => warn!("{error}; routing rules for tunnel packets are looked for again later"),
+            Ok(found) => {
+                let has_marks = self.status.features().fib_lookup_mark;
+                let (followed, named): (_, Vec<_>) = found.into_iter().partition(|rule| !rule.is_by_mark || has_marks);
+                self.observed(Observer::Routing, named.iter().map(by_mark).collect());
+                self.underlay.set_partings(followed)
+            }
+            Err(error) => {
+                warn!("{error}; routing rules for tunnel packets are looked for again later");
+                false
+            }
         }
     }
 
@@ -177,10 +192,17 @@ impl Reconciler<'_> {
     }
 }
 
+fn by_mark(Parting { text, .. }: &Parting) -> Restriction {
+    let subject = format!(
+        "{text}: all tunnel packets to a peer go one way, that of packets without a mark, since this kernel lets programs ask \
+         for no other (6.10 does); route by address or port instead"
+    );
+    Restriction { kind: Kind::Rule, subject, scope: Scope::Nothing }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bypass::Scope;
 
     #[test]
     fn what_an_observer_no_longer_names_is_over() {

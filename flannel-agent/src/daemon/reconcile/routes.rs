@@ -129,6 +129,7 @@ impl Reconciler<'_> {
         self.netlink.set_interest(interest.clone());
         let scan = scan(self.netlink.clone(), interest, self.routes.endpoints.urls.clone()).await;
         (self.routes.host, self.routes.store, self.routes.scanning.last_took) = (scan.routes?, scan.store, scan.took);
+        self.underlay.set_several(self.routes.host.has_several);
         Ok(())
     }
 
@@ -168,6 +169,7 @@ impl Reconciler<'_> {
         match routes {
             Ok(host) => {
                 let is_other = host != self.routes.host || store != self.routes.store;
+                self.underlay.set_several(host.has_several);
                 (self.routes.host, self.routes.store) = (host, store);
                 is_other
             }
@@ -270,10 +272,13 @@ impl Reconciler<'_> {
             return self.ensure_link_routes(routing, wanted, table).await;
         }
         let leases = table.iter().map(|(subnet, _)| subnet);
+        let own = routes::of_their_own(routing, &self.routes.prefixes, leases);
+        let mut leases: BTreeMap<_, _> = own.into_iter().map(|lease| (lease, None)).collect();
+        leases.extend(self.underlay.smaller_paths(table).into_iter().map(|(lease, mtu)| (lease, Some(mtu))));
         let wanted = OverlayRoutes {
             source: self.target.lease.key.subnet.network(),
             shared: if routing == Routing::Shared { self.routes.prefixes.clone() } else { Vec::new() },
-            leases: routes::of_their_own(routing, &self.routes.prefixes, leases),
+            leases,
         };
         let peers: HashMap<Ipv4Addr, KernelPeer> =
             table.iter().map(|(subnet, peer)| (subnet.network(), (peer.vtep_mac.0, peer.public_ip))).collect();
@@ -291,6 +296,15 @@ impl Reconciler<'_> {
         }
         self.status.waiting(TAKEN, taken(&elsewhere));
         Ok(if is_repair { ensured.repairs } else { Vec::new() })
+    }
+
+    /// Brings the routes of peers up that not all packets fit on the way to. Asks the kernel only where they are others than before.
+    pub(super) async fn follow_smaller_paths(&mut self, table: &LeaseTable) {
+        let Some((_, made)) = &self.routes.made else { return };
+        let before = made.leases.iter().filter_map(|(lease, mtu)| Some((*lease, (*mtu)?)));
+        if !before.eq(self.underlay.smaller_paths(table)) {
+            self.ensure_or_say(table).await;
+        }
     }
 
     /// Brings the routes over the link up, as they were decided on. Asks the kernel only where others are wanted than there were.
@@ -369,11 +383,18 @@ impl Reconciler<'_> {
         if is_obstacle || self.routes.foreign_gateways.contains(&subnet.network()) {
             return self.ensure_or_say(table).await;
         }
-        let has_its_own = routes::has_its_own(routing, &self.routes.prefixes, subnet);
+        let mtu = address.and_then(|address| self.underlay.smaller_mtu(address));
+        let made = self.routes.made.as_ref().and_then(|(_, made)| made.leases.get(&subnet).copied().flatten());
+        if made != mtu {
+            return self.ensure_or_say(table).await;
+        }
+        let has_its_own = routes::has_its_own(routing, &self.routes.prefixes, subnet) && mtu.is_none();
         let Some((link, made)) = self.routes.made.as_mut().filter(|_| has_its_own) else { return };
         let result = match address {
-            Some(_) if made.leases.insert(subnet) => self.netlink.add_lease_route(link, subnet, made.source).await,
-            None if made.leases.remove(&subnet) => {
+            Some(_) if made.leases.insert(subnet, None).is_none() => {
+                self.netlink.add_lease_route(link, subnet, made.source).await
+            }
+            None if made.leases.remove(&subnet).is_some() => {
                 self.netlink.remove_lease_route(link, subnet, made.source).await.map(|()| true)
             }
             _ => Ok(true),

@@ -34,10 +34,10 @@ fn cpu_time() -> Duration {
 pub(super) struct Schedule {
     device_events: mpsc::Receiver<DeviceEvent>,
     /// What is to be compared, ...
-    comparison: Option<Changed>,
+    pub(super) comparison: Option<Changed>,
     /// ... and when at the earliest.
     compare_at: Instant,
-    are_pods_due: bool,
+    pub(super) are_pods_due: bool,
     pods_at: Instant,
     /// When all routes were read last.
     routes_read: Instant,
@@ -120,7 +120,11 @@ impl Reconciler<'_> {
                 *are_pods_due |= kind == Changed::Topology;
                 None
             }
-            _ => Some(kind),
+            // With another address, or under another device, links beside it may be the underlay's.
+            _ => {
+                *are_pods_due |= kind == Changed::Topology;
+                Some(kind)
+            }
         };
         *comparison = (*comparison).max(event);
     }

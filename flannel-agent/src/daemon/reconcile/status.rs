@@ -8,7 +8,7 @@ use crate::{
     backend::Backend,
     bypass::{BypassFlag, Restriction},
     dataplane::Features,
-    device::external::External,
+    device::{Link, external::External},
     repair::Repair,
     status::{BypassStatus, DriftStatus, EndsStatus, RoutesStatus, RulesStatus, Status, TunnelStatus, XdpStatus, now},
     xdp::Choice,
@@ -17,6 +17,7 @@ use crate::{
 /// The datapath's part of this host's status.
 pub(super) struct DatapathStatus {
     external_interface: String,
+    underlay_interfaces: Vec<String>,
     public_ip: Ipv4Addr,
     mtu: u32,
     features: Features,
@@ -34,6 +35,7 @@ impl DatapathStatus {
     pub(super) fn new(features: Features, external: &External, backend: &Backend) -> Self {
         Self {
             external_interface: external.link.name.clone(),
+            underlay_interfaces: Vec::new(),
             public_ip: external.public_ip,
             mtu: backend.mtu(),
             features,
@@ -47,10 +49,15 @@ impl DatapathStatus {
         }
     }
 
+    pub(super) const fn features(&self) -> Features {
+        self.features
+    }
+
     /// Puts it into this host's status.
     pub(super) fn tell(&mut self, status: &mut Status) {
         self.is_due = false;
         status.external_interface.clone_from(&self.external_interface);
+        status.underlay_interfaces.clone_from(&self.underlay_interfaces);
         (status.public_ip, status.mtu, status.features) = (self.public_ip, self.mtu, self.features);
         status.bypass.clone_from(&self.bypass);
         status.xdp.clone_from(&self.xdp);
@@ -117,6 +124,13 @@ impl DatapathStatus {
         self.external_interface.clone_from(&external.link.name);
         (self.public_ip, self.mtu) = (external.public_ip, backend.mtu());
         self.is_due = true;
+    }
+
+    /// The links that tunnel packets are taken from.
+    pub(super) fn underlay(&mut self, links: &[Link]) {
+        let names: Vec<_> = links.iter().map(|link| link.name.clone()).collect();
+        self.is_due |= self.underlay_interfaces != names;
+        self.underlay_interfaces = names;
     }
 
     pub(super) fn routes(&mut self, routes: RoutesStatus) {

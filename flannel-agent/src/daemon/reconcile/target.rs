@@ -44,7 +44,7 @@ impl Target {
             vtep_address: external.address.to_bits(),
             vni: backend.vni().get(),
             mtu: backend.mtu(),
-            underlay_header_len: if external.link.mac.is_some() { 14 } else { 0 },
+            underlay_header_len: external.link.header_len(),
             underlay_mac: external.link.mac.unwrap_or_default(),
             port: backend.port(),
             vtep_mac: lease.vtep_mac.0,

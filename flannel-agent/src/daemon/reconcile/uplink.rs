@@ -120,7 +120,7 @@ impl Reconciler<'_> {
         let backend = Backend::new(&self.target.network.backend, &external)?;
         let address_before = std::mem::replace(&mut self.uplink.external, external).address;
         self.target.backend = backend;
-        self.underlay.set_external(self.uplink.external.clone());
+        self.underlay.set_external(self.uplink.external.clone(), self.target.backend.mtu());
         self.xdp = choose_xdp(self.cli, &self.target.backend, &self.uplink.external.link).await;
         self.status.external(&self.uplink.external, &self.target.backend);
         let External { address, public_ip, .. } = self.uplink.external;

@@ -23,7 +23,10 @@ use rtnetlink::{
 
 pub use self::packet_sockets::Tap;
 pub(super) use self::traffic_control::event as traffic_control_event;
-use super::{DeviceError, Netlink, PodLink, filters::Side, raw::act};
+use super::{
+    DeviceError, Link, Netlink, PodLink, UnderlayCriteria, filters::Side, pods::pods_among, raw::act,
+    underlay_links::underlay_links,
+};
 use crate::bypass::{Kind, Restriction, Scope};
 
 /// What a veth's other side may be sent at most. Where that one has an XDP program of the driver's, it is less than, or
@@ -55,6 +58,8 @@ pub fn leave_to_stack(veth: &str) -> io::Result<()> {
 pub struct Places {
     /// The pods' links.
     pub pods: Vec<PodLink>,
+    /// The links that tunnel packets can come in by.
+    pub underlay: Vec<Link>,
     devices: BTreeMap<u32, Device>,
 }
 
@@ -79,10 +84,12 @@ enum Role {
     Overlay,
     /// The external interface.
     External,
+    /// Another link that tunnel packets can come in by.
+    Underlay,
 }
 
 impl Netlink {
-    /// Finds the pods ([`Netlink::pods`]), and the other devices on the way of their packets by their numbers.
+    /// Finds the pods ([`Netlink::pods`]), and the other devices on the way of their packets.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
@@ -90,20 +97,21 @@ impl Netlink {
         &self,
         subnet: Ipv4Net,
         routed: &HashSet<u32>,
-        overlay: u32,
-        external: u32,
+        of_underlay: UnderlayCriteria<'_>,
     ) -> Result<Places, DeviceError> {
         let links = self.dump("links", || self.handle.link().get().execute()).await?;
-        let pods = self.pods_among(&links, subnet, routed).await?;
-        let mut roles: BTreeMap<u32, Role> =
-            pods.iter().filter_map(|pod| pod.bridge).map(|bridge| (bridge, Role::Bridge)).collect();
+        let addresses = self.addresses().await?;
+        let pods = pods_among(&links, &addresses, subnet, routed);
+        let underlay = underlay_links(&links, &addresses, &pods, of_underlay);
+        let mut roles: BTreeMap<u32, Role> = underlay.iter().map(|link| (link.index, Role::Underlay)).collect();
+        roles.extend(pods.iter().filter_map(|pod| pod.bridge).map(|bridge| (bridge, Role::Bridge)));
         roles.extend(pods.iter().map(|pod| (pod.index, Role::Pod)));
-        roles.extend([(overlay, Role::Overlay), (external, Role::External)]);
+        roles.extend([(of_underlay.overlay, Role::Overlay), (of_underlay.external, Role::External)]);
         let device = |message: &LinkMessage| {
             Some((message.header.index, Device::of(message, *roles.get(&message.header.index)?)))
         };
         let devices = links.iter().filter_map(device).collect();
-        Ok(Places { pods, devices })
+        Ok(Places { pods, underlay, devices })
     }
 
     /// Looks again for XDP programs where the kernel may not have told of one: on bridges and `flannel.<VNI>`. (A pod's has the
@@ -144,7 +152,7 @@ impl Device {
         }
         let xdp = match role {
             // What comes in by the external interface, or from a pod, meets its XDP program before any of ours.
-            Role::External => None,
+            Role::External | Role::Underlay => None,
             Role::Pod => (max_mtu != VETH_MAX_MTU).then(|| format!("XDP program at the pod's side of {name}")),
             Role::Bridge | Role::Overlay => has_own.then(|| format!("XDP program on {name}")),
         };
@@ -201,8 +209,9 @@ impl Places {
             (Some(Role::Overlay), Side::Ingress) => vec![Scope::Everything],
             (Some(Role::Overlay), Side::Egress) => vec![Scope::OverlayQueue],
             (Some(Role::External), Side::Ingress) => vec![Scope::ExternalInterface],
+            (Some(Role::Underlay), Side::Ingress) => vec![Scope::UnderlayLink(index)],
             // What passes the stack by is given to the interface's queue and filters as all else is.
-            (Some(Role::External), Side::Egress) | (None, _) => Vec::new(),
+            (Some(Role::External | Role::Underlay), Side::Egress) | (None, _) => Vec::new(),
         }
     }
 

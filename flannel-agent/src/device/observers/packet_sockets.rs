@@ -118,7 +118,7 @@ impl Places {
             Some(Role::Bridge) => scopes.extend(self.pods_of(socket.index)),
             Some(Role::Overlay) => scopes.push(Scope::OverlayCapture),
             None if socket.index == 0 => scopes.push(Scope::OverlayCapture),
-            Some(Role::External) | None => {}
+            Some(Role::External | Role::Underlay) | None => {}
         }
         scopes
     }
@@ -165,6 +165,7 @@ mod tests {
         ];
         Places {
             pods: vec![PodLink { name: "veth5".to_owned(), index: 5, bridge: Some(4) }],
+            underlay: Vec::new(),
             devices: devices.into_iter().map(|(index, name, role)| (index, device(name, role))).collect(),
         }
     }
