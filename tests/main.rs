@@ -46,6 +46,7 @@
 //! * [`network_policy`] — policies of Calico, kube-router and kube-network-policies, on live flows
 //! * [`routes`] — which routes lead into the overlay, beside those of others; others' through it
 //! * [`underlays`] — several links between hosts, and VTEP addresses on none of them
+//! * [`stacked`] — bridges, VLANs, bonds, VRFs, tunnels without Ethernet headers between hosts
 //! * [`routing_rules`] — routing rules that tunnel packets meet, followed or named
 //! * [`rule_sets`] — these rules as others list them, and that nothing of them is left behind
 //! * [`inspection`] — what others' rules do to each packet, found as they change, and done
@@ -139,6 +140,7 @@ mod senders;
 mod services;
 mod short_frames;
 mod sockets;
+mod stacked;
 mod status;
 mod store_faults;
 mod stream;

@@ -20,7 +20,7 @@ use crate::{
 const FLOWS: u16 = 1024;
 
 /// Gives each host an `eth1` on a link of its own, with the address `192.168.65.<number>`.
-fn add_second_link(world: &World) {
+pub fn add_second_link(world: &World) {
     let underlay = &world.lab.underlay;
     underlay.ip("link add br1 type bridge").unwrap();
     underlay.ip("link set br1 up").unwrap();
