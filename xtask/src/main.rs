@@ -23,7 +23,7 @@ enum Command {
     Lab(run::LabOptions),
     /// Run the tests
     Test(test::Options),
-    /// Run the tests on another kernel, in a virtual machine
+    /// Run the tests on another kernel, in a virtual machine; or agents on two that are connected by their NICs
     Vm(vm::Options),
     /// Format, lints and documentation, for the eBPF programs too
     Check,
@@ -35,6 +35,9 @@ enum Command {
     Bench(bench::Options),
     /// A double of the Kubernetes API server, which lab and tests start
     ApiServer(api_server::Options),
+    /// Do what is asked by a serial port; what a machine of `vm --hosts 2` runs
+    #[command(hide = true)]
+    Guest(vm::GuestOptions),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Chaos(options) => chaos::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::ApiServer(options) => api_server::run(&options),
+        Command::Guest(options) => vm::guest(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

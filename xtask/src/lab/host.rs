@@ -75,7 +75,7 @@ pub struct Subnet {
 }
 
 impl Host {
-    pub(super) fn new(
+    pub(crate) fn new(
         netns: Netns,
         name: &str,
         address: Ipv4Addr,

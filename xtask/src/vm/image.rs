@@ -66,14 +66,14 @@ const FILES: [&str; 12] = [
 /// Plugins, which programs open by name, and which want libraries themselves.
 const PLUGINS: [&str; 1] = ["/usr/lib/x86_64-linux-gnu/xtables"];
 
-/// Where the guest has agent, tests, and this program, which is the tests' double of an API server; beside each other as cargo
-/// leaves them.
-const AGENT: &str = "target/debug/flannel-agent";
-const XTASK: &str = "target/debug/xtask";
-const TESTS: &str = "target/debug/deps/dataplane";
+/// Where a guest has agent, tests, and this program, which is the tests' double of an API server, and does what a pair's
+/// machine is asked to; beside each other as cargo leaves them.
+pub(super) const AGENT: &str = "target/debug/flannel-agent";
+pub(super) const XTASK: &str = "target/debug/xtask";
+pub(super) const TESTS: &str = "target/debug/deps/dataplane";
 
-/// The first process: mounts what a system has, runs the tests, and ends the machine.
-const INIT: &str = r#"#!/bin/sh
+/// What the first process does first: mounts what a system has.
+const MOUNTS: &str = r#"#!/bin/sh
 export PATH=/usr/sbin:/usr/bin HOME=/root LANG=C.UTF-8
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -87,26 +87,22 @@ mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracing /sys/kernel/tracing
 mkdir -p /run/netns /run/lock
 ip link set lo up
-stty -opost < /dev/ttyS1
-exec > /dev/ttyS1 2>&1
-xargs -d '\n' -a /etc/tests env RUST_BACKTRACE=1 LAB_PATIENCE=@PATIENCE@ /@TESTS@
-echo $? > /dev/ttyS2
-# Both ports are written to the end before the machine is off.
-stty -F /dev/ttyS1 sane
-stty -F /dev/ttyS2 sane
-sleep 1
-echo o > /proc/sysrq-trigger
-sleep 60
 "#;
 
+/// What is different in each guest.
+pub(super) struct Contents<'a> {
+    /// Programs that cargo built, and where they are in the guest.
+    pub(super) built: &'a [(PathBuf, &'a str)],
+    /// Folders that programs want to be there.
+    pub(super) folders: &'a [&'a str],
+    /// Files with their text.
+    pub(super) files: &'a [(&'a str, String)],
+    /// What the first process does, once everything is mounted.
+    pub(super) init: &'a str,
+}
+
 /// Puts the files together, and returns the initramfs.
-pub(super) fn build(
-    kernel: &Kernel,
-    tests: &Path,
-    arguments: &[String],
-    patience: u32,
-    directory: &Path,
-) -> Result<PathBuf> {
+pub(super) fn build(kernel: &Kernel, contents: &Contents<'_>, directory: &Path) -> Result<PathBuf> {
     let mut tree = Tree::new(directory.join("root"))?;
     for (program, _) in setup::PROGRAMS.iter().filter(|(program, _)| !setup::BUILD_ONLY.contains(program)) {
         tree.program(program)?;
@@ -123,18 +119,22 @@ pub(super) fn build(
             tree.libraries(&plugin.path())?;
         }
     }
-    let agent = tests.parent().and_then(Path::parent).context("no folder above the tests'")?.join("flannel-agent");
-    let xtask = std::env::current_exe().context("which program this is")?;
-    for (from, to) in [(agent.as_path(), AGENT), (xtask.as_path(), XTASK), (tests, TESTS)] {
+    for (from, to) in contents.built {
         tree.libraries(from)?;
         let to = tree.root.join(to);
         fs::create_dir_all(to.parent().unwrap_or(&to))?;
         output(Command::new("strip").args(["--strip-debug", "-o"]).arg(&to).arg(from))?;
     }
     tree.modules(kernel)?;
-    fs::write(tree.root.join("etc/tests"), arguments.join("\n"))?;
+    for folder in contents.folders {
+        let folder = tree.root.join(folder.trim_start_matches('/'));
+        fs::create_dir_all(&folder).with_context(|| format!("create {folder:?}"))?;
+    }
+    for (file, text) in contents.files {
+        fs::write(tree.root.join(file), text)?;
+    }
     let init = tree.root.join("init");
-    fs::write(&init, INIT.replace("@PATIENCE@", &patience.to_string()).replace("@TESTS@", TESTS))?;
+    fs::write(&init, format!("{MOUNTS}{}", contents.init))?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
     let initramfs = tree.pack(&directory.join("initramfs"))?;
     fs::remove_dir_all(&tree.root).with_context(|| format!("remove {:?}", tree.root))?;
