@@ -13,6 +13,8 @@ use crate::{lab::Pod, progress::patience};
 
 /// For how long a socket waits.
 const LIMIT: Duration = Duration::from_secs(5);
+/// How long either way of a call may take. One that loses each large packet goes on for ever, a small one at a time.
+const CALL_LIMIT: Duration = Duration::from_secs(12);
 /// The largest datagram, and how much of a stream is written at once.
 const LARGEST: usize = 1 << 16;
 
@@ -41,15 +43,19 @@ impl Pattern {
     }
 
     fn write(&self, stream: &mut TcpStream, len: usize) -> Result<()> {
+        let start = Instant::now();
         for place in (0..len).step_by(LARGEST) {
+            anyhow::ensure!(start.elapsed() < CALL_LIMIT * patience(), "only {place} bytes in {:?}", start.elapsed());
             stream.write_all(self.at(place, LARGEST.min(len - place))).with_context(|| format!("write at {place}"))?;
         }
         Ok(())
     }
 
     fn read(&self, stream: &mut impl Read, len: usize) -> Result<()> {
+        let start = Instant::now();
         let mut buffer = vec![0; LARGEST];
         for place in (0..len).step_by(LARGEST) {
+            anyhow::ensure!(start.elapsed() < CALL_LIMIT * patience(), "only {place} bytes in {:?}", start.elapsed());
             let buffer = &mut buffer[..LARGEST.min(len - place)];
             stream.read_exact(buffer).with_context(|| format!("read at {place}"))?;
             anyhow::ensure!(buffer == self.at(place, buffer.len()), "wrong bytes behind {place}");

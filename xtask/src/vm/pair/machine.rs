@@ -44,6 +44,8 @@ pub(super) struct Machine<'a> {
     parts: &'a Parts<'a>,
     emulator: Emulator,
     commands: BufReader<UnixStream>,
+    /// It was asked in vain: the next answer would be that of a question before.
+    is_late: bool,
     /// What its kernels said, one file for each boot.
     consoles: Vec<PathBuf>,
 }
@@ -124,7 +126,7 @@ impl<'a> Booting<'a> {
         };
         commands.set_nonblocking(false)?;
         let commands = BufReader::new(commands);
-        let mut machine = Machine { number, parts, emulator, commands, consoles };
+        let mut machine = Machine { number, parts, emulator, commands, is_late: false, consoles };
         machine.answer("boot")?;
         Ok(machine)
     }
@@ -133,6 +135,7 @@ impl<'a> Booting<'a> {
 impl<'a> Machine<'a> {
     /// Has it do something.
     pub(super) fn ask(&mut self, request: &Request) -> Result<String> {
+        anyhow::ensure!(!self.is_late, "machine {} still has another question to answer", self.number);
         let line = format!("{}\n", serde_json::to_string(request)?);
         self.commands.get_mut().write_all(line.as_bytes()).with_context(|| self.last_words("it takes no command"))?;
         self.answer(&format!("{request:?}"))
@@ -146,7 +149,10 @@ impl<'a> Machine<'a> {
         match self.commands.read_line(&mut line) {
             Ok(len) if len > 0 => {}
             Ok(_) => bail!(self.last_words(&format!("it ended meanwhile: {what}"))),
-            Err(error) => return Err(error).context(self.last_words(&format!("no answer in {limit:?} to {what}"))),
+            Err(error) => {
+                self.is_late = true;
+                return Err(error).context(self.last_words(&format!("no answer in {limit:?} to {what}")));
+            }
         }
         let answer: Answer = serde_json::from_str(&line).with_context(|| format!("the answer {line:?}"))?;
         answer.map_err(|error| anyhow::anyhow!("machine {}: {error}", self.number))
@@ -193,9 +199,9 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// Whether it still runs.
+    /// Whether it still runs and answers.
     pub(super) fn is_up(&mut self) -> bool {
-        matches!(self.emulator.0.try_wait(), Ok(None))
+        !self.is_late && matches!(self.emulator.0.try_wait(), Ok(None))
     }
 
     /// What its kernels complained about.

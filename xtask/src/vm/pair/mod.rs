@@ -72,7 +72,7 @@ const PORT: u16 = 7;
 
 /// The two of them.
 pub(super) struct Pair<'a> {
-    /// Whose NICs they have.
+    /// By which they are connected.
     nic: Nic,
     /// The kernel's version.
     kernel: [u32; 2],
@@ -165,7 +165,7 @@ impl Pair<'_> {
         let result = step(check.name(), || {
             // Each would fail of the same, and take its time.
             for machine in &mut self.machines {
-                anyhow::ensure!(machine.is_up(), "machine {} has ended", machine.number);
+                anyhow::ensure!(machine.is_up(), "machine {} has ended, or does not answer", machine.number);
             }
             seen = (check.run)(self)?;
             self.ensure_no_complaints()
@@ -190,7 +190,7 @@ impl Pair<'_> {
             status = machine.status()?;
             Ok(condition(&status))
         });
-        waited.with_context(|| format!("{status:#}"))
+        waited.map_err(|error| anyhow::anyhow!("{error:#}\n{status:#}"))
     }
 
     /// Waits until something holds of a machine.
@@ -217,7 +217,7 @@ impl Pair<'_> {
         .with_context(|| format!("machine {}", number + 1))
     }
 
-    /// The last of what the agents said.
+    /// What the agents said.
     fn say_logs(&mut self) {
         for machine in &mut self.machines {
             heading(&format!("the agent of machine {}", machine.number));
