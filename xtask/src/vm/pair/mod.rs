@@ -65,8 +65,8 @@ echo o > /proc/sysrq-trigger
 sleep 60
 ";
 
-/// For what is to happen soon.
-const SOON: Duration = Duration::from_secs(20);
+/// For what is to happen soon. On an emulated processor the kernel takes its time to verify the agent's programs.
+const SOON: Duration = Duration::from_secs(60);
 /// What pods echo at.
 const PORT: u16 = 7;
 
