@@ -395,6 +395,44 @@ fn a_peer_behind_a_smaller_mtu_loses_nothing() {
     }
 }
 
+#[test]
+fn a_host_with_jumbo_frames_and_one_without_talk_by_a_router() {
+    let mut world = World::new(2);
+    add_second_link(&world);
+    let router = &world.lab.underlay;
+    router.exec("sysctl -qw net.ipv4.ip_forward=1").unwrap();
+    // Where the kernel has it: what the bridge forwards would meet the router's rules as well.
+    let _absent = router.exec("sysctl -qw net.bridge.bridge-nf-call-iptables=0");
+    router.ip("address add 192.168.65.254/24 dev br1").unwrap();
+    for device in ["second1", "second2", "br1"] {
+        router.ip(&format!("link set {device} mtu 9000")).unwrap();
+    }
+    world.hosts[0].netns.ip("link set eth1 mtu 9000").unwrap();
+    world.hosts[0].netns.ip("route add 192.168.64.2/32 via 192.168.65.254 dev eth1").unwrap();
+    world.hosts[1].netns.ip("link delete eth1").unwrap();
+    world.hosts[1].netns.ip("route add 192.168.65.1/32 via 192.168.64.254 dev eth0").unwrap();
+    world.start(0, &["--iface=eth1"]);
+    world.start(1, &["--iface=eth0"]);
+    for host in &mut world.hosts {
+        host.wait_ready().unwrap();
+        host.add_pod().unwrap();
+    }
+    (0..2).for_each(|host| world.wait_pods(host));
+    world.wait_connected(0, 1);
+    assert_eq!([0, 1].map(|host| world.hosts[host].subnet().unwrap().mtu), [8950, 1450]);
+    assert_bulk(&world, 0, 1, "from the large");
+    assert_bulk(&world, 1, 0, "from the small");
+    let [large, small] = [0, 1].map(|host| &world.hosts[host].pods[0]);
+    // May be fragmented: by the router in its tunnel, and by the other host in front of its pod.
+    let ping = large.netns.exec(&format!("ping -c 3 -i 0.1 -W 2 -M dont -s 8000 {}", small.address)).unwrap();
+    assert!(ping.contains("3 received"), "{ping}");
+    // May not: its sender is told.
+    let mut ping = large.netns.command("ping");
+    let said = ping.args(["-c", "3", "-i", "0.1", "-W", "2", "-M", "do", "-s", "8000"]).arg(small.address.to_string());
+    let said = String::from_utf8(said.output().unwrap().stdout).unwrap();
+    assert!(said.contains("+3 errors"), "{said}");
+}
+
 /// Sends so much over a connection, and sees that it arrives.
 fn exchange(sending: &mut TcpStream, mut receiving: &TcpStream, pattern: &Pattern, bytes: usize) {
     thread::scope(|scope| {

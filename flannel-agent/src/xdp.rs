@@ -29,8 +29,10 @@ pub struct Choice {
 }
 
 /// Drivers that run XDP on frames of several buffers before they make a packet of them (kernel 6.18, `xdp_features` with
-/// `NETDEV_XDP_ACT_RX_SG`). virtio_net and veth can too, but lose the large packets that their other side hands them whole.
-const NATIVE: [&str; 9] = ["bnxt_en", "ena", "gve", "i40e", "ice", "igc", "ixgbe", "mlx5_core", "mvneta"];
+/// `NETDEV_XDP_ACT_RX_SG`), and let one leave metadata in front of it (`meta_valid` of `xdp_prepare_buff`): ena, gve and mvneta do
+/// not, and all packets would stay in their tunnel. virtio_net and veth can both, but lose the large packets that their other
+/// side hands them whole.
+const NATIVE: [&str; 6] = ["bnxt_en", "i40e", "ice", "igc", "ixgbe", "mlx5_core"];
 
 /// Decides.
 pub fn choose(flag: XdpFlag, link: &Link, offloads: &Offloads) -> Choice {
