@@ -162,6 +162,8 @@ impl Underlay {
         let Endpoint { external, overlay, .. } = &self.endpoint;
         ifindex == external.link.index
             || ifindex == *overlay
+            // One that is back may be a way again.
+            || self.used.contains(&ifindex)
             || self.routes.values().flatten().any(|path| path.route.devices().any(|device| device == ifindex))
     }
 
@@ -254,8 +256,17 @@ impl Underlay {
     }
 
     /// The leases to whose hosts not all packets of the overlay's MTU fit, and which do, in bytes.
-    pub fn smaller_paths(&self, table: &LeaseTable) -> BTreeMap<Ipv4Net, u16> {
-        table.iter().filter_map(|(subnet, peer)| Some((*subnet, self.smaller_mtu(peer.public_ip)?))).collect()
+    /// Of those whose way is to be asked for again, as it was `before`.
+    pub fn smaller_paths(
+        &self,
+        table: &LeaseTable,
+        before: impl Fn(&Ipv4Net) -> Option<u16>,
+    ) -> BTreeMap<Ipv4Net, u16> {
+        let mtu = |subnet: &Ipv4Net, peer: &Peer| match self.routes.contains_key(&peer.public_ip) {
+            true => self.smaller_mtu(peer.public_ip),
+            false => before(subnet),
+        };
+        table.iter().filter_map(|(subnet, peer)| Some((*subnet, mtu(subnet, peer)?))).collect()
     }
 
     /// What the maps should say. A peer without a way stays in them: what comes from it is still its own.
@@ -269,7 +280,7 @@ impl Underlay {
         let path = self.routes.get(&peer.public_ip).and_then(Option::as_ref);
         let route = path.map(|path| &path.route);
         let next_hop = route.and_then(PeerRoute::next_hop);
-        let is_by_flow = matches!(route, Some(PeerRoute::ByFlow(_)));
+        let is_by_flow = matches!(route, Some(PeerRoute::ByFlow { .. }));
         let device_mac = next_hop.and_then(|next_hop| self.links.get(&next_hop.ifindex)?.mac);
         let next_hop_mac = match (next_hop, device_mac) {
             (Some(next_hop), Some(_)) => self.neighbours.get(&next_hop).copied(),
@@ -297,8 +308,8 @@ impl Underlay {
             header,
             address: peer.public_ip.to_bits(),
             next_hop: next_hop.map_or([0; 4], |next_hop| next_hop.address.octets()),
-            // Of several, any: that there is one.
-            ifindex: route.and_then(|route| route.devices().next()).unwrap_or_default(),
+            // Of a next hop with an IPv6 address: that there is one.
+            ifindex: next_hop.map(|next_hop| next_hop.ifindex).or_else(|| route?.devices().next()).unwrap_or_default(),
             flags: flag(next_hop_mac.is_some(), Vtep::RESOLVED)
                 | flag(is_on_link, Vtep::ON_LINK)
                 | flag(last_mac.is_some(), Vtep::HAS_MAC)

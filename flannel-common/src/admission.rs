@@ -119,6 +119,8 @@ pub struct Refused {
     pub outer_source: u32,
     /// The inner source, which is not in our subnet: that would be forged, whatever routes there are.
     pub source: u32,
+    /// The inner frame's destination.
+    pub mac: Mac,
     /// Whether that is what this host has in its lease.
     pub is_to_vtep: bool,
     /// Whether the inner destination is in our subnet.
@@ -136,8 +138,8 @@ pub enum Way {
         next_hop: u32,
         /// Its neighbour's MAC.
         next_hop_mac: Mac,
-        /// Whether the inner frame is for the MAC that `flannel.<VNI>` has now.
-        is_for_device: bool,
+        /// The MAC that `flannel.<VNI>` has now.
+        device_mac: Mac,
     },
     /// There is none, or it leads elsewhere.
     Other,
@@ -157,8 +159,8 @@ pub enum Way {
 /// leaseholder's comes: a host keeps its MAC when it gets another address.
 #[inline(always)]
 pub fn is_routed(owner_of: impl Fn(u32) -> Option<Owner>, refused: &Refused, way: &Way) -> bool {
-    let Refused { outer_source, source, is_to_vtep, is_to_pod } = *refused;
-    let Way::Overlay { next_hop, next_hop_mac, is_for_device } = *way else {
+    let Refused { outer_source, source, mac, is_to_vtep, is_to_pod } = *refused;
+    let Way::Overlay { next_hop, next_hop_mac, device_mac } = *way else {
         return matches!(way, Way::NoDevice);
     };
     if next_hop_mac == NEXT_HOP_MAC || NEXT_HOPS.contains(&next_hop) {
@@ -171,7 +173,7 @@ pub fn is_routed(owner_of: impl Fn(u32) -> Option<Owner>, refused: &Refused, way
         return false;
     }
     if leaseholder.is_none() || source_owner.is_some() {
-        return is_for_device;
+        return mac == device_mac;
     }
     is_to_vtep && is_to_pod
 }

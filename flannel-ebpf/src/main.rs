@@ -75,7 +75,7 @@ pub(crate) fn from_overlay(ctx: TcContext) -> i32 {
     conclude(&ctx, encap::from_overlay(&packet), len)
 }
 
-/// Ingress of the external interface: admits or drops tunnel packets, and leaves all others alone.
+/// Ingress of the links of the underlay: admits or drops tunnel packets, and leaves all others alone.
 #[classifier]
 pub(crate) fn from_underlay(ctx: TcContext) -> i32 {
     let packet = Packet::new(&ctx);

@@ -31,29 +31,28 @@ const EINVAL: i64 = 22;
 const ENODEV: i64 = 19;
 
 /// As [`admission::is_routed`]; `frame` has in its octets, as in memory, the inner frame's destination, whether that is ours,
-/// and whether the inner destination is. Of two functions that are not inlined: they are out of the way of what passes, and
-/// beside the stack of `from_underlay` each may have 32 octets of its own (of 512, in steps of 32 before Linux 6.8). Constants
-/// are read where they are needed, and what the kernel is asked and answers is in a map.
-#[inline(always)]
+/// and whether the inner destination is. Not inlined: it is out of the way of what passes. Beside the stack of `from_underlay`
+/// it may have 96 octets of its own (of 512, in steps of 32): constants are read where they are needed, and what the kernel is
+/// asked is in a map.
+#[inline(never)]
 pub(crate) fn is_routed(context: *mut c_void, outer_source: u32, source: u32, destination: u32, frame: u64) -> bool {
-    let way = find_way_back(context, source, destination);
-    way == NO_DEVICE || way == BY_OVERLAY && speaks_for(outer_source, source, frame)
+    let [a, b, c, d, e, f, is_to_vtep, is_to_pod] = frame.to_ne_bytes();
+    let mac = [a, b, c, d, e, f];
+    let refused = Refused { outer_source, source, mac, is_to_vtep: is_to_vtep != 0, is_to_pod: is_to_pod != 0 };
+    let way = way_back(context, source, destination);
+    admission::is_routed(owner_of, &refused, &way)
 }
 
-/// What [`find_way_back`] found; any other number for [`Way::Other`].
-const NO_DEVICE: u32 = 1;
-const BY_OVERLAY: u32 = 2;
-
 /// The way back to the source of a packet that comes out of `flannel.<VNI>`, as for the kernel's own source validation
-/// (`__fib_validate_source`). One by the overlay is in [`LOOKUP`].
-#[inline(never)]
-fn find_way_back(context: *mut c_void, source: u32, destination: u32) -> u32 {
+/// (`__fib_validate_source`).
+#[inline(always)]
+fn way_back(context: *mut c_void, source: u32, destination: u32) -> Way {
     let overlay = overlay_device();
     // No agent has noted it yet.
     if overlay == 0 {
-        return 0;
+        return Way::Other;
     }
-    let Some(lookup) = LOOKUP.get_ptr_mut(0) else { return 0 };
+    let Some(lookup) = LOOKUP.get_ptr_mut(0) else { return Way::Other };
     // SAFETY: the map's value for this CPU. Programs on a CPU do not preempt each other at the same hook, nor XDP and TC.
     let params = unsafe { &mut *lookup };
     // All that is read, whatever the lookup before left there.
@@ -69,27 +68,18 @@ fn find_way_back(context: *mut c_void, source: u32, destination: u32) -> u32 {
     // SAFETY: context and parameters are valid for the call, with the size given.
     let result = unsafe { look_up(context, params, size_of::<bpf_fib_lookup>() as i32, 0) };
     if result == -ENODEV {
-        return NO_DEVICE;
+        return Way::NoDevice;
     }
     // Every other result, `BPF_FIB_LKUP_RET_NO_NEIGH` among them, is no way. The kernel puts the device's number in the place
     // of the one that was asked with, and the next hop in that of the destination (`bpf_ipv4_fib_lookup`). Older kernels also
     // take a neighbour that is not resolved, without a MAC.
     let is_of_overlay = params.ifindex == overlay && params.family == AF_INET && params.dmac != [0; 6];
-    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) || !is_of_overlay { 0 } else { BY_OVERLAY }
-}
-
-/// Whether a way back by the overlay, as it is in [`LOOKUP`], speaks for a packet.
-#[inline(never)]
-fn speaks_for(outer_source: u32, source: u32, frame: u64) -> bool {
-    let Some(lookup) = LOOKUP.get_ptr(0) else { return false };
-    // SAFETY: as in `find_way_back`; the member that was written, of which any octets are valid.
-    let (next_hop, next_hop_mac, device_mac) =
-        unsafe { ((*lookup).__bindgen_anon_4.ipv4_dst, (*lookup).dmac, (*lookup).smac) };
-    let [a, b, c, d, e, f, is_to_vtep, is_to_pod] = frame.to_ne_bytes();
-    let is_for_device = [a, b, c, d, e, f] == device_mac;
-    let way = Way::Overlay { next_hop: u32::from_be(next_hop), next_hop_mac, is_for_device };
-    let refused = Refused { outer_source, source, is_to_vtep: is_to_vtep != 0, is_to_pod: is_to_pod != 0 };
-    admission::is_routed(owner_of, &refused, &way)
+    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) || !is_of_overlay {
+        return Way::Other;
+    }
+    // SAFETY: the member that was written; any octets are valid.
+    let next_hop = unsafe { params.__bindgen_anon_4.ipv4_dst };
+    Way::Overlay { next_hop: u32::from_be(next_hop), next_hop_mac: params.dmac, device_mac: params.smac }
 }
 
 /// Has the kernel choose the way of a tunnel packet as for its own vxlan device (`udp_tunnel_dst_lookup`): by rules, and among

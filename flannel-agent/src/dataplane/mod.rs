@@ -252,6 +252,8 @@ pub struct Dataplane {
     pods: BTreeSet<u32>,
     /// The links that tunnel packets can come in by, and the bytes of their link-layer headers.
     underlay: BTreeMap<u32, u16>,
+    /// Those of them that this process attached its program to.
+    underlay_attached: BTreeSet<u32>,
     forgetter: Forgetter,
     /// The peers in the maps.
     pub peers: PeerMaps,
@@ -332,6 +334,7 @@ impl Dataplane {
             repaired: 0,
             pods: BTreeSet::new(),
             underlay: BTreeMap::new(),
+            underlay_attached: BTreeSet::new(),
             forgetter,
             peers,
         })

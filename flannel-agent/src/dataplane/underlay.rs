@@ -14,13 +14,14 @@ impl Dataplane {
     pub fn attach_underlay(&mut self, links: &[Link]) -> Result<(), DataplaneError> {
         let before =
             std::mem::replace(&mut self.underlay, links.iter().map(|link| (link.index, link.header_len())).collect());
+        self.underlay_attached.retain(|index| before.get(index) == self.underlay.get(index));
         let mut result = Ok(());
-        for link @ Link { name, index, .. } in links {
-            if before.get(index) == Some(&link.header_len()) {
+        for Link { name, index, .. } in links {
+            if !self.underlay_attached.insert(*index) {
                 continue;
             }
             if let Err(error) = self.attach(Hook::FromUnderlay, name, *index) {
-                self.underlay.remove(index);
+                self.underlay_attached.remove(index);
                 result = Err(error);
             }
         }

@@ -221,6 +221,7 @@ impl Netlink {
         let interest = Arc::new(RwLock::new(None));
         let listen = |what, group| RawEvents::listen(what, group as u32).map_err(DeviceError::Socket);
         let routes = listen("routes", MulticastGroup::Ipv4Route)?;
+        let next_hops = listen("next hops", MulticastGroup::Nexthop)?;
         let traffic_control = listen("queueing disciplines and filters", MulticastGroup::Tc)?;
         let (sender, receiver) = mpsc::channel(1024);
         let gone = broadcast::Sender::new(1024);
@@ -229,6 +230,10 @@ impl Netlink {
         let of_routes = Arc::clone(&interest);
         let route_event = move |kind, payload: &[u8]| host_routes::event(&of_routes, kind, payload);
         tokio::spawn(routes.tell(sender.clone(), lost, route_event));
+        // Of a next hop that is an object of its own (`ip nexthop`) not every route is told of.
+        let any_way =
+            DeviceEvent { prefix: Some(Ipv4Net::default()), is_scan_due: true, ..DeviceEvent::new(Changed::Way, None) };
+        tokio::spawn(next_hops.tell(sender.clone(), any_way, move |_, _| Some(any_way)));
         let lost = DeviceEvent::new(Changed::TrafficControl, None);
         tokio::spawn(traffic_control.tell(sender.clone(), lost, observers::traffic_control_event));
         let connection = tokio::spawn(async move {

@@ -50,16 +50,21 @@ pub struct PathTo {
 pub enum PeerRoute {
     /// All by one next hop.
     One(NextHop),
-    /// Each as the kernel says of its flow, by one of these devices.
-    ByFlow(BTreeSet<u32>),
+    /// Each as the kernel says of its flow.
+    ByFlow {
+        /// By one of these devices.
+        devices: BTreeSet<u32>,
+        /// By which those go that nothing tells from others; [`None`] for one with an IPv6 address.
+        usual: Option<NextHop>,
+    },
 }
 
 impl PeerRoute {
-    /// The next hop that all packets go by, where there is one.
+    /// The next hop that packets go by which nothing tells from others.
     pub const fn next_hop(&self) -> Option<NextHop> {
         match self {
             Self::One(next_hop) => Some(*next_hop),
-            Self::ByFlow(_) => None,
+            Self::ByFlow { usual, .. } => *usual,
         }
     }
 
@@ -68,14 +73,15 @@ impl PeerRoute {
         if others.is_empty() {
             return self;
         }
-        Self::ByFlow(self.devices().chain(others.iter().copied().flatten().copied()).collect())
+        let devices = self.devices().chain(others.iter().copied().flatten().copied()).collect();
+        Self::ByFlow { devices, usual: self.next_hop() }
     }
 
     /// The devices that packets leave by.
     pub fn devices(&self) -> impl Iterator<Item = u32> {
         let (one, several) = match self {
             Self::One(next_hop) => (Some(next_hop.ifindex), None),
-            Self::ByFlow(devices) => (None, Some(devices)),
+            Self::ByFlow { devices, .. } => (None, Some(devices)),
         };
         one.into_iter().chain(several.into_iter().flatten().copied())
     }
@@ -111,7 +117,8 @@ impl Netlink {
         if may_be_several {
             let whole = self.way(destination, key, RouteFlags::FibMatch).await?;
             if let Some(devices) = several(&whole) {
-                return Ok(PathTo { route: PeerRoute::ByFlow(devices), mtu: mtu_of(&whole) });
+                let usual = peer_route(&route, destination)?;
+                return Ok(PathTo { route: usual.or_by(&[&devices]), mtu: mtu_of(&whole) });
             }
         }
         Ok(PathTo { route: peer_route(&route, destination)?, mtu: mtu_of(&route) })
@@ -176,7 +183,7 @@ pub(super) fn peer_route(route: &RouteMessage, destination: Ipv4Addr) -> Result<
     let ifindex = output_interface(route);
     let ifindex = ifindex.ok_or_else(|| DeviceError::Unexpected(format!("{CALL} {destination}: no interface")))?;
     if route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Via(_))) {
-        return Ok(PeerRoute::ByFlow([ifindex].into()));
+        return Ok(PeerRoute::ByFlow { devices: [ifindex].into(), usual: None });
     }
     Ok(PeerRoute::One(NextHop { ifindex, address: gateway.unwrap_or(destination) }))
 }
@@ -192,8 +199,15 @@ pub(super) fn mtu_of(route: &RouteMessage) -> Option<u32> {
     })
 }
 
-/// The devices of a route with more than one next hop.
+/// The devices of a route with more than one next hop; none of a nexthop group whose members the kernel does not name
+/// (`nexthop_compat_mode` 0).
 fn several(route: &RouteMessage) -> Option<BTreeSet<u32>> {
+    let is_object = route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::NhId(_)));
+    let is_named =
+        |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Oif(_) | RouteAttribute::MultiPath(_));
+    if is_object && !route.attributes.iter().any(is_named) {
+        return Some(BTreeSet::new());
+    }
     let next_hops = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::MultiPath(next_hops) if next_hops.len() > 1 => Some(next_hops),
         _ => None,

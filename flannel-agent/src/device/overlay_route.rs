@@ -248,17 +248,30 @@ impl Netlink {
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn add_lease_route(&self, link: &Link, lease: Ipv4Net, source: Ipv4Addr) -> Result<bool, DeviceError> {
+    pub async fn add_lease_route(
+        &self,
+        link: &Link,
+        lease: Ipv4Net,
+        source: Ipv4Addr,
+        mtu: Option<u16>,
+    ) -> Result<bool, DeviceError> {
         self.set_neighbour(link, lease.network(), NEXT_HOP_MAC).await?;
-        self.add_route(link, Wanted::of_lease(lease, source), false).await
+        self.add_route(link, Wanted { mtu, ..Wanted::of_lease(lease, source) }, false).await
     }
 
     /// Removes the route to one lease, with its neighbour.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
-    pub async fn remove_lease_route(&self, link: &Link, lease: Ipv4Net, source: Ipv4Addr) -> Result<(), DeviceError> {
-        self.remove_route_of_ours(link, Wanted::of_lease(lease, source).message(link)).await?;
+    pub async fn remove_lease_route(
+        &self,
+        link: &Link,
+        lease: Ipv4Net,
+        source: Ipv4Addr,
+        mtu: Option<u16>,
+    ) -> Result<(), DeviceError> {
+        let route = Wanted { mtu, ..Wanted::of_lease(lease, source) };
+        self.remove_route_of_ours(link, route.message(link)).await?;
         self.remove_neighbour(link, lease.network()).await
     }
 

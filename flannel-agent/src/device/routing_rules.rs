@@ -91,7 +91,10 @@ impl Netlink {
     /// The devices that a rule leads to some peer by, where that is another way than that of all packets.
     async fn elsewhere(&self, rule: &PacketRule, asked: WayKey, peers: &BTreeSet<Ipv4Addr>) -> Option<BTreeSet<u32>> {
         let is_met = |peer: &&Ipv4Addr| rule.to.is_none_or(|to| to.contains(*peer));
-        for peer in peers.iter().filter(is_met).take(MOST_PEERS) {
+        let met: Vec<_> = peers.iter().filter(is_met).collect();
+        // Of so many it is taken for given.
+        let mut elsewhere = (met.len() > MOST_PEERS).then(BTreeSet::new);
+        for peer in met.into_iter().take(MOST_PEERS) {
             let usual = self.found_route(*peer, asked).await;
             for other in &rule.others {
                 let found = self.found_route(*peer, *other).await;
@@ -100,11 +103,11 @@ impl Netlink {
                     continue;
                 }
                 if found.as_ref().map(where_to) != usual.as_ref().map(where_to) {
-                    return Some(found.iter().flat_map(devices).collect());
+                    elsewhere.get_or_insert_default().extend(found.iter().flat_map(devices));
                 }
             }
         }
-        None
+        elsewhere
     }
 
     /// The route, whole: of several next hops, each port would be answered with another.

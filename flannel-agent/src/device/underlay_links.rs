@@ -5,7 +5,7 @@
 //! |---|---|
 //! | the external interface; one by which a peer is reached, or was | yes |
 //! | a NIC, bond or team, a device stacked on one (VLAN, macvlan, MACsec) | yes |
-//! | veth, tun, WireGuard, other tunnels | with an address of a prefix that has room for others |
+//! | veth, tun, WireGuard, other tunnels, an internal port of Open vSwitch, a virtual function's representor | with an address of a prefix that has room for others |
 //! | bridge | with such an address, and a port of the second row |
 //! | port of a bridge or bond; device of another VRF than the VTEP's | no: their packets come in by that one, or not to the VTEP |
 //! | a pod's veth, `flannel.<VNI>`, loopback and what receives nothing | no |
@@ -58,10 +58,12 @@ struct Candidate<'a> {
 
 impl<'a> Candidate<'a> {
     fn of(message: &'a LinkMessage) -> Self {
-        let (mut controller, mut kind) = (None, None);
+        let (mut controller, mut kind, mut is_representor) = (None, None, false);
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::Controller(index) => controller = Some(*index),
+                // `pf0vf1`: the switch's port to a virtual machine.
+                LinkAttribute::PhysPortName(name) => is_representor = name.contains("vf"),
                 LinkAttribute::LinkInfo(infos) => {
                     kind = infos.iter().find_map(|info| match info {
                         LinkInfo::Kind(kind) => Some(kind),
@@ -73,6 +75,7 @@ impl<'a> Candidate<'a> {
         }
         let needs = match message.header.link_layer_type {
             LinkLayerType::Loopback => Needs::Never,
+            _ if is_representor => Needs::Address,
             _ => needs(kind),
         };
         Self { index: message.header.index, controller, kind, needs }
@@ -112,7 +115,9 @@ fn needs(kind: Option<&InfoKind>) -> Needs {
             | Kind::Xfrm
             | Kind::Wireguard,
         ) => Needs::Address,
-        // Drivers' devices have no kind; ports of Open vSwitch, and whatever comes later, are the host's own.
+        // Ports of Open vSwitch by which the host takes part in it.
+        Some(Kind::Other(kind)) if kind == "openvswitch" => Needs::Address,
+        // Drivers' devices have no kind; whatever comes later is the host's own.
         _ => Needs::Nothing,
     }
 }

@@ -2,11 +2,12 @@
 
 use tracing::warn;
 
-use super::{COMPARE_PERIOD, Reconciler, target::Target, uplink::Uplink};
+use super::{COMPARE_PERIOD, Reconciler, status::DatapathStatus, target::Target, uplink::Uplink};
 use crate::{
-    backend::{At, hooks},
+    backend::{At, Backend, hooks},
     daemon::DaemonError,
-    device::Link,
+    dataplane::Dataplane,
+    device::{Link, external::External},
     lease::LeaseTable,
     repair::Repair,
     xdp::{self, XdpFlag},
@@ -15,7 +16,7 @@ use crate::{
 impl Reconciler<'_> {
     /// Makes the device, what leads into it and what is attached to it, or what of that is not there. What there was to do.
     pub(super) async fn ensure_datapath(&mut self, table: &LeaseTable) -> Result<(Link, Vec<Repair>), DaemonError> {
-        let Self { netlink, dataplane, underlay, uplink: Uplink { external, .. }, target, .. } = self;
+        let Self { netlink, dataplane, underlay, uplink: Uplink { external, .. }, target, bypass, status, .. } = self;
         let Target { network, lease: own, backend, .. } = target;
         let made = backend.ensure_device(netlink, own.vtep_mac).await?;
         if let Some((device, _)) = &made {
@@ -23,6 +24,8 @@ impl Reconciler<'_> {
             dataplane.peers.set_overlay_device(device.index)?;
         }
         let device = made.as_ref().map_or(&external.link, |(device, _)| device);
+        // Before the device's: what came in by a link without the program is dropped there.
+        attach_underlay(dataplane, &bypass.restrictions.places.underlay, external, backend, status);
         for (hook, at) in hooks(backend.kind()) {
             let link = match at {
                 At::External | At::Underlay => &external.link,
@@ -70,23 +73,12 @@ impl Reconciler<'_> {
         }
     }
 
-    /// What comes in by a link without the program is dropped where it comes out of the tunnel.
-    fn attach_underlay(&mut self) {
-        let Self { dataplane, bypass, uplink, target, status, .. } = self;
-        let all = &bypass.restrictions.places.underlay;
-        let has_tunnel = target.backend.own_device_name().is_some();
-        let links = if has_tunnel { all.as_slice() } else { std::slice::from_ref(&uplink.external.link) };
-        if let Err(error) = dataplane.attach_underlay(links) {
-            warn!("{error}; tunnel packets that come in there are dropped; trying again in {COMPARE_PERIOD:?}");
-        }
-        status.underlay(links);
-    }
-
     async fn attach_pods(&mut self) -> Result<(), DaemonError> {
         // First: a pod that has a queue has it from its first packet on.
         let pods = self.look_at_links().await?;
         self.inspect_for_pods(&pods);
-        self.attach_underlay();
+        let Self { dataplane, bypass, uplink: Uplink { external, .. }, target, status, .. } = self;
+        attach_underlay(dataplane, &bypass.restrictions.places.underlay, external, &target.backend, status);
         if !self.dataplane.knows_pods(&pods) {
             // Those that were there before have no need to send something again. Where that can't be told, they do.
             let noted = self.netlink.macs_behind().await.map_err(DaemonError::from);
@@ -97,4 +89,20 @@ impl Reconciler<'_> {
         }
         Ok(self.dataplane.attach_pods(&pods)?)
     }
+}
+
+/// What comes in by a link without the program is dropped where it comes out of the tunnel.
+fn attach_underlay(
+    dataplane: &mut Dataplane,
+    all: &[Link],
+    external: &External,
+    backend: &Backend,
+    status: &mut DatapathStatus,
+) {
+    let has_tunnel = backend.own_device_name().is_some();
+    let links = if has_tunnel && !all.is_empty() { all } else { std::slice::from_ref(&external.link) };
+    if let Err(error) = dataplane.attach_underlay(links) {
+        warn!("{error}; tunnel packets that come in there are dropped; trying again in {COMPARE_PERIOD:?}");
+    }
+    status.underlay(links);
 }

@@ -11,6 +11,7 @@
 //! * `routes` — which routes lead into the overlay, and keeping them so
 //! * `status` — what is told of it
 //! * `subnet_file` — `subnet.env`, and what somebody else did to it
+//! * `sweep` — what another backend, or a flannel that ran here before, left
 //! * `host` — lease, external interface and `subnet.env` where no programs are: what `user_space` and `allocation` share
 //! * `user_space` — all of it where the network's packets go through a tunnel in user space
 //! * `allocation` — all of it where the network has no datapath
@@ -26,6 +27,7 @@ mod routes;
 mod schedule;
 mod status;
 mod subnet_file;
+mod sweep;
 mod target;
 mod uplink;
 mod user_space;

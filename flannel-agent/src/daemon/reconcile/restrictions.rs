@@ -12,7 +12,7 @@ use crate::{
     bypass::{BypassFlag, Kind, Plan, Restriction, Scope},
     daemon::DaemonError,
     device::{
-        PodLink, UnderlayCriteria,
+        Changed, PodLink, UnderlayCriteria,
         observers::{Places, Tap},
         routing_rules::Parting,
     },
@@ -137,6 +137,10 @@ impl Reconciler<'_> {
     /// Looks for routing rules by which tunnel packets to one peer go different ways. Whether there are others than before, so that
     /// the ways are to be looked up again.
     pub(super) async fn look_at_routing_rules(&mut self, table: &LeaseTable) -> bool {
+        if self.target.backend.own_device_name().is_none() {
+            // Packets to peers are pods' own, and the stack routes them.
+            return false;
+        }
         // What a filter or a program writes into marks can't be told.
         let is_program = |restriction: &Restriction| matches!(restriction.kind, Kind::Filter | Kind::Program);
         let marks = if self.bypass.restrictions.all().any(is_program) { u32::MAX } else { self.bypass.inspected.marks };
@@ -179,6 +183,10 @@ impl Reconciler<'_> {
     /// Takes what an observer has found, and has the dataplane act on it.
     pub(super) fn observed(&mut self, observer: Observer, found: BTreeSet<Restriction>) {
         if self.bypass.restrictions.replace(observer, found) {
+            if matches!(observer, Observer::TrafficControl | Observer::Tcx) {
+                // It may mark packets.
+                self.schedule.comparison = self.schedule.comparison.max(Some(Changed::Way));
+            }
             self.status.restrictions(self.bypass.restrictions.all());
             self.restrict_or_say();
         }

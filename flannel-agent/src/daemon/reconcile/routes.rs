@@ -1,7 +1,7 @@
 //! The routes into the overlay: which there are to be, by what the host needs, and keeping them so.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
@@ -10,9 +10,8 @@ use ipnet::Ipv4Net;
 use tokio::{net::lookup_host, sync::mpsc, time::timeout};
 use tracing::{info, warn};
 
-use super::{Reconciler, target::Target};
+use super::Reconciler;
 use crate::{
-    backend::{At, hooks},
     cli::Cli,
     config::NetworkConfig,
     daemon::DaemonError,
@@ -21,7 +20,6 @@ use crate::{
         host_routes::{HostRoutes, Interest},
         link_route::LinkRoutes,
         overlay_route::{ForeignNextHops, KernelPeer, OverlayRoutes},
-        vxlan::VxlanDevice,
     },
     lease::{LeaseTable, PeerChange},
     registry::StoreKind,
@@ -68,7 +66,7 @@ pub(super) struct RouteState {
     made: Option<(Link, OverlayRoutes)>,
     /// The same where the backend makes no link.
     on_link: Option<LinkRoutes>,
-    foreign: ForeignNextHops,
+    pub(super) foreign: ForeignNextHops,
     /// Next hops of others' routes into the overlay, also where they are none of a lease's.
     foreign_gateways: BTreeSet<Ipv4Addr>,
     pub(super) scanning: Scanning,
@@ -114,6 +112,11 @@ impl RouteState {
             foreign_gateways: BTreeSet::new(),
             scanning: Scanning::new(),
         }
+    }
+
+    /// The MTU of a lease's own route, where it has one.
+    fn made_mtu(&self, lease: &Ipv4Net) -> Option<u16> {
+        self.made.as_ref()?.1.leases.get(lease).copied().flatten()
     }
 
     fn routing(&self) -> Option<Routing> {
@@ -274,7 +277,8 @@ impl Reconciler<'_> {
         let leases = table.iter().map(|(subnet, _)| subnet);
         let own = routes::of_their_own(routing, &self.routes.prefixes, leases);
         let mut leases: BTreeMap<_, _> = own.into_iter().map(|lease| (lease, None)).collect();
-        leases.extend(self.underlay.smaller_paths(table).into_iter().map(|(lease, mtu)| (lease, Some(mtu))));
+        let smaller = self.underlay.smaller_paths(table, |lease| self.routes.made_mtu(lease));
+        leases.extend(smaller.into_iter().map(|(lease, mtu)| (lease, Some(mtu))));
         let wanted = OverlayRoutes {
             source: self.target.lease.key.subnet.network(),
             shared: if routing == Routing::Shared { self.routes.prefixes.clone() } else { Vec::new() },
@@ -302,7 +306,7 @@ impl Reconciler<'_> {
     pub(super) async fn follow_smaller_paths(&mut self, table: &LeaseTable) {
         let Some((_, made)) = &self.routes.made else { return };
         let before = made.leases.iter().filter_map(|(lease, mtu)| Some((*lease, (*mtu)?)));
-        if !before.eq(self.underlay.smaller_paths(table)) {
+        if !before.eq(self.underlay.smaller_paths(table, |lease| self.routes.made_mtu(lease))) {
             self.ensure_or_say(table).await;
         }
     }
@@ -384,18 +388,20 @@ impl Reconciler<'_> {
             return self.ensure_or_say(table).await;
         }
         let mtu = address.and_then(|address| self.underlay.smaller_mtu(address));
-        let made = self.routes.made.as_ref().and_then(|(_, made)| made.leases.get(&subnet).copied().flatten());
-        if made != mtu {
+        let made_mtu = self.routes.made_mtu(&subnet);
+        let is_made = self.routes.made.as_ref().is_some_and(|(_, made)| made.leases.contains_key(&subnet));
+        if is_made && address.is_some() && made_mtu != mtu {
             return self.ensure_or_say(table).await;
         }
-        let has_its_own = routes::has_its_own(routing, &self.routes.prefixes, subnet) && mtu.is_none();
+        let is_smaller = mtu.is_some() || made_mtu.is_some();
+        let has_its_own = routes::has_its_own(routing, &self.routes.prefixes, subnet) || is_smaller;
         let Some((link, made)) = self.routes.made.as_mut().filter(|_| has_its_own) else { return };
         let result = match address {
-            Some(_) if made.leases.insert(subnet, None).is_none() => {
-                self.netlink.add_lease_route(link, subnet, made.source).await
+            Some(_) if made.leases.insert(subnet, mtu).is_none() => {
+                self.netlink.add_lease_route(link, subnet, made.source, mtu).await
             }
             None if made.leases.remove(&subnet).is_some() => {
-                self.netlink.remove_lease_route(link, subnet, made.source).await.map(|()| true)
+                self.netlink.remove_lease_route(link, subnet, made.source, made_mtu).await.map(|()| true)
             }
             _ => Ok(true),
         };
@@ -403,60 +409,6 @@ impl Reconciler<'_> {
             Ok(true) => {}
             Ok(false) => self.status.waiting(TAKEN, taken(&[subnet])),
             Err(error) => warn!("{error}; comparing again later"),
-        }
-    }
-}
-
-impl Reconciler<'_> {
-    /// Takes away what there is of the backend that the network had before: routes and devices of an agent's or of flannel's, and
-    /// programs.
-    async fn sweep_other_backends(&mut self) -> Result<(), DaemonError> {
-        let Target { backend, network, .. } = &self.target;
-        let hooks = hooks(backend.kind());
-        let at_external: Vec<_> = hooks.iter().filter(|(_, at)| *at == At::External).map(|(hook, _)| *hook).collect();
-        let hooks: Vec<_> = hooks.iter().map(|(hook, _)| *hook).collect();
-        let external = &self.uplink.external.link;
-        let kept = backend.own_device_name().is_none().then_some(external.index);
-        self.netlink.remove_link_routes(network.network, kept).await?;
-        let device = VxlanDevice::name_of(backend.vni());
-        if backend.own_device_name() != Some(&device)
-            && let Some(link) = self.netlink.link_by_name(&device).await?
-        {
-            if self.netlink.is_device_of(link.header.index, network.network).await? {
-                // Its addresses, routes, neighbours and forwarding entries go with it.
-                self.netlink.delete_link(&device, link.header.index).await?;
-                info!("removed {device}: the network's backend is {}", backend.kind());
-            } else {
-                info!("left {device}: it has no address within {}, and is another network's", network.network);
-            }
-        }
-        self.netlink.remove_tun(backend.vni()).await?;
-        Ok(self.dataplane.detach_all_but(&hooks, &external.name, &at_external)?)
-    }
-
-    /// Takes away what a flannel that ran here before made for its peers.
-    pub(in crate::daemon) async fn sweep(&mut self, link: &Link, table: &LeaseTable) {
-        let (network, subnet_len) = (self.target.network.network, self.target.lease.key.subnet.prefix_len());
-        let leases: HashSet<Ipv4Addr> = table.iter().map(|(subnet, _)| subnet.network()).collect();
-        // Also of leases that are over by now.
-        let is_on_grid = |address: Ipv4Addr| {
-            Ipv4Net::new(address, subnet_len).is_ok_and(|lease| lease.network() == address && network.contains(&lease))
-        };
-        let is_lease = |address| leases.contains(&address) || is_on_grid(address);
-        if let Err(error) = self.sweep_other_backends().await {
-            warn!("something of another backend stays: {error}");
-        }
-        // flannel's host-gw made these, and its vxlan with DirectRouting.
-        let hosts = table.iter().map(|(subnet, peer)| (*subnet, peer.public_ip)).collect();
-        if let Err(error) = self.netlink.sweep_link_routes(&self.uplink.external.link, &hosts).await {
-            warn!("{error}");
-        }
-        if self.target.backend.own_device_name().is_none() {
-            return;
-        }
-        let macs = table.iter().map(|(_, peer)| peer.vtep_mac.0).collect();
-        if let Err(error) = self.netlink.sweep(link, is_lease, &macs, &self.routes.foreign).await {
-            warn!("{error}");
         }
     }
 }
