@@ -26,10 +26,6 @@ const SEED: u64 = 5;
 
 /// Runs by a schedule, with something else that goes wrong meanwhile.
 fn run(schedule: Schedule, besides: impl FnOnce(&Path) + Send) -> Report {
-    run_with(Backend::default(), schedule, besides)
-}
-
-fn run_with(backend: Backend, schedule: Schedule, besides: impl FnOnce(&Path) + Send) -> Report {
     let (name, directory) = names();
     let lab = Lab::new(&name, directory.path()).unwrap();
     let logs = directory.path().join("logs");
@@ -39,7 +35,7 @@ fn run_with(backend: Backend, schedule: Schedule, besides: impl FnOnce(&Path) + 
             besides(lab.directory());
             over.load(Ordering::Relaxed)
         });
-        let report = run_on(&lab, schedule, backend, &agent(), &logs, &AtomicBool::new(false)).unwrap();
+        let report = run_on(&lab, schedule, Backend::default(), &agent(), &logs, &AtomicBool::new(false)).unwrap();
         over.store(true, Ordering::Relaxed);
         assert!(!besides.join().unwrap(), "what goes wrong besides came too late");
         report
@@ -48,16 +44,7 @@ fn run_with(backend: Backend, schedule: Schedule, besides: impl FnOnce(&Path) + 
 
 #[test]
 fn every_kind_of_fault_is_survived() {
-    survive(Backend::Vxlan);
-}
-
-#[test]
-fn every_kind_of_fault_is_survived_without_a_tunnel() {
-    survive(Backend::HostGw);
-}
-
-fn survive(backend: Backend) {
-    let report = run_with(backend, Schedule::draw(SEED, 4, Shape::short()), |_| {});
+    let report = run(Schedule::draw(SEED, 4, Shape::short()), |_| {});
     assert!(report.violations.is_empty(), "{report}");
     for kind in Kind::ALL {
         assert_eq!(report.faults.get(kind).map(|(done, _)| *done), Some(1), "{}\n{report}", kind.name());

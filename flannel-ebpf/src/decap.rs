@@ -29,8 +29,6 @@ use crate::{
 #[inline(always)]
 pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
-    // Whatever it says, a container beside this host's may have written it, and a veth has kept it.
-    packet.forget_note();
     let is_decapsulated = packet.has_mark(Decapsulated::of(config.vni));
     if is_decapsulated && packet.is_of_vlan() {
         return Event::DecapForeignVlan;

@@ -15,9 +15,9 @@
 //! # Layout
 //!
 //! * [`encap`] — `to_overlay` and `from_overlay`, egress and ingress of `flannel.<VNI>`; `from_pod`
-//! * [`decap`] — `from_underlay` and `xdp_decap`, ingress of the external interface
+//! * [`decap`] — `from_underlay`, ingress of the links of the underlay, and `xdp_decap`
 //! * [`admit`] — which tunnel packets they take
-//! * [`routes`] — and what the kernel's routes say of those that the leases refuse
+//! * [`routes`] — the kernel's routes: of packets that the leases refuse, and among several next hops
 //! * [`flows`] — what may pass the stack by; `to_pod`
 //! * [`originals`] — which flow a packet had before the stack
 //! * [`excluded`] — which flows never do, because of whom they are of
