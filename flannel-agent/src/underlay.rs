@@ -21,7 +21,7 @@ use crate::{
         Changed, DeviceError, Link, Netlink,
         external::External,
         next_hop::{NextHop, PathTo, PeerRoute, WayKey},
-        routing_rules::{Parting, TunnelPackets},
+        routing_rules::{PolicyRule, TunnelPackets},
     },
     lease::{LeaseTable, MacAddress, Peer},
 };
@@ -70,7 +70,7 @@ pub struct Underlay {
     used: BTreeSet<u32>,
     has_new_links: bool,
     /// Rules by which packets to one peer go different ways.
-    partings: Vec<Parting>,
+    policy_rules: Vec<PolicyRule>,
     neighbours: HashMap<NextHop, Mac>,
     /// The MAC that each next hop in use had last, which its entry of the neighbour cache may forget meanwhile.
     last_macs: HashMap<NextHop, Mac>,
@@ -88,7 +88,7 @@ impl Underlay {
             may_be_several: false,
             used: BTreeSet::new(),
             has_new_links: false,
-            partings: Vec::new(),
+            policy_rules: Vec::new(),
             neighbours: HashMap::new(),
             last_macs: HashMap::new(),
             complaints: HashMap::new(),
@@ -138,10 +138,10 @@ impl Underlay {
     }
 
     /// Takes note of rules by which packets to one peer go different ways. Whether there are others than before.
-    pub fn set_partings(&mut self, partings: Vec<Parting>) -> bool {
-        let is_other = self.partings != partings;
+    pub fn set_policy_rules(&mut self, policy_rules: Vec<PolicyRule>) -> bool {
+        let is_other = self.policy_rules != policy_rules;
         if is_other {
-            self.partings = partings;
+            self.policy_rules = policy_rules;
             self.routes.clear();
         }
         is_other
@@ -164,7 +164,6 @@ impl Underlay {
             || ifindex == *overlay
             // One that is back may be a way again.
             || self.used.contains(&ifindex)
-            || self.routes.values().flatten().any(|path| path.route.devices().any(|device| device == ifindex))
     }
 
     /// Asks the kernel for the way to a peer, where it is not known. One that it has no way to costs only itself.
@@ -172,8 +171,8 @@ impl Underlay {
         if self.routes.contains_key(&address) {
             return;
         }
-        let partings = self.partings.iter().filter(|rule| rule.to.is_none_or(|to| to.contains(&address)));
-        let elsewhere: Vec<_> = partings.map(|rule| &rule.devices).collect();
+        let policy_rules = self.policy_rules.iter().filter(|rule| rule.to.is_none_or(|to| to.contains(&address)));
+        let elsewhere: Vec<_> = policy_rules.map(|rule| &rule.devices).collect();
         let route = netlink.peer_route(address, self.endpoint.way_key(), self.may_be_several).await;
         let path = match route.map(|path| PathTo { route: path.route.or_by(&elsewhere), ..path }) {
             Ok(path) if path.route.devices().all(|device| device != self.endpoint.overlay) => {

@@ -118,7 +118,7 @@ events! {
 
     /// from_overlay: admitted by from_underlay; on to the host's stack.
     Received = "received", Pass;
-    /// from_overlay: came out of the tunnel past from_underlay: by another interface, from a pod, to another address of this host.
+    /// from_overlay: came out of the tunnel past from_underlay: by a link that is none of the underlay's, from a pod, to another address of this host.
     NotAdmitted = "not_admitted", Drop;
     /// from_overlay: handed on by to_overlay, back from the kernel's vxlan device, and still not to be encapsulated.
     EncapImpossible = "encap_impossible", Drop;

@@ -157,7 +157,7 @@ pub struct Config {
     pub vni: u32,
     /// MTU of the overlay, in bytes of IPv4 packet.
     pub mtu: u32,
-    /// Bytes of link-layer header in front of what the underlay device receives: 14 for Ethernet, 0 for a device
+    /// Bytes of link-layer header in front of what the program's link of the underlay receives: 14 for Ethernet, 0 for a device
     /// without (tun, WireGuard).
     pub underlay_header_len: u16,
     /// MAC of the underlay device, zero for a device without.

@@ -44,7 +44,8 @@ impl Dataplane {
         Ok(Repaired { programs: std::mem::take(&mut self.repaired), pins: pins? })
     }
 
-    /// Takes over from the dataplane before this one the plan, the links of the underlay, what it has attached without a pin, by which it would be found,
+    /// Takes over from the dataplane before this one the plan, the links of the underlay, what it has attached without a pin, by
+    /// which it would be found,
     /// and who hears of flows that end.
     pub fn succeed(&mut self, before: Self) {
         (self.plan, self.underlay) = (before.plan, before.underlay);

@@ -48,7 +48,7 @@ pub struct PeerWay {
     pub address: Ipv4Addr,
     /// How it is reached.
     pub way: Way,
-    /// The underlay's next hop towards it; 0.0.0.0 where the flow decides.
+    /// The underlay's next hop towards it; of several, one; 0.0.0.0 for one with an IPv6 address.
     pub next_hop: Ipv4Addr,
     /// The largest packet of the overlay that fits on the way, where that is less than its MTU, in bytes.
     pub smaller_mtu: Option<u16>,

@@ -45,7 +45,7 @@ pub struct TunnelPackets {
 
 /// A rule by which some of the tunnel packets to a peer take another way than the others.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parting {
+pub struct PolicyRule {
     /// As `ip rule` shows it.
     pub text: String,
     /// To which peers; [`None`] for all.
@@ -76,13 +76,13 @@ impl Netlink {
         &self,
         tunnel: TunnelPackets,
         peers: &BTreeSet<Ipv4Addr>,
-    ) -> Result<Vec<Parting>, DeviceError> {
+    ) -> Result<Vec<PolicyRule>, DeviceError> {
         let rules = self.dump("routing rules", || self.handle.rule().get(IpVersion::V4).execute()).await?;
         let mut found = Vec::new();
         for rule in rules.iter().filter_map(|rule| PacketRule::of(rule, tunnel)) {
             if let Some(devices) = self.elsewhere(&rule, tunnel.key, peers).await {
                 let is_by_mark = rule.others.iter().any(|other| other.mark != tunnel.key.mark);
-                found.push(Parting { text: rule.text, to: rule.to, is_by_mark, devices });
+                found.push(PolicyRule { text: rule.text, to: rule.to, is_by_mark, devices });
             }
         }
         Ok(found)

@@ -14,7 +14,7 @@ use crate::{
     device::{
         Changed, PodLink, UnderlayCriteria,
         observers::{Places, Tap},
-        routing_rules::Parting,
+        routing_rules::PolicyRule,
     },
     lease::LeaseTable,
 };
@@ -150,7 +150,7 @@ impl Reconciler<'_> {
                 let has_marks = self.status.features().fib_lookup_mark;
                 let (followed, named): (_, Vec<_>) = found.into_iter().partition(|rule| !rule.is_by_mark || has_marks);
                 self.observed(Observer::Routing, named.iter().map(by_mark).collect());
-                self.underlay.set_partings(followed)
+                self.underlay.set_policy_rules(followed)
             }
             Err(error) => {
                 warn!("{error}; routing rules for tunnel packets are looked for again later");
@@ -200,7 +200,7 @@ impl Reconciler<'_> {
     }
 }
 
-fn by_mark(Parting { text, .. }: &Parting) -> Restriction {
+fn by_mark(PolicyRule { text, .. }: &PolicyRule) -> Restriction {
     let subject = format!(
         "{text}: all tunnel packets to a peer go one way, that of packets without a mark, since this kernel lets programs ask \
          for no other (6.10 does); route by address or port instead"
