@@ -1,6 +1,6 @@
 //! Two hosts with one address: a machine that was cloned, a `--public-ip` that is given twice, an address behind NAT.
 
-use std::fs;
+use std::{fs, io::ErrorKind};
 
 use nix::sys::signal::Signal;
 use xtask::{lab::PREFIX, progress::wait_for};
@@ -57,7 +57,13 @@ fn wait_said<S: LeaseStore>(world: &World<S>, host: usize, words: &[&str]) {
 }
 
 /// Waits until two hosts that go by their other interface reach each other, and have no troubles.
-fn wait_way_out<S: LeaseStore>(world: World<S>) {
+fn wait_way_out<S: LeaseStore>(mut world: World<S>) {
+    // Their leases are others now: what is read must not be the subnets of before.
+    for host in &mut world.hosts {
+        host.agent = None;
+        let removed = fs::remove_file(host.run_dir().join("subnet.env"));
+        removed.or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) }).unwrap();
+    }
     let world = world.ready(&["--iface=eth0"]);
     world.wait_connected(0, 1);
     for host in 0..2 {

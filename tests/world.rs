@@ -113,7 +113,8 @@ impl<S: LeaseStore> World<S> {
         let waited = wait_for("the programs of pods", SOON, || {
             (1..=host_of.pods.len()).all(|pod| has(pod, "ingress", "from_pod") && has(pod, "egress", "to_pod"))
         });
-        waited.unwrap();
+        let log = || host_of.agent.as_ref().map(xtask::process::Process::log);
+        assert!(waited.is_ok(), "{waited:?}: {:#}\n{:?}", self.status(host), log());
     }
 
     /// Starts the agent on all hosts, and waits until each is ready.

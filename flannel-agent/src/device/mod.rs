@@ -30,6 +30,7 @@ use std::sync::{Arc, RwLock};
 use flannel_common::packet::Mac;
 use futures_util::{StreamExt as _, TryStream, TryStreamExt as _};
 use ipnet::Ipv4Net;
+use nix::fcntl::{Flock, FlockArg};
 use rtnetlink::{
     Handle, MulticastGroup, new_connection, new_connection_with_strict_check, new_multicast_connection,
     packet_core::NetlinkPayload,
@@ -304,16 +305,35 @@ impl Netlink {
 
 /// Lets the host forward between pods and overlay. `false` where it did already.
 ///
+/// Two writers at once (another agent, a bridge plugin) can leave `ip_forward` on and every interface off: the kernel puts a
+/// refused writer's old value back before it lets it try again, and whoever wrote in between changed nothing by its own view
+/// (`devinet_sysctl_forward`). Where `ip_forward` changes, `conf/default` follows, so that it tells whether the change took.
+///
 /// # Errors
 /// [`DeviceError::Sysctl`].
 pub fn enable_forwarding() -> Result<bool, DeviceError> {
     const PATH: &str = "/proc/sys/net/ipv4/ip_forward";
+    const DEFAULT: &str = "/proc/sys/net/ipv4/conf/default/forwarding";
+    const TRIES: usize = 5;
+    let is = |path: &str, wanted: &str| std::fs::read_to_string(path).is_ok_and(|value| value.trim() == wanted);
+    let write = |value: &'static str| {
+        std::fs::write(PATH, value).map_err(|source| DeviceError::Sysctl { path: PATH, value, source })
+    };
+    // One agent at a time. Where the file can't be locked, the look at `conf/default` is what is left.
+    let _lock = std::fs::File::open(PATH).ok().and_then(|file| Flock::lock(file, FlockArg::LockExclusive).ok());
     // Read first: where it is on already, a read-only /proc/sys is no obstacle.
-    if std::fs::read_to_string(PATH).is_ok_and(|value| value.trim() == "1") {
+    if is(PATH, "1") {
         return Ok(false);
     }
-    let written = std::fs::write(PATH, "1");
-    written.map(|()| true).map_err(|source| DeviceError::Sysctl { path: PATH, value: "1", source })
+    for _ in 0..TRIES {
+        write("1")?;
+        if !is(DEFAULT, "0") {
+            return Ok(true);
+        }
+        write("0")?;
+    }
+    write("1")?;
+    Ok(true)
 }
 
 /// The range that the kernel takes source ports from (`net.ipv4.ip_local_port_range`); its default where it can't be
