@@ -126,6 +126,7 @@ mod originals;
 mod other_backends;
 mod overlays;
 mod path_mtu;
+mod peers;
 mod privileges;
 mod restart;
 mod restricted;

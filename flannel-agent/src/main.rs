@@ -49,6 +49,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
             let is_well = operator::print_status(cli, *output).await?;
             return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
         }
+        Some(Command::Peers { output }) => operator::print_peers(cli, *output).await?,
         Some(Command::Metrics) => operator::print_metrics(cli)?,
         Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli)?,
         Some(Command::DockerOpts(options)) => docker_opts::run(options)?,

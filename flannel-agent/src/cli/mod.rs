@@ -181,7 +181,14 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    /// Print the same, with the counters, as metrics for Prometheus
+    /// Print each peer, how it is reached, when it was last heard, and what is wrong with it, trouble first; also when the agent
+    /// is not running
+    Peers {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Print the same as status, with the counters, as metrics for Prometheus
     Metrics,
     /// What concerns leases
     #[command(subcommand)]

@@ -1,10 +1,14 @@
 //! How each peer is reached, as the maps have it: for who asks while no agent may run.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, time::Duration};
 
-use aya::maps::{Array, Map, MapData, lpm_trie::LpmTrie};
-use flannel_common::maps::{HEARD, Heard, PREFIXES, SUBNETS, VTEPS, Vtep};
+use aya::maps::{Map, MapData, lpm_trie::LpmTrie};
+use flannel_common::{
+    maps::{HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, VTEPS, Vtep, heard_time},
+    packet::Mac,
+};
 use ipnet::Ipv4Net;
+use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::{DataplaneError, PinDirectory, batch};
@@ -52,6 +56,15 @@ pub struct PeerWay {
     pub next_hop: Ipv4Addr,
     /// The largest packet of the overlay that fits on the way, where that is less than its MTU, in bytes.
     pub smaller_mtu: Option<u16>,
+    /// The MAC of its vxlan device.
+    #[serde(skip)]
+    pub vtep_mac: Mac,
+    /// The number of the device towards it; 0 where there is no route.
+    #[serde(skip)]
+    pub ifindex: u32,
+    /// How long ago a packet from it was admitted, to the second; [`None`] for never.
+    #[serde(skip)]
+    pub heard: Option<Duration>,
 }
 
 /// All peers of a dataplane whose agent may be gone, by their subnets. `network` is the overlay's, `subnet_len` the length of its
@@ -69,8 +82,6 @@ pub fn pinned_ways(
     let open = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
     let subnets = open(SUBNETS)?;
     let slots = subnets.info().map_err(DataplaneError::map("read", SUBNETS))?.max_entries();
-    let vteps: Array<_, Vtep> = Map::Array(open(VTEPS)?).try_into().map_err(DataplaneError::map("open", VTEPS))?;
-    let heard: Array<_, Heard> = Map::Array(open(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
     let mut ids = Vec::new();
     let mut first = 0;
     while first < slots {
@@ -91,10 +102,14 @@ pub fn pinned_ways(
         ids.extend(Ipv4Net::new(key.data().into(), key.prefix_len() as u8).ok().map(|subnet| (subnet, id)));
     }
     ids.sort_unstable();
+    let most = ids.iter().map(|(_, id)| *id + 1).max().unwrap_or_default();
+    let vteps: Vec<Vtep> = read_up_to(&open(VTEPS)?, VTEPS, most)?;
+    let heard: Vec<Heard> = read_up_to(&open(HEARD)?, HEARD, most)?;
+    let now: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?.into();
+    let now = heard_time(now.as_nanos() as u64);
     let way = |(subnet, id): (Ipv4Net, u32)| {
-        let Vtep { address, next_hop, ifindex, flags, mtu, .. } =
-            vteps.get(&id, 0).map_err(DataplaneError::map("read", VTEPS))?;
-        let heard = heard.get(&id, 0).map_err(DataplaneError::map("read", HEARD))?;
+        let Vtep { header, address, next_hop, ifindex, flags, mtu } = *vteps.get(id as usize)?;
+        let heard = *heard.get(id as usize)?;
         let is_on_link = flags & Vtep::ON_LINK != 0;
         let way = match (ifindex, is_direct && is_on_link && (heard.is_direct() || !has_tunnel)) {
             (0, _) => Way::NoRoute,
@@ -102,13 +117,32 @@ pub fn pinned_ways(
             (_, false) if has_tunnel => Way::Encapsulated,
             (_, false) => Way::NotOnLink,
         };
-        Ok(PeerWay {
+        Some(PeerWay {
             subnet,
             address: address.into(),
             way,
             next_hop: next_hop.into(),
             smaller_mtu: (mtu > 0).then_some(mtu),
+            vtep_mac: header.peer_vtep_mac(),
+            ifindex,
+            heard: (heard.last > 0)
+                .then(|| Duration::from_nanos(u64::from(now.saturating_sub(heard.last)) << HEARD_UNIT_SHIFT)),
         })
     };
-    ids.into_iter().map(way).collect()
+    Ok(ids.into_iter().filter_map(way).collect())
+}
+
+/// The first `len` values of an array.
+fn read_up_to<V: aya::Pod>(map: &MapData, name: &'static str, len: u32) -> Result<Vec<V>, DataplaneError> {
+    let mut all = Vec::new();
+    while (all.len() as u32) < len {
+        let first = all.len() as u32;
+        let some = batch::read(map, first, CHUNK.min(len - first));
+        let some: Vec<V> = some.map_err(|source| DataplaneError::map("read", name)(source.into()))?;
+        if some.is_empty() {
+            break;
+        }
+        all.extend(some);
+    }
+    Ok(all)
 }

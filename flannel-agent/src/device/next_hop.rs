@@ -169,6 +169,38 @@ impl Netlink {
         let entries = self.dump("neighbours", ask).await?;
         Ok(entries.iter().filter_map(confirmed).collect())
     }
+
+    /// What the kernel knows of next hops, as `ip neighbour` shows it, in lower case.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn neighbour_states(&self) -> Result<HashMap<NextHop, &'static str>, DeviceError> {
+        let ask = || self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries = self.dump("neighbours", ask).await?;
+        let state = |entry: &NeighbourMessage| {
+            let address = entry.attributes.iter().find_map(|attribute| match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(*address),
+                _ => None,
+            });
+            Some((NextHop { ifindex: entry.header.ifindex, address: address? }, label(entry.header.state)))
+        };
+        Ok(entries.iter().filter_map(state).collect())
+    }
+}
+
+/// As `ip neighbour` has it, in lower case.
+const fn label(state: NeighbourState) -> &'static str {
+    match state {
+        NeighbourState::Incomplete => "incomplete",
+        NeighbourState::Reachable => "reachable",
+        NeighbourState::Stale => "stale",
+        NeighbourState::Delay => "delay",
+        NeighbourState::Probe => "probe",
+        NeighbourState::Failed => "failed",
+        NeighbourState::Noarp => "noarp",
+        NeighbourState::Permanent => "permanent",
+        _ => "none",
+    }
 }
 
 /// Where a route leads a packet to `destination`. Next hops with an IPv6 address (RFC 5549) are left to the kernel.

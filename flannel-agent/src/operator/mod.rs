@@ -4,6 +4,7 @@ mod dataplane;
 mod decode;
 mod drops;
 mod metrics;
+mod peers;
 mod refused;
 mod status;
 
@@ -13,7 +14,10 @@ use tabled::{
     settings::{Padding, Style},
 };
 
-pub use self::{drops::print as print_drops, metrics::print as print_metrics, status::print as print_status};
+pub use self::{
+    drops::print as print_drops, metrics::print as print_metrics, peers::print as print_peers,
+    status::print as print_status,
+};
 use crate::{
     cli::Cli,
     control::{self, ControlError, Reply, Request},

@@ -1,0 +1,72 @@
+//! `flannel-agent peers`: how each peer is reached, and what is wrong with it.
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use xtask::{lab::PREFIX, process::output, progress::wait_for};
+
+use crate::world::{SOON, World, is_answered, lease_value};
+
+fn peers(world: &World) -> Vec<Value> {
+    let text = output(world.agent_on(0).args(["peers", "-o", "json"])).unwrap();
+    let document: Value = serde_json::from_str(&text).unwrap();
+    document["overlays"][0]["peers"].as_array().unwrap().clone()
+}
+
+/// Their VTEP addresses, states and reasons, in the order in which they are shown.
+fn states(world: &World) -> Vec<(String, String, String)> {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    peers(world).iter().map(|peer| (text(&peer["address"]), text(&peer["state"]), text(&peer["reason"]))).collect()
+}
+
+#[test]
+fn each_peer_is_named_with_what_is_wrong_the_worst_first() {
+    let mut world = World::with_agents(2);
+    let netns = &world.hosts[0].netns;
+    netns.ip("route add unreachable 192.0.2.9").unwrap();
+    // Behind the others, by their subnets.
+    let leased = [0, 1].map(|host| world.lease_of(host).0);
+    let free: Vec<_> =
+        (1..=254).rev().filter(|third| !leased.contains(&format!("10.5.{third}.0-24"))).take(2).collect();
+    for (third, address) in free.iter().zip(["192.0.2.9", "192.168.64.77"]) {
+        let key = format!("{PREFIX}/subnets/10.5.{third}.0-24");
+        world.store.put(&key, &lease_value(address, "0a:00:00:00:00:02")).unwrap();
+    }
+    let other = world.lease_of(1).0.replace('-', "/");
+    world.wait_connected(0, 1);
+    // The next hop that nobody answers for is asked for by a packet.
+    let unanswered = format!("10.5.{}.2", free[1]);
+    let send = || is_answered(&world.hosts[0].pods[0].netns, &unanswered);
+    let wanted = |states: &[(String, String, String)]| {
+        let short: Vec<_> = states.iter().map(|(address, state, _)| (address.as_str(), state.as_str())).collect();
+        short == [("192.0.2.9", "noRoute"), ("192.168.64.77", "unresolved"), ("192.168.64.2", "ok")]
+    };
+    let waited = wait_for("all three", SOON, || !send() && wanted(&states(&world)));
+    assert!(waited.is_ok(), "{:#?}", peers(&world));
+    let said = states(&world);
+    assert_eq!(said[0].2, "the underlay has no route to it; see `ip route get 192.0.2.9`");
+    assert_eq!(said[1].2, "192.168.64.77 does not answer ARP on eth0; nothing has come from it yet");
+    assert_eq!(said[2].2, "");
+    let all = peers(&world);
+    let mac = serde_json::from_str::<Value>(&world.lease_of(1).1).unwrap()["BackendData"]["VtepMAC"].clone();
+    assert_eq!((&all[2]["subnet"], &all[2]["vtepMac"]), (&Value::from(other.as_str()), &mac));
+    assert_eq!((&all[2]["nextHop"], &all[2]["interface"]), (&"192.168.64.2".into(), &"eth0".into()));
+    assert_eq!(all[2]["way"], "encapsulated");
+    assert!(all[2]["lastHeardMs"].as_u64().unwrap() < 60_000, "{}", all[2]);
+    assert_eq!(all[1]["lastHeardMs"], Value::Null);
+
+    // The same, in columns, and without an agent.
+    world.hosts[0].agent.as_ref().unwrap().signal(Signal::SIGKILL).unwrap();
+    world.hosts[0].agent = None;
+    let table = output(world.agent_on(0).arg("peers")).unwrap();
+    let lines: Vec<_> = table.lines().collect();
+    assert!(lines[0].starts_with("flannel.1 (no agent is running"), "{table}");
+    assert!(lines[1].starts_with("state") && lines[1].contains("last heard"), "{table}");
+    assert!(lines[2].starts_with("no route") && lines[3].starts_with("unresolved"), "{table}");
+    assert!(lines[4].starts_with("ok") && lines[4].contains(&other), "{table}");
+}
+
+#[test]
+fn a_host_without_peers_says_so() {
+    let world = World::with_agents(1);
+    assert_eq!(output(world.agent_on(0).arg("peers")).unwrap(), "flannel.1: no peers\n");
+}
