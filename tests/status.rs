@@ -124,3 +124,22 @@ fn flows_past_the_stack_are_counted_plain_and_translated() {
     }
     wait_for("the end of the flows", SOON, || flows(0) == counted(0, 0) && flows(1) == counted(0, 0)).unwrap();
 }
+
+#[test]
+fn interfaces_that_do_not_forward_are_named() {
+    let world = World::with_agents(2);
+    world.wait_connected(0, 1);
+    let troubles = || world.status(0)["troubles"].to_string();
+    wait_for("no troubles", SOON, || troubles() == "[]").unwrap();
+    for interface in ["cni0", "flannel.1"] {
+        let set = |value| {
+            let setting = format!("sysctl -qw net/ipv4/conf/{interface}/forwarding={value}");
+            world.hosts[0].netns.exec(&setting).unwrap();
+        };
+        set(0);
+        let said = troubles();
+        assert!(said.contains(&format!("packets that come in by {interface} are not forwarded")), "{said}");
+        set(1);
+        assert_eq!(troubles(), "[]");
+    }
+}

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use flannel_common::vxlan::Vni;
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use serde_json::{Value, json};
 
 use super::{
     drops::{self, Reason},
-    refused,
+    host_settings, refused,
 };
 use crate::{
     backend::{At, hooks},
@@ -36,6 +36,8 @@ pub(super) struct Dataplane {
     drops: Vec<Reason>,
     /// What of known hosts was refused lately, in words.
     refused: Vec<String>,
+    /// What of the host's settings stops packets, in words.
+    stopped: Vec<String>,
 }
 
 impl Dataplane {
@@ -43,7 +45,8 @@ impl Dataplane {
         let pins = PinDirectory::new(&cli.bpf_pin_dir, vni);
         let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
         let (netlink, _events, _connection) = Netlink::open()?;
-        let pods = netlink.pods(status.lease.subnet, &netlink.devices_within(status.lease.subnet).await?).await?;
+        let within = netlink.devices_within(status.lease.subnet).await?;
+        let pods = netlink.pods(status.lease.subnet, &within).await?;
         let external = || status.external_interface.clone();
         // One that is gone, or of which nobody has heard yet, is no trouble.
         let is_there = |name: &String| *name == status.external_interface || if_nametoindex(name.as_str()).is_ok();
@@ -66,7 +69,16 @@ impl Dataplane {
             pinned_ways(&pins, status.network, subnet_len, status.direct_routing, has_tunnel)?
         };
         let refused = refused::troubles(&pins, status.network)?;
-        Ok(Self { attachments, xdp, flows, ways, drops, refused })
+        let of_pods = within.iter().filter_map(|link| if_indextoname(*link).ok()?.into_string().ok());
+        let from_others = match status.backend_type() {
+            BackendType::Vxlan => vec![VxlanDevice::name_of(vni)],
+            _ => status.underlay_interfaces.clone(),
+        };
+        let mut interfaces: Vec<_> = of_pods.chain(from_others).collect();
+        interfaces.sort_unstable();
+        interfaces.dedup();
+        let stopped = host_settings::troubles(&interfaces);
+        Ok(Self { attachments, xdp, flows, ways, drops, refused, stopped })
     }
 
     /// What is not as it should be.
@@ -82,6 +94,7 @@ impl Dataplane {
             troubles.push(format!("XDP is {xdp}, and should be {}", status.xdp.mode));
         }
         troubles.extend_from_slice(&self.refused);
+        troubles.extend_from_slice(&self.stopped);
         troubles
     }
 

@@ -3,6 +3,7 @@
 mod dataplane;
 mod decode;
 mod drops;
+mod host_settings;
 mod metrics;
 mod peers;
 mod refused;

@@ -1,0 +1,73 @@
+//! What of the host's settings stops the overlay's packets.
+
+use std::{fs, path::Path};
+
+/// More interfaces than these are not named one by one.
+const MOST_NAMED: usize = 8;
+/// From so many hundredths of its limit on, conntrack's table is called full: a burst of connections takes the rest.
+const FULL: u64 = 95;
+
+/// What is to be looked at, in words. `interfaces` are those that the overlay's packets come in by.
+pub(super) fn troubles(interfaces: &[String]) -> Vec<String> {
+    let conf = Path::new("/proc/sys/net/ipv4/conf");
+    // One that is gone stops nothing.
+    let is_off = |name: &&String| number(&conf.join(name.as_str()).join("forwarding")) == Some(0);
+    let off: Vec<_> = interfaces.iter().filter(is_off).map(String::as_str).collect();
+    let netfilter = Path::new("/proc/sys/net/netfilter");
+    let conntrack = ["nf_conntrack_count", "nf_conntrack_max"].map(|name| number(&netfilter.join(name)));
+    let conntrack = match conntrack {
+        [Some(count), Some(max)] => full(count, max),
+        _ => None,
+    };
+    not_forwarding(&off).into_iter().chain(conntrack).collect()
+}
+
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// `ip_forward` sets those of all interfaces, but only where it changes itself; so it may be on and theirs off.
+fn not_forwarding(interfaces: &[&str]) -> Option<String> {
+    let first = interfaces.first()?;
+    let mut named = interfaces[..interfaces.len().min(MOST_NAMED)].join(", ");
+    if interfaces.len() > MOST_NAMED {
+        named += &format!(" and {} more", interfaces.len() - MOST_NAMED);
+    }
+    Some(format!(
+        "packets that come in by {named} are not forwarded: net.ipv4.conf.{first}.forwarding is 0; turn it on with `sysctl -w \
+         net/ipv4/conf/{first}/forwarding=1`, or for all with net.ipv4.ip_forward, from 0 to 1"
+    ))
+}
+
+fn full(count: u64, max: u64) -> Option<String> {
+    // 0 is no limit.
+    (max > 0 && count.saturating_mul(100) >= max.saturating_mul(FULL)).then(|| {
+        format!(
+            "conntrack has {count} of at most {max} connections, and drops the packets of new ones without a trace but in the kernel's \
+             log; raise net.netfilter.nf_conntrack_max"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_full_a_little_before_its_limit() {
+        assert_eq!(full(94, 100), None);
+        assert!(full(95, 100).unwrap().starts_with("conntrack has 95 of at most 100 connections"));
+        assert_eq!(full(95, 0), None);
+        assert_eq!(full(0, 262_144), None);
+    }
+
+    #[test]
+    fn many_interfaces_are_counted() {
+        assert_eq!(not_forwarding(&[]), None);
+        let said = not_forwarding(&["cni0", "flannel.1"]).unwrap();
+        assert!(said.starts_with("packets that come in by cni0, flannel.1 are not forwarded"), "{said}");
+        let names: Vec<_> = (0..10).map(|number| format!("pod{number}")).collect();
+        let names: Vec<_> = names.iter().map(String::as_str).collect();
+        assert!(not_forwarding(&names).unwrap().contains("pod7 and 2 more are"));
+    }
+}
