@@ -157,23 +157,26 @@ pub enum Way {
 /// Also where the leases still fit: a route of somebody else's to a leased subnet is of one who serves this host by now,
 /// with another lease of its own perhaps. What is for that one is the kernel's matter, too; and so is from where a packet of the
 /// leaseholder's comes: a host keeps its MAC when it gets another address.
+///
+/// What is known of the packet is read where it is needed: programs keep it in a map, and have no stack for a copy.
 #[inline(always)]
 pub fn is_routed(owner_of: impl Fn(u32) -> Option<Owner>, refused: &Refused, way: &Way) -> bool {
-    let Refused { outer_source, source, mac, is_to_vtep, is_to_pod } = *refused;
     let Way::Overlay { next_hop, next_hop_mac, device_mac } = *way else {
         return matches!(way, Way::NoDevice);
     };
     if next_hop_mac == NEXT_HOP_MAC || NEXT_HOPS.contains(&next_hop) {
         return false;
     }
-    let leaseholder = owner_of(next_hop).filter(|owner| owner.vtep_mac == next_hop_mac);
-    let source_owner = owner_of(source);
-    let is_hosts = |owner: Owner| source_owner.is_some_and(|of_source| of_source.address == owner.address);
-    if leaseholder.is_some_and(|owner| owner.address != outer_source && !is_hosts(owner)) {
+    let leaseholder = match owner_of(next_hop) {
+        Some(owner) if owner.vtep_mac == next_hop_mac => owner.address,
+        _ => return refused.mac == device_mac,
+    };
+    let source_owner = owner_of(refused.source).map(|owner| owner.address);
+    if leaseholder != refused.outer_source && source_owner != Some(leaseholder) {
         return false;
     }
-    if leaseholder.is_none() || source_owner.is_some() {
-        return mac == device_mac;
+    if source_owner.is_some() {
+        return refused.mac == device_mac;
     }
-    is_to_vtep && is_to_pod
+    refused.is_to_vtep && refused.is_to_pod
 }

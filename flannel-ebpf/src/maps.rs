@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{bpf_fib_lookup, bpf_redir_neigh},
+    bindings::bpf_redir_neigh,
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
@@ -16,6 +16,8 @@ use flannel_common::{
     },
     packet::Mac,
 };
+
+use crate::routes::Lookup;
 
 #[map]
 pub(crate) static SUBNETS: Array<u32> = Array::with_max_entries(1, 0);
@@ -61,7 +63,7 @@ pub(crate) static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(Even
 
 /// What the kernel is asked for a route with, on each CPU. Not pinned: it holds nothing between two packets.
 #[map]
-pub(crate) static LOOKUP: PerCpuArray<bpf_fib_lookup> = PerCpuArray::with_max_entries(1, 0);
+pub(crate) static LOOKUP: PerCpuArray<Lookup> = PerCpuArray::with_max_entries(1, 0);
 
 /// What it answered about a tunnel packet that is to be sent, likewise.
 #[map]

@@ -30,31 +30,39 @@ const EINVAL: i64 = 22;
 /// `ENODEV`: no device has the number that was asked with.
 const ENODEV: i64 = 19;
 
+/// What the kernel is asked for a route with, and the packet that it is asked about where the leases refuse that.
+#[repr(C)]
+pub(crate) struct Lookup {
+    params: bpf_fib_lookup,
+    refused: Refused,
+}
+
 /// As [`admission::is_routed`]; `frame` has in its octets, as in memory, the inner frame's destination, whether that is ours,
 /// and whether the inner destination is. Not inlined: it is out of the way of what passes. Beside the stack of `from_underlay`
-/// it may have 96 octets of its own (of 512, in steps of 32): constants are read where they are needed, and what the kernel is
-/// asked is in a map.
+/// it may have 32 octets of its own (of 512; before Linux 6.8 each function's stack counts in steps of 32): constants are read
+/// where they are needed, and what is known of the packet waits beside what the kernel is asked.
 #[inline(never)]
 pub(crate) fn is_routed(context: *mut c_void, outer_source: u32, source: u32, destination: u32, frame: u64) -> bool {
     let [a, b, c, d, e, f, is_to_vtep, is_to_pod] = frame.to_ne_bytes();
     let mac = [a, b, c, d, e, f];
     let refused = Refused { outer_source, source, mac, is_to_vtep: is_to_vtep != 0, is_to_pod: is_to_pod != 0 };
-    let way = way_back(context, source, destination);
-    admission::is_routed(owner_of, &refused, &way)
+    let Some(lookup) = LOOKUP.get_ptr_mut(0) else { return false };
+    // SAFETY: the map's value for this CPU. Programs on a CPU do not preempt each other at the same hook, nor XDP and TC.
+    let lookup = unsafe { &mut *lookup };
+    lookup.refused = refused;
+    let way = way_back(context, &mut lookup.params, source, destination);
+    admission::is_routed(owner_of, &lookup.refused, &way)
 }
 
 /// The way back to the source of a packet that comes out of `flannel.<VNI>`, as for the kernel's own source validation
 /// (`__fib_validate_source`).
 #[inline(always)]
-fn way_back(context: *mut c_void, source: u32, destination: u32) -> Way {
+fn way_back(context: *mut c_void, params: &mut bpf_fib_lookup, source: u32, destination: u32) -> Way {
     let overlay = overlay_device();
     // No agent has noted it yet.
     if overlay == 0 {
         return Way::Other;
     }
-    let Some(lookup) = LOOKUP.get_ptr_mut(0) else { return Way::Other };
-    // SAFETY: the map's value for this CPU. Programs on a CPU do not preempt each other at the same hook, nor XDP and TC.
-    let params = unsafe { &mut *lookup };
     // All that is read, whatever the lookup before left there.
     params.family = AF_INET;
     params.l4_protocol = 0;
@@ -91,8 +99,8 @@ fn way_back(context: *mut c_void, source: u32, destination: u32) -> Way {
 #[inline(never)]
 pub(crate) fn choose(context: *mut c_void, destination: u32, source_port: u16, mark: u32) -> u32 {
     let Some(lookup) = LOOKUP.get_ptr_mut(0) else { return 0 };
-    // SAFETY: the map's value for this CPU, as in `way_back`.
-    let params = unsafe { &mut *lookup };
+    // SAFETY: the map's value for this CPU, as in `is_routed`.
+    let params = unsafe { &mut (*lookup).params };
     let config = (&raw const CONFIG).cast::<Config>();
     // SAFETY: the constants are a `Config`. Volatile, as in `Global::load`: they are patched at load.
     let (source, port) =
