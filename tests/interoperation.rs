@@ -3,10 +3,11 @@
 
 use xtask::{
     lab::{PREFIX, Subnet},
+    progress::wait_for,
     transfer::tcp_transfer,
 };
 
-use crate::world::{World, is_answered};
+use crate::world::{SOON, World, is_answered};
 
 /// Host 0 is ours, host 1 flannel's, each knowing the other.
 pub fn mixed() -> World {
@@ -96,9 +97,11 @@ fn a_host_of_flannels_is_taken_over_with_its_device_subnet_and_mac() {
     assert_eq!((device(&world), world.lease_of(0)), before);
     // What flannel made for its peer is gone.
     let netns = &world.hosts[0].netns;
-    let state = [netns.exec("ip route").unwrap(), netns.exec("ip neigh show dev flannel.1").unwrap()].concat();
-    assert!(!state.contains("10.5.202."), "{state}");
-    let forwarding = netns.exec("bridge fdb show dev flannel.1").unwrap();
-    assert_eq!(forwarding, "02:00:00:00:00:01 dst 192.168.64.1 self permanent\n");
+    let state = || [netns.exec("ip route").unwrap(), netns.exec("ip neigh show dev flannel.1").unwrap()].concat();
+    let forwarding = || netns.exec("bridge fdb show dev flannel.1").unwrap();
+    let own = "02:00:00:00:00:01 dst 192.168.64.1 self permanent\n";
+    // Its peers are taken over with the lease table, after subnet.env is written.
+    let waited = wait_for("flannel's entries to go", SOON, || !state().contains("10.5.202.") && forwarding() == own);
+    assert!(waited.is_ok(), "{} {}", state(), forwarding());
     assert_eq!(world.store.list(&format!("{PREFIX}/subnets/")).unwrap().len(), 2);
 }
