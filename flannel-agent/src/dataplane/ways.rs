@@ -82,19 +82,10 @@ pub fn pinned_ways(
     let open = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
     let subnets = open(SUBNETS)?;
     let slots = subnets.info().map_err(DataplaneError::map("read", SUBNETS))?.max_entries();
-    let mut ids = Vec::new();
-    let mut first = 0;
-    while first < slots {
-        let values: Vec<u32> = batch::read(&subnets, first, CHUNK.min(slots - first))
-            .map_err(|source| DataplaneError::map("read", SUBNETS)(source.into()))?;
-        let address = |slot: u32| network.network().to_bits().wrapping_add(slot << (32 - u32::from(subnet_len)));
-        let leased = (first..).zip(&values).filter(|(_, id)| **id != 0);
-        ids.extend(leased.filter_map(|(slot, id)| Some((Ipv4Net::new(address(slot).into(), subnet_len).ok()?, *id))));
-        if values.is_empty() {
-            break;
-        }
-        first += values.len() as u32;
-    }
+    let address = |slot: u32| network.network().to_bits().wrapping_add(slot << (32 - u32::from(subnet_len)));
+    let leased = (0..).zip(read_up_to::<u32>(&subnets, SUBNETS, slots)?).filter(|(_, id)| *id != 0);
+    let mut ids: Vec<_> =
+        leased.filter_map(|(slot, id)| Some((Ipv4Net::new(address(slot).into(), subnet_len).ok()?, id))).collect();
     let prefixes: LpmTrie<_, [u8; 4], u32> =
         Map::LpmTrie(open(PREFIXES)?).try_into().map_err(DataplaneError::map("open", PREFIXES))?;
     for entry in prefixes.iter() {
@@ -102,7 +93,7 @@ pub fn pinned_ways(
         ids.extend(Ipv4Net::new(key.data().into(), key.prefix_len() as u8).ok().map(|subnet| (subnet, id)));
     }
     ids.sort_unstable();
-    let most = ids.iter().map(|(_, id)| *id + 1).max().unwrap_or_default();
+    let most = ids.iter().map(|(_, id)| id.saturating_add(1)).max().unwrap_or_default();
     let vteps: Vec<Vtep> = read_up_to(&open(VTEPS)?, VTEPS, most)?;
     let heard: Vec<Heard> = read_up_to(&open(HEARD)?, HEARD, most)?;
     let now: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?.into();

@@ -315,13 +315,26 @@ pub fn enable_forwarding() -> Result<bool, DeviceError> {
     const PATH: &str = "/proc/sys/net/ipv4/ip_forward";
     const DEFAULT: &str = "/proc/sys/net/ipv4/conf/default/forwarding";
     const TRIES: usize = 5;
+    // Anybody may hold a lock on a file that anybody may read.
+    const LOCK_TRIES: usize = 100;
+    const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(1);
     let is = |path: &str, wanted: &str| std::fs::read_to_string(path).is_ok_and(|value| value.trim() == wanted);
     let write = |value: &'static str| {
         std::fs::write(PATH, value).map_err(|source| DeviceError::Sysctl { path: PATH, value, source })
     };
-    // One agent at a time. Where the file can't be locked, the look at `conf/default` is what is left.
-    let _lock = std::fs::File::open(PATH).ok().and_then(|file| Flock::lock(file, FlockArg::LockExclusive).ok());
     // Read first: where it is on already, a read-only /proc/sys is no obstacle.
+    if is(PATH, "1") {
+        return Ok(false);
+    }
+    // One agent at a time. Where the file can't be locked, the look at `conf/default` is what is left.
+    let lock = || Flock::lock(std::fs::File::open(PATH).ok()?, FlockArg::LockExclusiveNonblock).ok();
+    let _lock = (0..LOCK_TRIES).find_map(|_| {
+        let lock = lock();
+        if lock.is_none() {
+            std::thread::sleep(LOCK_PAUSE);
+        }
+        lock
+    });
     if is(PATH, "1") {
         return Ok(false);
     }

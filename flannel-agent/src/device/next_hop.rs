@@ -177,14 +177,7 @@ impl Netlink {
     pub async fn neighbour_states(&self) -> Result<HashMap<NextHop, &'static str>, DeviceError> {
         let ask = || self.handle.neighbours().get().set_address_family(AddressFamily::Inet).execute();
         let entries = self.dump("neighbours", ask).await?;
-        let state = |entry: &NeighbourMessage| {
-            let address = entry.attributes.iter().find_map(|attribute| match attribute {
-                NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(*address),
-                _ => None,
-            });
-            Some((NextHop { ifindex: entry.header.ifindex, address: address? }, label(entry.header.state)))
-        };
-        Ok(entries.iter().filter_map(state).collect())
+        Ok(entries.iter().filter_map(|entry| Some((next_hop_of(entry)?, label(entry.header.state)))).collect())
     }
 }
 
@@ -247,19 +240,23 @@ fn several(route: &RouteMessage) -> Option<BTreeSet<u32>> {
     Some(next_hops.iter().map(|next_hop| next_hop.interface_index).collect())
 }
 
+/// Whom an entry is about.
+fn next_hop_of(entry: &NeighbourMessage) -> Option<NextHop> {
+    let address = entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(*address),
+        _ => None,
+    });
+    Some(NextHop { ifindex: entry.header.ifindex, address: address? })
+}
+
 fn confirmed(entry: &NeighbourMessage) -> Option<(NextHop, Mac)> {
     let is_confirmed = matches!(
         entry.header.state,
         NeighbourState::Reachable | NeighbourState::Delay | NeighbourState::Probe | NeighbourState::Permanent
     );
-    let mut address = None;
-    let mut mac = None;
-    for attribute in &entry.attributes {
-        match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(destination)) => address = Some(*destination),
-            NeighbourAttribute::LinkLayerAddress(bytes) => mac = Mac::try_from(bytes.as_slice()).ok(),
-            _ => {}
-        }
-    }
-    Some((NextHop { ifindex: entry.header.ifindex, address: address.filter(|_| is_confirmed)? }, mac?))
+    let mac = entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => Mac::try_from(bytes.as_slice()).ok(),
+        _ => None,
+    });
+    Some((next_hop_of(entry).filter(|_| is_confirmed)?, mac?))
 }

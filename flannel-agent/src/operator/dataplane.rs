@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use flannel_common::vxlan::Vni;
-use nix::net::if_::{if_indextoname, if_nametoindex};
+use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 
 use super::{
     drops::{self, Reason},
-    host_settings, refused,
+    host_settings, interface_name, refused,
 };
 use crate::{
     backend::{At, hooks},
@@ -69,7 +69,7 @@ impl Dataplane {
             pinned_ways(&pins, status.network, subnet_len, status.direct_routing, has_tunnel)?
         };
         let refused = refused::troubles(&pins, status.network)?;
-        let of_pods = within.iter().filter_map(|link| if_indextoname(*link).ok()?.into_string().ok());
+        let of_pods = within.iter().filter_map(|link| interface_name(*link));
         let from_others = match status.backend_type() {
             BackendType::Vxlan => vec![VxlanDevice::name_of(vni)],
             _ => status.underlay_interfaces.clone(),

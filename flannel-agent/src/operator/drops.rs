@@ -7,14 +7,13 @@ use flannel_common::{
     maps::Counter,
     vxlan::Vni,
 };
-use nix::net::if_::if_indextoname;
 use serde::Serialize;
 use serde_json::json;
 
 use super::{
-    OperatorError,
+    OperatorError, agent_note,
     decode::{Decoded, decode},
-    is_running, rows,
+    interface_name, is_running, rows,
 };
 use crate::{
     cli::{Cli, Output},
@@ -96,7 +95,7 @@ impl Sample {
         Self {
             age_ms: dropped.ago.as_millis() as u64,
             ifindex: dropped.ifindex,
-            interface: if_indextoname(dropped.ifindex).ok().and_then(|name| name.into_string().ok()),
+            interface: interface_name(dropped.ifindex),
             length: dropped.len,
             summary: decoded.to_string(),
             decoded,
@@ -110,7 +109,7 @@ impl Sample {
 }
 
 fn table(vni: Vni, running: Option<bool>, reasons: &[Reason]) -> String {
-    let agent = if running == Some(false) { " (no agent is running; the programs go on without one)" } else { "" };
+    let agent = agent_note(running);
     let seen: Vec<_> = reasons.iter().filter(|reason| reason.packets > 0).collect();
     if seen.is_empty() {
         return format!("flannel.{vni}{agent}: nothing was dropped\n");

@@ -10,6 +10,7 @@ mod refused;
 mod status;
 
 use flannel_common::vxlan::Vni;
+use nix::net::if_::if_indextoname;
 use tabled::{
     builder::Builder,
     settings::{Padding, Style},
@@ -108,6 +109,19 @@ pub fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
 /// Whether an agent serves that overlay now. [`None`] where that can't be told: only its user may know.
 fn is_running(cli: &Cli, vni: Vni) -> Option<bool> {
     Lock::is_held(&cli.run_dir, vni).ok()
+}
+
+/// What follows an overlay's name where it is known that nobody serves it.
+const fn agent_note(is_running: Option<bool>) -> &'static str {
+    match is_running {
+        Some(false) => " (no agent is running; the programs go on without one)",
+        Some(true) | None => "",
+    }
+}
+
+/// [`None`] for a link that is gone.
+fn interface_name(ifindex: u32) -> Option<String> {
+    if_indextoname(ifindex).ok()?.into_string().ok()
 }
 
 /// Rows in columns.

@@ -8,11 +8,10 @@ use std::{
 
 use flannel_common::vxlan::Vni;
 use ipnet::Ipv4Net;
-use nix::net::if_::if_indextoname;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{OperatorError, drops::age, is_running, rows};
+use super::{OperatorError, agent_note, drops::age, interface_name, is_running, rows};
 use crate::{
     backend::has_datapath,
     cli::{Cli, Output},
@@ -130,15 +129,11 @@ fn peers(
     let ways = pinned_ways(pins, status.network, subnet_len, status.direct_routing, has_tunnel)?;
     let held = status.held.iter().map(|held| (held.subnet, held)).collect();
     let numbers: BTreeSet<_> = ways.iter().map(|way| way.ifindex).collect();
-    let interfaces = numbers.into_iter().filter_map(|number| Some((number, name_of(number)?))).collect();
+    let interfaces = numbers.into_iter().filter_map(|number| Some((number, interface_name(number)?))).collect();
     let known = Known { neighbours, held, interfaces };
     let mut peers: Vec<_> = ways.iter().map(|way| known.judge(way)).collect();
     peers.sort_by_key(|peer| (peer.state, peer.subnet));
     Ok(peers)
-}
-
-fn name_of(link: u32) -> Option<String> {
-    if_indextoname(link).ok()?.into_string().ok()
 }
 
 impl Known<'_> {
@@ -194,7 +189,7 @@ impl Known<'_> {
 }
 
 fn table(name: &str, running: Option<bool>, peers: Option<&[Peer]>) -> String {
-    let agent = if running == Some(false) { " (no agent is running; the programs go on without one)" } else { "" };
+    let agent = agent_note(running);
     let peers = match peers {
         None => return format!("{name}{agent}: the backend keeps no peers in the kernel's maps\n"),
         Some([]) => return format!("{name}{agent}: no peers\n"),
