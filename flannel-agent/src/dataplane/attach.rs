@@ -11,7 +11,7 @@ use aya::{
     sys::SyscallError,
 };
 use flannel_common::vxlan::Vni;
-use nix::net::if_::if_indextoname;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use tracing::{debug, warn};
 
 use super::{
@@ -63,6 +63,11 @@ pub(super) fn attach(
     let pin = pins.link(hook.program(), ifindex);
     let refused = |call| move |source| DataplaneError::Program { call, program: hook.program(), source };
     let attachment = |link| Attachment { place: Place::Tc(hook), variant, ifindex, link };
+    // aya attaches by name, which may be another interface's by now.
+    let named = || match if_nametoindex(interface) {
+        Ok(index) if index == ifindex => Ok(()),
+        _ => Err(refused("attach")(ProgramError::UnknownInterface { name: interface.to_owned() })),
+    };
 
     let before = held.remove(&pin);
     let was_held = before.is_some();
@@ -78,10 +83,12 @@ pub(super) fn attach(
             release_all_but(hook, pins, held, &HashSet::new())?;
         }
         remove_pin(&pin)?;
+        named()?;
         let options = TcAttachOptions::TcxOrder(hook.order());
         match program.attach_with_options(interface, hook.attach_type(), options) {
             Ok(id) => {
                 let link = program.take_link(id).map_err(refused("attach"))?;
+                named()?;
                 let link = link.try_into().map_err(|_| DataplaneError::Missing("link of an attached program"))?;
                 // Where the file system of the pins is gone, the program is held until that is back.
                 let link = if pins.exists() { pin_link(link, &pin)? } else { link };
@@ -92,6 +99,7 @@ pub(super) fn attach(
             Err(error) => return Err(refused("attach")(error)),
         }
     }
+    named()?;
     let was_there = attach_filter(program, hook, interface, pins.vni()).map_err(refused("attach"))?;
     held.insert(pin, attachment(None));
     Ok(was_held && !was_there)

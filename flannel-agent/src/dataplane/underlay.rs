@@ -15,6 +15,9 @@ impl Dataplane {
         let before =
             std::mem::replace(&mut self.underlay, links.iter().map(|link| (link.index, link.header_len())).collect());
         self.underlay_attached.retain(|index| before.get(index) == self.underlay.get(index));
+        // First: a link that came in the place of another has its name.
+        let indexes: HashSet<u32> = links.iter().map(|link| link.index).collect();
+        attach::release_all_but(Hook::FromUnderlay, &self.pins, &mut self.held, &indexes)?;
         let mut result = Ok(());
         for Link { name, index, .. } in links {
             if !self.underlay_attached.insert(*index) {
@@ -25,8 +28,6 @@ impl Dataplane {
                 result = Err(error);
             }
         }
-        let indexes: HashSet<u32> = links.iter().map(|link| link.index).collect();
-        attach::release_all_but(Hook::FromUnderlay, &self.pins, &mut self.held, &indexes)?;
         result
     }
 }
