@@ -6,7 +6,7 @@ use std::{process::Command, time::Duration};
 use nix::sys::signal::Signal;
 use xtask::{lab::PREFIX, process::Process};
 
-use crate::world::{CONFIG, SOON, World, agent, is_answered};
+use crate::world::{CONFIG, SOON, World, agent, is_delivered};
 
 /// Waits for the end of a host's agent; its exit code and the line that it ended with.
 pub fn end_of<S>(world: &mut World<S>, host: usize) -> (Option<i32>, String) {
@@ -89,7 +89,7 @@ fn traffic_goes_on_while_etcd_is_away_and_changes_are_seen_after() {
     world.wait_connected(0, 1);
     world.store.stop();
     world.wait_log(0, "the watch on the leases ended");
-    assert!(is_answered(&world.hosts[0].pods[0].netns, &world.hosts[1].pods[0].address.to_string()));
+    assert!(is_delivered(&world.hosts[0].pods[0].netns, &world.hosts[1].pods[0].address.to_string()));
     world.store.resume().unwrap();
     let late = world.lab.host("node3", 3).unwrap();
     world.hosts.push(late);

@@ -70,7 +70,9 @@ fn signal_agent(directory: &Path, host: &str, signal: Signal) {
         let status: serde_json::Value = serde_json::from_slice(&std::fs::read(&status).ok()?).ok()?;
         status["pid"].as_i64()
     };
-    wait_for("the agent", SOON, || pid().is_some()).unwrap();
+    // Before, the run would wait for it in vain.
+    let subnet = directory.join(format!("{host}/run/subnet.env"));
+    wait_for("the agent", SOON, || pid().is_some() && subnet.exists()).unwrap();
     kill(Pid::from_raw(pid().unwrap() as i32), signal).unwrap();
 }
 

@@ -7,7 +7,7 @@ use xtask::{
     transfer::tcp_transfer,
 };
 
-use crate::world::{SOON, World, is_answered};
+use crate::world::{SOON, World, is_delivered};
 
 /// Host 0 is ours, host 1 flannel's, each knowing the other.
 pub fn mixed() -> World {
@@ -29,7 +29,7 @@ fn pings_pass_both_ways() {
         let address = world.hosts[to].pods[0].address;
         let ping = world.hosts[from].pods[0].netns.exec(&format!("ping -c 5 -i 0.2 -W 2 {address}")).unwrap();
         assert!(ping.contains("5 received"), "{from} to {to}: {ping}");
-        assert!(is_answered(&world.hosts[from].netns, &address.to_string()), "host {from} to pod {to}");
+        assert!(is_delivered(&world.hosts[from].netns, &address.to_string()), "host {from} to pod {to}");
     }
     assert_eq!(world.counter(0, "inner_foreign_mac"), 0);
 }

@@ -1,6 +1,6 @@
 //! The protocol: who gets which subnet, and who is a peer, with flannel's hosts in the same table.
 
-use std::{collections::HashSet, fs};
+use std::{collections::HashSet, fs, time::Instant};
 
 use xtask::{lab::PREFIX, progress::wait_for};
 
@@ -180,10 +180,12 @@ fn a_start_renews_for_the_whole_term_and_writes_nothing() {
         let text = world.store.etcdctl(&["lease", "timetolive", &lease, "-w", "json"]).unwrap();
         serde_json::from_str::<serde_json::Value>(&text).unwrap()["ttl"].as_u64().unwrap()
     };
-    wait_for("some of the term to pass", SOON, || left(&world) < 86398).unwrap();
+    wait_for("some of the term to pass", SOON, || left(&world) < 86396).unwrap();
+    let begun = Instant::now();
     world.start(0, &[]);
     world.wait_log(0, "carries");
-    assert!(left(&world) >= 86399, "{}", left(&world));
+    let left = left(&world);
+    assert!(left + begun.elapsed().as_secs() >= 86398, "{left} after {:?}", begun.elapsed());
     assert_eq!(serde_json::from_str::<serde_json::Value>(&kv(&world)).unwrap()["kvs"], before["kvs"]);
 }
 
@@ -228,7 +230,10 @@ fn two_overlays_live_on_one_pair_of_hosts() {
     // It is written now and then.
     wait_for("all to be well with both", SOON, || status().is_ok()).unwrap();
     let all = status().unwrap();
-    assert!(all.contains("flannel.1  10.5.0.0/16") && all.contains("flannel.2  10.6.0.0/16"), "{all}");
+    for overlay in [["flannel.1", "10.5.0.0/16"], ["flannel.2", "10.6.0.0/16"]] {
+        let is_listed = all.lines().any(|line| line.split_whitespace().take(2).eq(overlay));
+        assert!(is_listed, "{overlay:?}: {all}");
+    }
     assert_eq!(world.hosts[0].subnet().unwrap().gateway.octets()[1], 5);
     others.iter_mut().for_each(|agent| {
         agent.signal(nix::sys::signal::Signal::SIGTERM).unwrap();

@@ -9,7 +9,7 @@ use xtask::{
     progress::wait_for,
 };
 
-use crate::world::{SOON, World, is_answered};
+use crate::world::{SOON, World, is_delivered};
 
 #[test]
 fn the_device_the_lease_and_subnet_env_are_flannels() {
@@ -62,7 +62,7 @@ fn the_datapath_outlives_the_agent_and_is_adopted_by_the_next() {
         agent.signal(signal).unwrap();
         let status = agent.wait(Duration::from_secs(3)).unwrap();
         assert_eq!(status.success(), signal != Signal::SIGKILL, "{signal}: {status}");
-        assert!(is_answered(&world.hosts[0].pods[0].netns, &address.to_string()), "after {signal}");
+        assert!(is_delivered(&world.hosts[0].pods[0].netns, &address.to_string()), "after {signal}");
 
         // Counters go on, so the maps are the same; and no ping is lost on the way.
         let encapsulated = |world: &World| world.counter(0, "encapsulated");
@@ -152,7 +152,7 @@ fn cleanup_takes_everything_away_and_only_when_no_agent_runs() {
     world.wait_connected(0, 1);
     let running = output(world.agent_on(0).arg("cleanup")).unwrap_err().to_string();
     assert!(running.contains("another agent serves flannel.1"), "{running}");
-    assert!(is_answered(&world.hosts[0].pods[0].netns, &world.hosts[1].pods[0].address.to_string()));
+    assert!(is_delivered(&world.hosts[0].pods[0].netns, &world.hosts[1].pods[0].address.to_string()));
 
     world.hosts[0].agent = None;
     output(world.agent_on(0).arg("cleanup")).unwrap();

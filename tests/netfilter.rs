@@ -16,7 +16,7 @@ use xtask::{
 
 use crate::{
     sockets::socket_in,
-    world::{SOON, World, agent, is_answered},
+    world::{SOON, World, agent, is_delivered},
 };
 
 pub const MASQUERADE: &[&str] = &["--ip-masq", "--iptables-resync=1"];
@@ -273,7 +273,7 @@ fn what_is_not_installed_is_done_without_or_named() {
         assert_eq!(status.status.code(), Some(3), "{status:?}");
         // Everything else is there.
         world.hosts[0].add_pod().unwrap();
-        assert!(is_answered(&world.hosts[0].netns, &world.hosts[0].pods[0].address.to_string()));
+        assert!(is_delivered(&world.hosts[0].netns, &world.hosts[0].pods[0].address.to_string()));
     }
 }
 

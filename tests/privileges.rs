@@ -15,7 +15,7 @@ use xtask::{
 
 use crate::{
     numbered::kill,
-    world::{SOON, World, agent, is_answered},
+    world::{SOON, World, agent, is_delivered},
 };
 
 /// `nobody`.
@@ -167,7 +167,7 @@ fn what_belongs_to_another_user_is_said_and_goes_on_as_it_was() {
     world.hosts[0].agent = None;
     let run = world.hosts[0].run_dir();
     let (pod, address) = (&world.hosts[0].pods[0], world.hosts[1].pods[0].address.to_string());
-    assert!(is_answered(&pod.netns, &address));
+    assert!(is_delivered(&pod.netns, &address));
 
     // First the run folder's files are root's, then only the pins.
     for what in ["flannel.1.lock", "v4"] {
@@ -177,7 +177,7 @@ fn what_belongs_to_another_user_is_said_and_goes_on_as_it_was() {
         let log = world.hosts[0].agent.as_ref().unwrap().log();
         let line = log.lines().last().unwrap();
         assert!(line.contains("Permission denied") && line.contains("chown"), "{what}: {log}");
-        assert!(is_answered(&world.hosts[0].pods[0].netns, &address), "after {what}");
+        assert!(is_delivered(&world.hosts[0].pods[0].netns, &address), "after {what}");
         output(Command::new("chown").args(["-R", &USER.to_string()]).arg(&run)).unwrap();
     }
     output(Command::new("chown").args(["-R", &USER.to_string()]).arg(world.hosts[0].pin_dir())).unwrap();

@@ -23,7 +23,7 @@ use crate::{
     sockets::{connection, listener_in},
     stream::Stream,
     upgrade::Kernel,
-    world::{SOON, World, is_answered},
+    world::{SOON, World, is_delivered},
 };
 
 /// Ends a host's agent as a service manager does.
@@ -230,7 +230,7 @@ fn an_overlay_whose_agent_runs_is_left_and_the_other_is_cleaned() {
     assert!(netns.ip("link show flannel.2").is_err() && !file.exists());
     assert!(!world.hosts[0].pin_dir().join("2").exists());
     assert!(netns.ip("link show flannel.1").is_ok() && world.hosts[0].subnet().is_ok());
-    assert!(is_answered(netns, &world.hosts[0].pods[0].address.to_string()));
+    assert!(is_delivered(netns, &world.hosts[0].pods[0].address.to_string()));
     wait_for("all to be well", SOON, || output(world.agent_on(0).arg("status")).is_ok()).unwrap();
 }
 

@@ -15,7 +15,7 @@ use xtask::{
     progress::wait_for,
 };
 
-use crate::world::{SOON, World, agent, is_answered, lease_value};
+use crate::world::{SOON, World, agent, is_answered, is_delivered, lease_value};
 
 const VXLAN: &str = r#""Backend": {"Type": "vxlan"}"#;
 /// As in flannel's documentation (Documentation/configuration.md).
@@ -119,7 +119,7 @@ fn a_bridge_with_the_networks_prefix_stays_and_so_do_its_containers() {
         assert_eq!(reason, said, "{routes}");
         let all = world.hosts[0].netns.exec("ip route").unwrap();
         assert!(before.lines().all(|line| all.contains(line)), "{all}\nbefore:\n{before}");
-        assert!(is_answered(&world.hosts[0].netns, "172.17.0.2"), "host to container");
+        assert!(is_delivered(&world.hosts[0].netns, "172.17.0.2"), "host to container");
         world.restart(0, &[]);
     }
     world.cleanup(0);
@@ -297,7 +297,7 @@ fn the_documented_config_with_all_that_a_host_needs_behind_the_default_gateway()
         world.wait_connected(0, 1);
         assert_eq!(world.routes(0).1, reason);
         for needed in [etcd, resolver, "10.202.0.1", "10.201.0.254"] {
-            assert!(is_answered(&world.hosts[0].netns, needed), "{needed}: {reason}");
+            assert!(is_delivered(&world.hosts[0].netns, needed), "{needed}: {reason}");
         }
     }
 }
@@ -326,7 +326,7 @@ fn vagrants_two_interfaces() {
     world.wait_connected(0, 1);
     assert_eq!(world.status(0)["status"]["routes"]["mode"], "network");
     for address in ["10.0.2.2", "10.0.2.3", "10.200.0.9"] {
-        assert!(is_answered(&world.hosts[0].netns, address), "{address}");
+        assert!(is_delivered(&world.hosts[0].netns, address), "{address}");
     }
 }
 

@@ -7,7 +7,7 @@ use xtask::{lab::PREFIX, process::output, progress::wait_for};
 
 use crate::{
     netfilter::{BOTH, MASQUERADE, assert_nothing, config, ours, world},
-    world::{SOON, World, is_answered},
+    world::{SOON, World, is_delivered},
 };
 
 /// What a host asks for that had it before.
@@ -187,7 +187,7 @@ fn a_blackhole_is_what_remains_without_pods() {
     assert!(world.hosts[0].netns.ip("route get 10.5.130.7").is_err());
     world.hosts[0].add_pod().unwrap();
     let pod = world.hosts[0].pods[0].address.to_string();
-    assert!(is_answered(&world.hosts[0].netns, &pod));
+    assert!(is_delivered(&world.hosts[0].netns, &pod));
 
     world.hosts[0].netns.ip("route delete blackhole 10.5.130.0/24 metric 4294967294").unwrap();
     wait_for("the blackhole", SOON, || blackholes(&world).trim() == ours).unwrap();

@@ -13,7 +13,7 @@ use xtask::{
 use crate::{
     interoperation::mixed,
     sockets::{connection, listener_in},
-    world::{SOON, World, agent, is_answered},
+    world::{SOON, World, agent, is_answered, is_delivered},
 };
 
 /// That a server at an address of a namespace is reached by TCP, and answers.
@@ -34,7 +34,7 @@ fn assert_hosts_talk(world: &World) {
     for (from, to) in [(0, 1), (1, 0)] {
         let (pod, host) = (&world.hosts[from].pods[0], &world.hosts[to]);
         let what = format!("the pod on host {from} and host {to}");
-        assert!(is_answered(&pod.netns, &host.address.to_string()), "{what}: no answer to a ping");
+        assert!(is_delivered(&pod.netns, &host.address.to_string()), "{what}: no answer to a ping");
         assert_served(&pod.netns, &host.netns, host.address, &what);
         let ping = host.netns.exec(&format!("ping -c 1 -W 1 -I {} {}", host.address, pod.address));
         assert!(ping.is_ok(), "{what}: no answer to the host's own address");

@@ -10,7 +10,7 @@ use xtask::{
 use crate::{
     frames::{FROM_TWO, Mac, STRANGER, Tunnel, ethernet, udp, vxlan},
     short_frames::send,
-    world::{SOON, World, is_answered, lease_value},
+    world::{SOON, World, is_delivered, lease_value},
 };
 
 /// The third octet of the host's subnet, and that of the peer that stays.
@@ -148,6 +148,6 @@ fn a_device_that_flannel_makes_anew_gets_its_packets() {
         world.wait_connected(0, other);
     }
     for other in [1, 2] {
-        assert!(is_answered(&world.hosts[0].netns, &world.hosts[other].pods[0].address.to_string()), "host {other}");
+        assert!(is_delivered(&world.hosts[0].netns, &world.hosts[other].pods[0].address.to_string()), "host {other}");
     }
 }

@@ -5,7 +5,7 @@ use std::{fs, time::Duration};
 use nix::sys::signal::Signal;
 use xtask::{lab::PREFIX, progress::wait_for};
 
-use crate::world::{SOON, World, is_answered, lease_value};
+use crate::world::{SOON, World, is_delivered, lease_value};
 
 fn key_of(world: &World, host: usize) -> String {
     format!("{PREFIX}/subnets/{}", world.lease_of(host).0)
@@ -209,5 +209,5 @@ fn a_store_that_hangs_does_not_delay_the_end() {
     agent.signal(Signal::SIGTERM).unwrap();
     assert!(agent.wait(Duration::from_secs(3)).unwrap().success());
     world.store.unpause().unwrap();
-    assert!(is_answered(&world.hosts[0].netns, &world.hosts[0].pods[0].address.to_string()));
+    assert!(is_delivered(&world.hosts[0].netns, &world.hosts[0].pods[0].address.to_string()));
 }

@@ -10,7 +10,7 @@ use xtask::{lab::PREFIX, progress::wait_for, run::decoded_packet, transfer::tcp_
 
 use crate::{
     sockets::socket_in,
-    world::{SOON, World, is_answered, lease_value},
+    world::{SOON, World, is_answered, is_delivered, lease_value},
 };
 
 #[test]
@@ -37,8 +37,8 @@ fn pods_and_hosts_reach_each_other_from_the_first_packet() {
     let gateway = two.subnet().unwrap().gateway;
     let overlay_address = Ipv4Addr::from_bits(gateway.to_bits() - 1);
     for address in [two.pods[0].address, gateway, overlay_address] {
-        assert!(is_answered(&one.netns, &address.to_string()), "host to {address}");
-        assert!(is_answered(&one.pods[0].netns, &address.to_string()), "pod to {address}");
+        assert!(is_delivered(&one.netns, &address.to_string()), "host to {address}");
+        assert!(is_delivered(&one.pods[0].netns, &address.to_string()), "pod to {address}");
     }
     for label in ["unknown_vtep", "spoofed_inner_source", "inner_foreign_mac", "foreign_inner_destination"] {
         assert_eq!((world.counter(0, label), world.counter(1, label)), (0, 0), "{label}");

@@ -12,7 +12,7 @@ use super::{
     runtime::{Expected as _, Runtime, delegates, pod},
     world,
 };
-use crate::world::{World, is_answered};
+use crate::world::{World, is_delivered};
 
 #[test]
 fn a_request_that_is_none() {
@@ -112,7 +112,7 @@ fn a_container_is_attached_once_and_its_leftovers_are_not_in_the_way() {
     runtime.add_alone("c1", &pod.netns.path()).failed(4, "eth0 already exists");
     runtime.add_alone("c2", &pod.netns.path()).failed(4, "eth0 already exists");
     assert_eq!((runtime.states(), runtime.addresses()), before);
-    assert!(is_answered(&world.hosts[0].netns, &pod.address.to_string()));
+    assert!(is_delivered(&world.hosts[0].netns, &pod.address.to_string()));
     // After a reboot: what was kept and reserved is there, the namespace is another.
     let name = pod.netns.name().to_owned();
     drop(pod);
@@ -140,7 +140,7 @@ fn what_flannels_plugin_kept_of_one_interface_outlives_the_next() {
         second("DEL");
         assert_eq!(runtime.states(), ["c1"]);
         assert_eq!(runtime.addresses(), [pod.address.to_string()]);
-        assert!(is_answered(&world.hosts[0].netns, &pod.address.to_string()));
+        assert!(is_delivered(&world.hosts[0].netns, &pod.address.to_string()));
     }
     runtime.del_alone("c1", &pod.netns.path()).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
@@ -173,7 +173,7 @@ fn a_full_subnet() {
     assert!(reply.code != Some(0) && reply.json()["msg"].as_str().unwrap().contains("no IP addresses"), "{reply:?}");
     assert_eq!((runtime.states(), runtime.addresses()), (vec!["c1".to_owned()], vec![first.address.to_string()]));
     runtime.del_alone("c2", &netns.path()).succeeded();
-    assert!(is_answered(&world.hosts[0].netns, &first.address.to_string()));
+    assert!(is_delivered(&world.hosts[0].netns, &first.address.to_string()));
     runtime.del_alone("c1", &first.netns.path()).succeeded();
     runtime.add_alone("c2", &netns.path()).succeeded();
     runtime.del_alone("c2", &netns.path()).succeeded();

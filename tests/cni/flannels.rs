@@ -13,7 +13,7 @@ use super::{
     runtime::{Expected as _, Runtime, delegates, pod},
     world,
 };
-use crate::world::is_answered;
+use crate::world::is_delivered;
 
 /// flannel's plugin.
 struct Flannels<'a>(&'a Runtime);
@@ -95,7 +95,7 @@ fn pods_of_flannels_are_detached_by_ours() {
     runtime.call("DEL", 0, "c3", &other.path(), "net1", None).succeeded();
     assert!(!has(&first, "eth0") && !has(&other, "net1"));
     assert_eq!((runtime.states(), runtime.addresses()), (vec!["c1".to_owned()], vec![pod.address.to_string()]));
-    assert!(is_answered(&world.hosts[0].netns, &pod.address.to_string()));
+    assert!(is_delivered(&world.hosts[0].netns, &pod.address.to_string()));
     runtime.del_alone("c1", &pod.netns.path()).succeeded();
     runtime.assert_nothing_is_left(&world.hosts[0]);
 }

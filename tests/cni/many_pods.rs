@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     sockets::{connection, listener_in},
-    world::{SOON, World, is_answered},
+    world::{SOON, World, is_answered, is_delivered},
 };
 
 const PODS: usize = 250;
@@ -147,7 +147,7 @@ fn come_and_go_without_a_trace() {
     assert!(same.is_ok(), "{:#?}\nbefore: {before:#?}", Traces::of(&world, 0));
     // Those of the connections to pods that are gone; ping's are none.
     wait_for("the flows to be forgotten", SOON, || flows(&world, 0) == 0).unwrap();
-    assert!(is_answered(&one.netns, &two.address.to_string()));
+    assert!(is_delivered(&one.netns, &two.address.to_string()));
 }
 
 /// Some rounds, so that the flow is noted on both sides.

@@ -8,7 +8,7 @@ use xtask::{lab::User, progress::wait_for};
 use super::{Cluster, PREFIX, on_double, start};
 use crate::{
     bad_input::end_of,
-    world::{SOON, is_answered},
+    world::{SOON, is_delivered},
 };
 
 /// The MAC of a host's `flannel.1`.
@@ -297,7 +297,7 @@ fn a_node_that_is_made_again_with_another_pod_cidr_moves_its_host() {
     cluster.add_node("node1", &["10.6.1.0/24"]);
     cluster.wait_log(0, "doesn't contain \"10.6.1.0/24\" PodCIDR");
     cluster.wait_status(0, "the loss", |status| status["lease"]["state"] == "lost");
-    assert!(is_answered(&cluster.hosts[0].pods[0].netns, &cluster.hosts[1].pods[0].address.to_string()));
+    assert!(is_delivered(&cluster.hosts[0].pods[0].netns, &cluster.hosts[1].pods[0].address.to_string()));
     cluster.delete_node("node1");
     cluster.add_node("node1", &["10.5.77.0/25"]);
     wait_held(&cluster, 0);

@@ -13,7 +13,7 @@ use xtask::{lab::Subnet, progress::wait_for, transfer::tcp_transfer};
 use super::Cluster;
 use crate::{
     sockets::{connection, listener_in},
-    world::{SOON, Traffic, is_answered},
+    world::{SOON, Traffic, is_answered, is_delivered},
 };
 
 /// The podCIDR 10.5.x.0/24 as flannel tells a runtime of it.
@@ -99,7 +99,7 @@ fn ours_and_flannels_talk_both_ways() {
         let address = cluster.hosts[to].pods[0].address;
         let ping = cluster.hosts[from].pods[0].netns.exec(&format!("ping -c 5 -i 0.2 -W 2 {address}")).unwrap();
         assert!(ping.contains("5 received"), "{from} to {to}: {ping}");
-        assert!(is_answered(&cluster.hosts[from].netns, &address.to_string()), "host {from} to pod {to}");
+        assert!(is_delivered(&cluster.hosts[from].netns, &address.to_string()), "host {from} to pod {to}");
     }
     for gso in [true, false] {
         for host in &cluster.hosts {

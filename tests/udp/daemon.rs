@@ -20,7 +20,7 @@ use super::{MTU, PORT, engines::add_pod, forwarder::Forwarder};
 use crate::{
     sockets::{connection, listener_in, socket_in},
     stream::Stream,
-    world::{SOON, World, agent, is_answered},
+    world::{SOON, World, agent, is_answered, is_delivered},
 };
 
 const UDP: &str = r#"{"Type": "udp"}"#;
@@ -218,7 +218,7 @@ fn a_restart_costs_what_is_sent_meanwhile_and_no_connection() {
         assert_eq!(&said, b"still there");
     }
     assert_eq!((device(&world.hosts[0]), world.lease_of(0)), (before, lease));
-    assert!(is_answered(&world.hosts[1].pods[0].netns, &client.to_string()));
+    assert!(is_delivered(&world.hosts[1].pods[0].netns, &client.to_string()));
     let (sent, arrived) = stream.end();
     let arrived: BTreeSet<_> = arrived.into_iter().collect();
     let lost: Vec<_> = (0..sent).filter(|number| !arrived.contains(number)).collect();

@@ -29,7 +29,7 @@ use xtask::{
 
 use crate::{
     sockets::{Pattern, connection, listener_in, socket_in},
-    world::{SOON, is_answered, names},
+    world::{SOON, is_answered, is_delivered, names},
 };
 
 /// Hosts 1, 2, ... with a pod each, and no tunnel yet. The fields go in this order.
@@ -158,7 +158,7 @@ fn pods_talk_by_tunnels_of_ours() {
     hosts.check_udp("ours and ours");
     // By the host's own overlay address, which it sends from without being asked to.
     let pod = hosts.hosts[1].pods[0].address.to_string();
-    assert!(is_answered(&hosts.hosts[0].netns, &pod));
+    assert!(is_delivered(&hosts.hosts[0].netns, &pod));
     for tunnel in &tunnels {
         assert_eq!(troubles(tunnel), []);
         assert!(tunnel.count(Event::Sent) > 6000 && tunnel.count(Event::Received) > 6000);

@@ -102,6 +102,20 @@ impl Process {
         self.child.id()
     }
 
+    /// How long its threads have waited for a CPU while they could have run: `run_delay` of the kernel's `schedstat`.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn run_delay(&self) -> Result<Duration> {
+        let mut sum = 0;
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.id()))? {
+            // One that has just ended has none.
+            let counts = std::fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
+            sum += counts.split_whitespace().nth(1).and_then(|delay| delay.parse::<u64>().ok()).unwrap_or(0);
+        }
+        Ok(Duration::from_nanos(sum))
+    }
+
     /// What it printed so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
