@@ -27,7 +27,7 @@ pub type Table = Vec<(&'static str, Vec<u8>, Event)>;
 fn expect(table: Table) {
     with_programs(|programs| {
         for (what, frame, event) in &table {
-            programs.expect_unchanged(Hook::FromUnderlay, what, frame, *event);
+            programs.expect_at_underlay(what, frame, *event);
         }
     });
 }
@@ -40,29 +40,29 @@ fn peers_are_admitted_with_what_they_lease() {
 pub fn admitted() -> Table {
     let options: Ipv4Options = [7, 7, 4, 0, 0, 0, 0, 0].into();
     vec![
-        ("UDP", from_two(&udp(POD_TWO, POD_ONE)), Event::Admitted),
-        ("TCP", from_two(&tcp(POD_TWO, POD_ONE)), Event::Admitted),
-        ("ICMP", from_two(&icmp(POD_TWO, POD_ONE)), Event::Admitted),
-        ("from its overlay address to ours", from_two(&icmp([10, 5, 2, 0], [10, 5, 1, 0])), Event::Admitted),
-        ("from its lease outside the Network", from_two(&udp([172, 30, 1, 1], POD_ONE)), Event::Admitted),
-        ("from its lease longer than the grid's", from_two(&udp([10, 5, 4, 200], POD_ONE)), Event::Admitted),
-        ("from its own address", from_two(&udp(NODE_TWO, POD_ONE)), Event::Admitted),
-        ("from its own address to our overlay address", from_two(&icmp(NODE_TWO, [10, 5, 1, 0])), Event::Admitted),
-        ("from a prefix that the operator names", from_two(&udp([10, 20, 3, 4], POD_ONE)), Event::Admitted),
-        ("from such a prefix of class E", from_two(&udp([247, 255, 255, 254], POD_ONE)), Event::Admitted),
-        ("to a prefix that the operator names", from_two(&udp(POD_TWO, [10, 20, 3, 4])), Event::Admitted),
-        ("from one to another", from_two(&udp([10, 20, 3, 4], [240, 0, 0, 1])), Event::Admitted),
+        ("UDP", from_two(&udp(POD_TWO, POD_ONE)), Event::HandedIn),
+        ("TCP", from_two(&tcp(POD_TWO, POD_ONE)), Event::HandedIn),
+        ("ICMP", from_two(&icmp(POD_TWO, POD_ONE)), Event::HandedIn),
+        ("from its overlay address to ours", from_two(&icmp([10, 5, 2, 0], [10, 5, 1, 0])), Event::HandedIn),
+        ("from its lease outside the Network", from_two(&udp([172, 30, 1, 1], POD_ONE)), Event::HandedIn),
+        ("from its lease longer than the grid's", from_two(&udp([10, 5, 4, 200], POD_ONE)), Event::HandedIn),
+        ("from its own address", from_two(&udp(NODE_TWO, POD_ONE)), Event::HandedIn),
+        ("from its own address to our overlay address", from_two(&icmp(NODE_TWO, [10, 5, 1, 0])), Event::HandedIn),
+        ("from a prefix that the operator names", from_two(&udp([10, 20, 3, 4], POD_ONE)), Event::HandedIn),
+        ("from such a prefix of class E", from_two(&udp([247, 255, 255, 254], POD_ONE)), Event::HandedIn),
+        ("to a prefix that the operator names", from_two(&udp(POD_TWO, [10, 20, 3, 4])), Event::HandedIn),
+        ("from one to another", from_two(&udp([10, 20, 3, 4], [240, 0, 0, 1])), Event::HandedIn),
         (
             "from an address of the Network that is named, and that nobody leases",
             from_two(&udp([10, 5, 0, 9], POD_ONE)),
-            Event::Admitted,
+            Event::HandedIn,
         ),
         (
             "with IP options inside",
             from_two(&udp_with(POD_TWO, POD_ONE, |ip| ip.options = options.clone())),
-            Event::Admitted,
+            Event::HandedIn,
         ),
-        ("an inner fragment", from_two(&udp_with(POD_TWO, POD_ONE, |ip| ip.more_fragments = true)), Event::Admitted),
+        ("an inner fragment", from_two(&udp_with(POD_TWO, POD_ONE, |ip| ip.more_fragments = true)), Event::HandedIn),
         (
             "reserved bits set, which RFC 7348 says to ignore",
             FROM_TWO.around(&[0xff, 1, 2, 3, 0, 0, 1, 9], &inner(&udp(POD_TWO, POD_ONE))),
@@ -193,7 +193,7 @@ const NEW_MAC: Mac = [0x0a, 0, 0, 0, 0, 0x99];
 /// What is said of a packet at TC; XDP must not drop what is let through there.
 fn expect_at_both(programs: &mut Loaded<'_>, table: &Table) {
     for (what, frame, event) in table {
-        programs.expect_unchanged(Hook::FromUnderlay, what, frame, *event);
+        programs.expect_at_underlay(what, frame, *event);
         for mode in [XdpMode::Native, XdpMode::Generic] {
             let mut out = vec![0; frame.len() + 256];
             let options = TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };

@@ -43,14 +43,18 @@ fn bulk_tcp_passes_the_stack_by_on_both_hosts() {
 /// That bulk TCP between the first pods of two hosts passes the stack of both by.
 pub fn assert_bulk_tcp_passes_by(world: &World) {
     let (client, server) = (&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
-    let counters =
-        |host| ["pod_encapsulated", "delivered", "encapsulated", "admitted"].map(|label| world.counter(host, label));
+    let counters = |host| {
+        let labels = ["pod_encapsulated", "delivered", "encapsulated", "admitted", "handed_in"];
+        labels.map(|label| world.counter(host, label))
+    };
     let before = [counters(0), counters(1)];
     let transfer = tcp_transfer(&client.netns, &server.netns, server.address, 3, world.lab.directory()).unwrap();
     assert!(transfer.is_flowing(), "{} Gb/s", transfer.gbits);
     for (host, before) in before.into_iter().enumerate() {
         let after = counters(host);
-        let [fast_out, fast_in, slow_out, slow_in] = [0, 1, 2, 3].map(|index| after[index] - before[index]);
+        let [fast_out, fast_in, slow_out, admitted, handed_in] =
+            [0, 1, 2, 3, 4].map(|index| after[index] - before[index]);
+        let slow_in = admitted + handed_in;
         // Both directions, and some through the stack: handshakes, ends, and one a second for each flow.
         // (How many pass by depends on how much the kernel aggregates, and on what else runs.)
         assert!(fast_out > 100 && fast_in > 100, "host {host}: {fast_out} {fast_in}");

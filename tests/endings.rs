@@ -346,8 +346,8 @@ fn a_pods_flows_leave_the_bypass_with_its_veth() {
     wait_for("the bypass", SOON, || counter(Event::Delivered) > 500).unwrap();
     world.hosts[1].netns.ip("link delete pod1").unwrap();
     let (gone, delivered) = (Instant::now(), counter(Event::Delivered));
-    let admitted = counter(Event::Admitted);
-    wait_for("the stack", SOON, || counter(Event::Admitted) > admitted + 200).unwrap();
+    let admitted = counter(Event::HandedIn);
+    wait_for("the stack", SOON, || counter(Event::HandedIn) > admitted + 200).unwrap();
     let (after, took) = (counter(Event::Delivered) - delivered, gone.elapsed());
     println!("{after} datagrams past the stack after the veth was gone, and 200 through it by {took:?}");
     // Of two thousand in the second that it would have had.
@@ -452,8 +452,8 @@ fn no_flow_is_delivered_to_a_veth_that_is_gone_for_longer_than_20_ms() {
             host.netns.ip(&format!("link delete {name}")).unwrap();
             waiting.join().unwrap()
         });
-        let (before, admitted, mut took) = (last, counter(Event::Admitted), Duration::ZERO);
-        while counter(Event::Admitted) < admitted + 100 {
+        let (before, admitted, mut took) = (last, counter(Event::HandedIn), Duration::ZERO);
+        while counter(Event::HandedIn) < admitted + 100 {
             let now = counter(Event::Delivered);
             if now != last {
                 (last, took) = (now, gone.elapsed());

@@ -161,7 +161,7 @@ fn what_begins_or_ends_a_connection_ends_the_bypass() {
                 (tcp.source_port, tcp.destination_port) = (80, 40000);
             });
             let turn = FROM_TWO.around(&vxlan(8, 1), &inner(&inwards));
-            programs.expect_unchanged(Hook::FromUnderlay, what, &turn, Event::Admitted);
+            programs.expect_at_underlay(what, &turn, Event::HandedIn);
             programs.expect_unchanged(
                 Hook::FromPod,
                 &format!("data after {what} from there"),
@@ -187,7 +187,7 @@ fn a_known_flow_is_put_into_the_pod() {
 }
 
 #[test]
-fn what_of_a_known_flow_is_left_to_the_kernel() {
+fn what_of_a_known_flow_takes_the_stack() {
     let packet = udp(POD_TWO, POD_ONE);
     let old = udp_with(POD_TWO, POD_ONE, |ip| ip.time_to_live = 1);
     let fragment = udp_with(POD_TWO, POD_ONE, |ip| ip.more_fragments = true);
@@ -199,13 +199,13 @@ fn what_of_a_known_flow_is_left_to_the_kernel() {
         for (what, frame, ago, event) in [
             ("congestion on the way", marked, A_MOMENT, Event::Admitted),
             ("a fragment of a tunnel packet", first, A_MOMENT, Event::Admitted),
-            ("TTL 1", in_tunnel(FROM_TWO, &old), A_MOMENT, Event::Admitted),
-            ("a fragment in the tunnel", in_tunnel(FROM_TWO, &fragment), A_MOMENT, Event::Admitted),
-            ("released too long ago", in_tunnel(FROM_TWO, &packet), TOO_LONG, Event::Admitted),
+            ("TTL 1", in_tunnel(FROM_TWO, &old), A_MOMENT, Event::HandedIn),
+            ("a fragment in the tunnel", in_tunnel(FROM_TWO, &fragment), A_MOMENT, Event::HandedIn),
+            ("released too long ago", in_tunnel(FROM_TWO, &packet), TOO_LONG, Event::HandedIn),
             ("from a host that does not lease it", forged, A_MOMENT, Event::UnknownVtep),
         ] {
             know(programs, &packet, ago);
-            programs.expect_unchanged(Hook::FromUnderlay, what, &frame, event);
+            programs.expect_at_underlay(what, &frame, event);
         }
     });
 }

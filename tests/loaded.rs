@@ -11,7 +11,7 @@ use flannel_common::{
     flow::SourcePorts,
     maps::{Config, Vtep},
     packet::{OuterHeader, Tunnel},
-    vxlan::Vni,
+    vxlan::{self, Vni},
 };
 use nix::sched::{CloneFlags, setns};
 use xtask::lab::{Lab, Netns};
@@ -177,6 +177,16 @@ impl Loaded<'_> {
     pub fn expect_unchanged(&mut self, hook: Hook, what: &str, frame: &[u8], event: Event) {
         let expected = Run { verdict: verdict(event), frame: frame.to_vec(), counted: counted(event, frame) };
         assert_eq!(self.run(hook, frame), expected, "{what}");
+    }
+
+    /// The same of `from_underlay`, which leaves frames as they are or takes them out of the tunnel.
+    pub fn expect_at_underlay(&mut self, what: &str, frame: &[u8], event: Event) {
+        if event != Event::HandedIn {
+            return self.expect_unchanged(Hook::FromUnderlay, what, frame, event);
+        }
+        let inner = &frame[usize::from(vxlan::OVERHEAD)..];
+        let expected = Run { verdict: verdict(event), frame: inner.to_vec(), counted: counted(event, frame) };
+        assert_eq!(self.run(Hook::FromUnderlay, frame), expected, "{what}");
     }
 }
 

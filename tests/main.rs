@@ -149,6 +149,7 @@ mod takeover;
 mod tenancy;
 mod translated;
 mod treated;
+mod tunnel_rules;
 mod two_hosts;
 mod udp;
 mod underlays;

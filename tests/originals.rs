@@ -346,7 +346,7 @@ fn the_end_of_a_connection_is_its_end_under_both_names() {
         host.expect(
             Hook::FromUnderlay,
             &FROM_TWO.around(&vxlan(8, VNI), &inner(&out(fin).answered().packet())),
-            Event::Admitted,
+            Event::HandedIn,
         );
         assert_eq!(host.programs.flows().unwrap(), [data.key(true)]);
         let (note, _) = host.let_in(out(fin).answered());

@@ -189,6 +189,8 @@ pub struct Plan {
     pub addresses: BTreeSet<Ipv4Net>,
     /// What is from or to these ports.
     pub ports: BTreeSet<Ports>,
+    /// What takes the stack does so in its tunnel, for packet rules to meet the tunnel packets.
+    pub left_in_tunnel: bool,
 }
 
 impl Plan {

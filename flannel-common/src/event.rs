@@ -140,7 +140,7 @@ events! {
     Delivered = "delivered", Forward;
     /// from_underlay: a packet of a flow that the stack let in translated a moment ago; decapsulated, translated so, and put into the pod.
     DeliveredTranslated = "delivered_translated", Forward;
-    /// from_underlay: a tunnel packet that xdp_decap admitted and took out of the tunnel; handed to the vxlan device as received.
+    /// from_underlay: a packet from a known peer, with addresses that it may use, taken out of the tunnel here or by xdp_decap; handed to flannel.VNI as received.
     HandedIn = "handed_in", Forward;
     /// from_underlay: a packet without encapsulation from a known peer on the same link, with an address of its lease, handed to flannel.VNI as received.
     DirectHandedIn = "direct_handed_in", Forward;

@@ -177,7 +177,7 @@ impl Config {
     pub const QUEUED: u32 = 1 << 0;
     /// A copy of what is encapsulated there is shown to who captures on the device.
     pub const SHOWN: u32 = 1 << 1;
-    /// XDP leaves packets in the tunnel.
+    /// What is not put into pods right away is left in the tunnel, for others to see it there, or for the kernel to take it out.
     pub const LEFT_IN_TUNNEL: u32 = 1 << 2;
     /// Peers on the same link are sent packets without encapsulation (`DirectRouting`).
     pub const DIRECT: u32 = 1 << 3;

@@ -1,10 +1,16 @@
-//! Decapsulation: `from_underlay`, which lets tunnel packets through to the kernel's vxlan device, or past the stack into
-//! the pod; and before it `xdp_decap`, where that pays.
+//! Decapsulation: `from_underlay`, which puts what is in tunnel packets past the stack into the pod, hands it to `flannel.<VNI>` as
+//! received, or lets them through to the kernel's vxlan device; and before it `xdp_decap`, where that pays.
+//!
+//! The kernel takes out of the tunnel what it has still to segment; what is not as a VTEP sends it outside, or has a checksum there
+//! that is still to be added up; and all of it where nothing bypasses the stack, or packet rules are about tunnel packets.
 //!
 //! What `xdp_decap` takes out of the tunnel is aggregated by the kernel as the pods' own packets are, comes to
 //! `from_underlay` with a mark, and is then put into the pod, or handed to `flannel.<VNI>` as received.
 
+use core::array;
+
 use flannel_common::{
+    checksum,
     event::{Event, Outcome},
     flow::Ingress,
     maps::{Config, Decapsulated},
@@ -13,6 +19,7 @@ use flannel_common::{
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::{IpProto, Ipv4Hdr},
+    udp::UdpHdr,
 };
 
 use crate::{
@@ -25,6 +32,9 @@ use crate::{
     originals,
     packet::{Headers, Note, Packet, Unframed},
 };
+
+/// Where a tunnel packet of an Ethernet link has its inner Ethernet header.
+const INNER_ETHERNET: usize = vxlan::OVERHEAD as usize;
 
 #[inline(always)]
 pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
@@ -75,7 +85,39 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
         return deliver(packet, &place, &known);
     }
     packet.write_note(Note::Admitted(place.key.tag(config.vni)));
-    Event::Admitted
+    let is_left = config.bypass_time == 0 || config.has(Config::LEFT_IN_TUNNEL);
+    // What is to be segmented goes on as a tunnel packet unless the kernel itself takes it out (`udp_gro_complete`).
+    if is_left || admitted.needs_kernel || packet.is_gso() || !is_framed || !is_sound(packet) {
+        return Event::Admitted;
+    }
+    hand_in(packet, &config)
+}
+
+/// Whether the kernel would find nothing wrong with the outer headers, nor have to add up the whole packet for that.
+#[inline(always)]
+fn is_sound(packet: &Packet<'_>) -> bool {
+    let Some(ip) = packet.header::<[u8; Ipv4Hdr::LEN]>(EthHdr::LEN) else { return false };
+    let Some(udp) = packet.header::<UdpHdr>(EthHdr::LEN + Ipv4Hdr::LEN) else { return false };
+    let words: [u16; Ipv4Hdr::LEN / 2] = array::from_fn(|at| u16::from_ne_bytes([ip[2 * at], ip[2 * at + 1]]));
+    let payload_len = u16::from_be(words[1]).wrapping_sub(Ipv4Hdr::LEN as u16);
+    // In either byte order.
+    checksum::complete(checksum::sum(words)) == 0 && u16::from_be_bytes(udp.len) == payload_len && udp.check == [0; 2]
+}
+
+/// Takes a packet out of the tunnel and hands it to `flannel.<VNI>` as received, as that device itself would: past the UDP socket
+/// and what the stack does with the tunnel packet before that.
+#[inline(always)]
+fn hand_in(packet: &Packet<'_>, config: &Config) -> Event {
+    let Some(inner) = packet.header::<EthHdr>(INNER_ETHERNET) else { return Event::Admitted };
+    let header = EthHdr { dst_addr: config.vtep_mac, src_addr: inner.src_addr, ether_type: EtherType::Ipv4 as u16 };
+    if packet.remove_tunnel().is_err() {
+        return Event::Admitted;
+    }
+    if packet.write(&header).is_err() {
+        return Event::DecapFailed;
+    }
+    packet.redirect_to_ingress(overlay_device());
+    Event::HandedIn
 }
 
 /// Whether the packet at `ip_offset` is admitted, and its flow.

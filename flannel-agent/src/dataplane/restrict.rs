@@ -58,6 +58,7 @@ impl Dataplane {
     pub(super) fn wanted(&self, place: Place, ifindex: u32) -> Variant {
         let Plan { everything, overlay_queue, overlay_capture, external_interface, underlay_links, pods, .. } =
             &self.plan;
+        let left_in_tunnel = self.plan.left_in_tunnel;
         let is_restricted = match place {
             Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex),
             Place::Tc(Hook::FromUnderlay) => *everything || *external_interface || underlay_links.contains(&ifindex),
@@ -67,6 +68,8 @@ impl Dataplane {
         let flag = |is_set: bool, flag| if is_set { flag } else { 0 };
         let flags = match place {
             Place::Tc(Hook::ToOverlay) => flag(*overlay_queue, Config::QUEUED) | flag(*overlay_capture, Config::SHOWN),
+            // Where nothing bypasses the stack, nothing is taken out of the tunnel either.
+            Place::Tc(Hook::FromUnderlay) => flag(left_in_tunnel && !is_restricted, Config::LEFT_IN_TUNNEL),
             Place::Tc(_) => 0,
             Place::Xdp(_) => flag(*external_interface, Config::LEFT_IN_TUNNEL),
         };

@@ -2,8 +2,8 @@
 //! `iptables-save` and `nft -j` list them.
 
 use super::{
-    RuleSets,
-    tests::{of_iptables, of_nft},
+    RuleSets, concerns_tunnel,
+    tests::{around, of_iptables, of_nft},
 };
 use crate::{
     bypass::Scope,
@@ -38,6 +38,22 @@ fn what_others_set_by_themselves_is_no_alarm() {
     for (whose, text) in NFT {
         assert_eq!(of_nft(text), [], "{whose}");
     }
+}
+
+/// Beside whom tunnel packets are left in their tunnel. Not where every node has kube-proxy and flannel alone.
+#[test]
+fn tunnel_packets_that_others_decide_on() {
+    let concerned = |listing: &Listing| concerns_tunnel(&RuleSets::parse(listing), &around());
+    let iptables = IPTABLES.iter().filter(|(_, text)| {
+        let saved = Saved { program: "iptables", is_nf_tables: true, text: (*text).to_owned() };
+        concerned(&Listing { iptables: vec![saved], nft: Vec::new() })
+    });
+    let nft =
+        NFT.iter().filter(|(_, text)| concerned(&Listing { iptables: Vec::new(), nft: vec![(*text).to_owned()] }));
+    let [iptables, nft] =
+        [iptables.map(|(whose, _)| *whose).collect::<Vec<_>>(), nft.map(|(whose, _)| *whose).collect()];
+    // Sets of addresses and marks can't be told, and ufw drops what it was not told of.
+    assert_eq!((iptables, nft), (vec!["kube-proxy by IPVS", "Calico", "ufw"], vec!["Calico"]));
 }
 
 /// kube-proxy's mark for what it masquerades is set where forwarded packets pass; Calico's and Docker's are of their own.

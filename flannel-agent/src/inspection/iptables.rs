@@ -75,11 +75,9 @@ fn read_line(line: &str, name: &str, table: &mut Table) {
         let mut words = declared.split(' ');
         let chain = words.next().unwrap_or_default();
         // A chain of a user's has no policy.
-        let base = words.next().filter(|policy| *policy != "-").and_then(|_| Hook::parse(chain)).map(|hook| Base {
-            hook,
-            priority: priority(name),
-            devices: Vec::new(),
-            is_nat: name == "nat",
+        let base = words.next().filter(|policy| *policy != "-").and_then(|policy| {
+            let (priority, devices) = (priority(name), Vec::new());
+            Some(Base { hook: Hook::parse(chain)?, priority, devices, is_nat: name == "nat", drops: policy == "DROP" })
         });
         table.chains.insert(chain.to_owned(), Chain { base, rules: Vec::new() });
         return;

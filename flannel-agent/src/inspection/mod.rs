@@ -19,7 +19,8 @@
 //! answers, and by nothing else that can bypass; a rule there decides on that again in each second, as the stack does.
 //!
 //! The tunnel packets themselves pass `INPUT` and `OUTPUT` with flannel and neither here. Rules there that are about a peer's
-//! address or the tunnel's port are named.
+//! address or the tunnel's port are named. Where any does more than let them in, those that take the stack pass `INPUT` here too
+//! ([`concerns_tunnel`]).
 
 mod events;
 mod finding;
@@ -131,6 +132,25 @@ pub fn inspect(sets: &RuleSets, around: &Surroundings) -> Vec<Restriction> {
     restrictions
 }
 
+/// Whether what comes in from peers in the tunnel meets a rule, or a chain's policy, that does more than to let it go on. What may
+/// be met is: with flannel it would be.
+#[must_use]
+pub fn concerns_tunnel(sets: &RuleSets, around: &Surroundings) -> bool {
+    sets.0.iter().any(|table| {
+        table.bases().any(|(name, base)| {
+            let incoming = packets(table.family, base, around, None);
+            incoming.into_iter().filter(|(_, packet)| packet.way == Way::TunnelIn).any(|(_, packet)| {
+                let (met, may_meet_policy) = walk::walk(table, name, &packet);
+                let is_of_peer = |met: &walk::Met<'_>| {
+                    let mut nets = met.packet.source.0.iter();
+                    met.act != Act::Untracks && nets.any(|net| around.peers.iter().any(|peer| net.contains(peer)))
+                };
+                base.drops && may_meet_policy || met.iter().any(is_of_peer)
+            })
+        })
+    })
+}
+
 type Findings = BTreeMap<(String, Act, Option<Hook>), Finding>;
 /// Of which packets some have no connection.
 type Untracked = BTreeSet<(Way, u8)>;
@@ -155,7 +175,7 @@ fn look_through(
             if !is_about_all && !is_tunnel {
                 continue;
             }
-            for met in walk::walk(table, name, &packet) {
+            for met in walk::walk(table, name, &packet).0 {
                 if met.act == Act::Untracks {
                     untracks.insert((met.packet.way, met.packet.protocol));
                     continue;

@@ -78,7 +78,8 @@ fn base(chain: &Value) -> Option<Base> {
     };
     let priority = chain.get("prio").and_then(Value::as_i64).and_then(|priority| i32::try_from(priority).ok());
     let is_nat = text(chain, "type") == Some("nat");
-    Some(Base { hook, priority: priority.unwrap_or_default(), devices, is_nat })
+    let drops = text(chain, "policy") == Some("drop");
+    Some(Base { hook, priority: priority.unwrap_or_default(), devices, is_nat, drops })
 }
 
 /// What a rule's statements come to.

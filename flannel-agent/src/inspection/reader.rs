@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    RuleSets, Surroundings,
+    RuleSets, Surroundings, concerns_tunnel,
     events::{Events, Graph, Urgency},
     inspect,
     legacy::Digest,
@@ -51,6 +51,8 @@ pub struct Found {
     pub restrictions: Vec<Restriction>,
     /// The bits that the rules may set in the marks of forwarded packets.
     pub marks: u32,
+    /// Whether they [concern the tunnel packets that come in](super::concerns_tunnel).
+    pub concern_tunnel: bool,
 }
 
 /// What the rule sets come to for the overlay, kept current by a task that ends with this.
@@ -168,7 +170,11 @@ impl Inspection {
     /// What the rule sets come to for these packets.
     async fn inspect(&mut self, around: Surroundings) -> Option<Found> {
         let sets = Arc::clone(&self.sets);
-        let look = move || Found { restrictions: inspect(&sets, &around), marks: sets.marks() };
+        let look = move || Found {
+            restrictions: inspect(&sets, &around),
+            marks: sets.marks(),
+            concern_tunnel: concerns_tunnel(&sets, &around),
+        };
         let (found, time) = aside(look).await?;
         self.budget.spend(time);
         Some(found)

@@ -65,6 +65,8 @@ pub(super) struct Base {
     pub(super) devices: Vec<String>,
     /// It meets the first packet of a connection only (net/netfilter/nf_nat_core.c).
     pub(super) is_nat: bool,
+    /// What no rule decides on is dropped.
+    pub(super) drops: bool,
 }
 
 /// A chain.

@@ -36,14 +36,14 @@ impl End {
     const REST: Self = Self::Open { is_rest: true };
 }
 
-/// What a packet meets in a chain that the kernel calls.
-pub(super) fn walk<'a>(table: &'a Table, chain: &'a str, packet: &Packet) -> Vec<Met<'a>> {
+/// What a packet meets in a chain that the kernel calls, and whether the policy of that chain may decide on it.
+pub(super) fn walk<'a>(table: &'a Table, chain: &'a str, packet: &Packet) -> (Vec<Met<'a>>, bool) {
     let mut walk = Walk { table, met: Vec::new(), known: HashMap::new(), left: MOST_RULES };
-    walk.chain(chain, packet.clone(), 0);
+    let end = walk.chain(chain, packet.clone(), 0);
     if walk.left == 0 {
         walk.all(chain, packet);
     }
-    walk.met
+    (walk.met, end != End::Decided)
 }
 
 struct Walk<'a> {

@@ -5,7 +5,8 @@ use std::vec::Vec;
 use super::{
     Fate, FlowChange, Frame, Note, Overlay, Packet, World,
     wire::{
-        ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, is_within, one_hop_on, translated, word,
+        ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, is_within, one_hop_on, sum, translated,
+        word,
     },
 };
 use crate::{
@@ -33,6 +34,8 @@ struct Admitted {
     sender: Option<[u8; 4]>,
     /// Nothing in its outer headers is for the kernel to look at.
     is_plain: bool,
+    /// Their lengths and sums are right, and the UDP header has none.
+    is_sound: bool,
     outer_len: usize,
 }
 
@@ -62,6 +65,17 @@ impl World {
                 false => FlowChange::Unchanged,
             },
             ..Fate::unchanged(if admitted.sender.is_some() { Event::Admitted } else { Event::AdmittedByRoute }, packet)
+        };
+        let is_left = !self.may_bypass() || self.config.flags & Config::LEFT_IN_TUNNEL != 0;
+        let slow = match is_left || !admitted.is_plain || !admitted.is_sound || packet.is_gso {
+            true => slow,
+            false => Fate {
+                event: Some(Event::HandedIn),
+                frame: Frame::Is(
+                    [&self.config.vtep_mac[..], &frame[INNER_ETHERNET_AT + 6..INNER_AT], &frame[INNER_AT..]].concat(),
+                ),
+                ..slow
+            },
         };
         let may_bypass = self.may_bypass() && kind == Kind::Data && packet.known.ingress && !packet.known.is_gone;
         if !may_bypass || !admitted.is_plain || packet.is_gso || admitted.inner.ttl() < 2 {
@@ -211,7 +225,10 @@ impl World {
             Err(event) => return Err(event),
         };
         let is_plain = sender.is_some() && !has_reserved_bits && !ip.has_more_fragments() && ip.ecn() != 3;
-        Ok(Admitted { inner, sender, is_plain, outer_len })
+        let has_right_sum = sum(&frame[ETHERNET..UDP_AT]) == 0xffff;
+        let udp_len = word(frame, UDP_AT + 4).map(usize::from);
+        let is_sound = has_right_sum && udp_len == outer_len.checked_sub(IPV4) && word(frame, UDP_AT + 6) == Some(0);
+        Ok(Admitted { inner, sender, is_plain, is_sound, outer_len })
     }
 
     /// What the leases, and the prefixes beside them, say.

@@ -212,7 +212,7 @@ pub fn flow_of(frame: &[u8], at: usize, sends: bool) -> Option<FlowKey> {
 }
 
 /// The ones' complement sum of all words (RFC 1071), folded.
-fn sum(octets: &[u8]) -> u16 {
+pub(super) fn sum(octets: &[u8]) -> u16 {
     let mut total: u64 =
         octets.chunks(2).map(|pair| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0))).sum();
     while total > 0xffff {

@@ -60,6 +60,7 @@ impl Reconciler<'_> {
     /// Waits until the rule sets were looked through, before anything bypasses the stack. Where that takes too long, all takes it
     /// until then.
     pub(super) async fn wait_for_inspection(&mut self, table: &LeaseTable) {
+        self.restrict_or_say();
         if self.cli.bypass != BypassFlag::Auto {
             return;
         }
@@ -77,7 +78,11 @@ impl Reconciler<'_> {
     }
 
     /// Takes what the rule sets come to.
-    pub(super) async fn take_found(&mut self, Found { restrictions, marks }: Found, table: &LeaseTable) {
+    pub(super) async fn take_found(&mut self, found: Found, table: &LeaseTable) {
+        let Found { restrictions, marks, concern_tunnel } = found;
+        if self.bypass.restrictions.leave_in_tunnel(concern_tunnel) {
+            self.restrict_or_say();
+        }
         self.observed(Observer::Rules, restrictions.into_iter().collect());
         let has_other_marks = std::mem::replace(&mut self.bypass.inspected.marks, marks) != marks;
         if has_other_marks && self.look_at_routing_rules(table).await {

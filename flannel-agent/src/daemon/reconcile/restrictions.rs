@@ -58,8 +58,14 @@ pub(super) struct Restrictions {
 
 impl Restrictions {
     pub(super) fn new(flag: BypassFlag, has_tcx: bool) -> Self {
-        let (found, plan, places) = (BTreeMap::new(), Plan::of(flag, []), Places::default());
-        Self { flag, found, plan, places, has_tcx, looks: 0 }
+        // Until packet rules were read, they may be about tunnel packets.
+        let plan = Plan { left_in_tunnel: true, ..Plan::of(flag, []) };
+        Self { flag, found: BTreeMap::new(), plan, places: Places::default(), has_tcx, looks: 0 }
+    }
+
+    /// Whether packet rules concern tunnel packets that come in. Whether that is different.
+    pub(super) const fn leave_in_tunnel(&mut self, are_concerned: bool) -> bool {
+        std::mem::replace(&mut self.plan.left_in_tunnel, are_concerned) != are_concerned
     }
 
     /// Takes what an observer has found. Whether anything is different.
@@ -80,7 +86,8 @@ impl Restrictions {
             info!("{verb}: {} ({})", restriction.subject, restriction.kind.label());
         }
         *before = found;
-        self.plan = Plan::of(self.flag, self.all());
+        let left_in_tunnel = self.plan.left_in_tunnel;
+        self.plan = Plan { left_in_tunnel, ..Plan::of(self.flag, self.all()) };
         true
     }
 
@@ -221,6 +228,8 @@ mod tests {
         assert!(!restrictions.replace(Observer::TrafficControl, [queue.clone()].into()));
         assert_eq!((restrictions.plan().pods.len(), restrictions.all().count()), (1, 1));
         assert!(restrictions.replace(Observer::TrafficControl, BTreeSet::new()));
+        assert_eq!(*restrictions.plan(), Plan { left_in_tunnel: true, ..Plan::default() });
+        assert!(restrictions.leave_in_tunnel(false) && !restrictions.leave_in_tunnel(false));
         assert_eq!(*restrictions.plan(), Plan::default());
     }
 }
