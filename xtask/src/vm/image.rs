@@ -15,11 +15,12 @@ use super::Kernel;
 use crate::{process::output, setup};
 
 /// What a system has anyway, and the guest's `init` and the tests call. iptables does as it is called.
-const SYSTEM: [&str; 29] = [
+const SYSTEM: [&str; 30] = [
     "sh",
     "mount",
     "umount",
     "mkdir",
+    "chown",
     "rm",
     "cat",
     "echo",
