@@ -111,6 +111,10 @@ fn a_wrong_password_is_named() {
     }
     world.start(0, &["--etcd-username=root", "--etcd-password=wrong"]);
     world.wait_log(0, "check --etcd-username and --etcd-password");
+    let status = world.agent_on(0).arg("status").output().unwrap();
+    let text = String::from_utf8_lossy(&status.stdout);
+    assert!(text.contains("look at") && text.contains("check --etcd-username and --etcd-password"), "{text}");
+    assert!(!text.contains("wrong"), "{text}");
     world.assert_untouched(0);
     world.start(0, &["--etcd-username=root", "--etcd-password=right"]);
     world.hosts[0].wait_ready().unwrap();

@@ -5,7 +5,10 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use xtask::{
-    lab::services::{Service, ServiceRules},
+    lab::{
+        PREFIX,
+        services::{Service, ServiceRules},
+    },
     progress::wait_for,
 };
 
@@ -13,7 +16,7 @@ use crate::{
     frames::{FROM_TWO, POD_ONE, POD_TWO, inner, udp, vxlan},
     short_frames::send,
     sockets::socket_in,
-    world::{SOON, World},
+    world::{CONFIG, SOON, World},
 };
 
 /// Program, interface and state of each hook.
@@ -142,4 +145,65 @@ fn interfaces_that_do_not_forward_are_named() {
         set(1);
         assert_eq!(troubles(), "[]");
     }
+}
+
+#[test]
+fn an_agent_without_a_lease_says_what_it_waits_for() {
+    let mut world = World::without_config(1);
+    let said = |world: &World| {
+        let output = world.agent_on(0).args(["status", "-o", "json"]).output().unwrap();
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let waiting = status["waiting"].as_array().cloned().unwrap_or_default();
+        let reasons: Vec<_> = waiting.iter().map(|waiting| waiting["reason"].as_str().unwrap().to_owned()).collect();
+        (reasons.join("\n"), output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let waits_for = |world: &World, text: &str| {
+        wait_for(text, SOON, || said(world).0.contains(text)).unwrap();
+        assert_eq!(said(world).1, Some(3));
+    };
+    let no_agent = |world: &World| {
+        let (reasons, code, error) = said(world);
+        assert_eq!((reasons.as_str(), code), ("", Some(1)));
+        assert!(error.contains("no agent has run"), "{error}");
+    };
+    no_agent(&world);
+    world.start(0, &[]);
+    waits_for(&world, "flannel config not found in etcd store");
+    let table = world.agent_on(0).arg("status").output().unwrap().stdout;
+    let table = String::from_utf8_lossy(&table);
+    let process = world.hosts[0].agent.as_ref().unwrap().id();
+    assert!(table.contains(&format!("waiting  the agent (process {process}) has no lease yet, and has waited for ")));
+    assert!(table.contains("look at  flannel config not found"), "{table}");
+    // It is no overlay's.
+    let metrics = world.agent_on(0).arg("metrics").output().unwrap().stdout;
+    assert!(!String::from_utf8_lossy(&metrics).contains("vni="));
+    assert_eq!(world.agent_on(0).arg("peers").output().unwrap().status.code(), Some(1));
+    world.assert_untouched(0);
+
+    // Another reason takes the place of the one before.
+    world.store.stop();
+    waits_for(&world, "check --etcd-endpoints, and that etcd runs");
+    assert!(!said(&world).0.contains("config not found"));
+    let files = |world: &World| std::fs::read_dir(world.hosts[0].run_dir()).unwrap().count();
+    assert_eq!(files(&world), 1);
+    // What a killed one left is not believed, and goes with the next one or with a cleanup.
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let agent = world.hosts[0].agent.as_mut().unwrap();
+        agent.signal(signal).unwrap();
+        agent.wait(SOON).unwrap();
+        no_agent(&world);
+        assert_eq!(files(&world), usize::from(signal == Signal::SIGKILL));
+        world.start(0, &[]);
+        waits_for(&world, "check --etcd-endpoints, and that etcd runs");
+        assert_eq!(files(&world), 1);
+    }
+
+    world.store.resume().unwrap();
+    waits_for(&world, "flannel config not found in etcd store");
+    world.store.put(&format!("{PREFIX}/config"), CONFIG).unwrap();
+    world.hosts[0].wait_ready().unwrap();
+    wait_for("no troubles", SOON, || world.status(0)["troubles"] == json!([]) && said(&world).1 == Some(0)).unwrap();
+    assert_eq!(said(&world).0, "");
+    let left: Vec<_> = std::fs::read_dir(world.hosts[0].run_dir()).unwrap().flatten().collect();
+    assert!(left.iter().all(|file| !file.file_name().to_string_lossy().starts_with("waiting.")), "{left:?}");
 }

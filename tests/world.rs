@@ -189,7 +189,7 @@ impl<S: LeaseStore> World<S> {
         let read = wait_for("a status", SOON, || {
             let result = self.agent_on(host).args(["status", "-o", "json"]).output().unwrap();
             status = serde_json::from_slice(&result.stdout).unwrap_or_default();
-            !status.is_null()
+            !status["overlays"][0].is_null()
         });
         read.unwrap();
         status["overlays"][0].take()

@@ -22,6 +22,7 @@
 //! * [`underlay`] — which way each peer is reached; from lease table and kernel to what the maps should say
 //! * [`backend`] — how packets get to the other hosts: its device, its MTU, what leases announce, the way to a peer
 //! * [`last_known`] — what was last known of the store, for when it is away
+//! * [`waiting`] — what it waits for before it has an overlay
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
 //! * [`atomic_file`] — files that others read
@@ -74,4 +75,5 @@ pub mod subnet_env;
 pub mod suggestion;
 pub mod udp;
 pub mod underlay;
+pub mod waiting;
 pub mod xdp;

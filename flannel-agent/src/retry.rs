@@ -47,20 +47,25 @@ impl BackOff {
     }
 }
 
-/// Calls `attempt` until it succeeds or fails in a way that `is_final`, saying each new reason once.
+/// Calls `attempt` until it succeeds or fails in a way that `is_final`, saying each new reason once. Whoever else is to know has each
+/// failure that is waited out in `on_wait`.
 ///
 /// # Errors
 /// The final error.
 pub async fn until_ok<T, E: Display>(
     mut attempt: impl AsyncFnMut() -> Result<T, E>,
     is_final: impl Fn(&E) -> bool,
+    mut on_wait: impl FnMut(&E),
 ) -> Result<T, E> {
     let mut back_off = BackOff::default();
     loop {
         match attempt().await {
             Ok(value) => return Ok(value),
             Err(error) if is_final(&error) => return Err(error),
-            Err(error) => back_off.wait(&error).await,
+            Err(error) => {
+                on_wait(&error);
+                back_off.wait(&error).await;
+            }
         }
     }
 }

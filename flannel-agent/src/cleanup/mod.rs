@@ -31,7 +31,7 @@ use crate::{
     netfilter::{self, NetfilterError},
     ownership::Written,
     status::Status,
-    subnet_env,
+    subnet_env, waiting,
 };
 
 /// Something could not be taken away. What could was.
@@ -67,6 +67,7 @@ pub enum CleanupError {
 pub async fn run(cli: &Cli) -> Result<(), CleanupError> {
     let (netlink, _events, _connection) = Netlink::open()?;
     let overlays = overlays(cli, &netlink).await?;
+    waiting::remove_stale(&cli.run_dir);
     if overlays.is_empty() {
         let (pins, files) = (cli.bpf_pin_dir.display(), cli.run_dir.display());
         info!(

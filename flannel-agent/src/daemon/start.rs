@@ -26,6 +26,7 @@ use crate::{
     retry,
     status::{self, LeaseState, LeaseStatus},
     subnet_env,
+    waiting::Note,
 };
 
 /// What the datapath is made from.
@@ -53,7 +54,8 @@ pub(super) struct Prepared {
 /// Waits for network config and lease. Touches nothing on the host.
 pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, DaemonError> {
     let mut registry = Registry::new(cli.store())?;
-    let host = host_addresses(cli, &mut registry).await?;
+    let mut note = Note::new(cli.run_dir.clone());
+    let host = host_addresses(cli, &mut registry, &mut note).await?;
     let selection = Selection {
         public_ip: host.public_ip.or(cli.selection().public_ip),
         published: host.published,
@@ -70,7 +72,7 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
     // Trying again can wait where there is something to go on with.
     let is_final = |error: &RegistryError| error.is_final() || known.is_some() && error.is_away();
     let from_store = async {
-        let (network, config) = retry::until_ok(async || registry.network_config().await, is_final).await?;
+        let (network, config) = wait_for(&mut note, async || registry.network_config().await, is_final).await?;
         let backend = Backend::new(&network.backend, &external)?;
         let request = LeaseRequest {
             public_ip: external.public_ip,
@@ -82,21 +84,22 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
             is_contested: false,
         };
         let kind = registry.kind();
-        let mut waiting = Waiting { cli, kind, network: &network, external: &external, backend: &backend, lock: None };
+        let mut waiting =
+            WithoutLease { cli, kind, network: &network, external: &external, backend: &backend, lock: None };
         let lease = loop {
             // Not among what is tried again at once: somebody has to do something.
             let attempt = async || match registry.acquire(&network, &request).await {
                 Err(RegistryError::Contested(contested)) => Ok(Err(contested)),
                 result => result.map(Ok),
             };
-            match retry::until_ok(attempt, is_final).await? {
+            match wait_for(&mut note, attempt, is_final).await? {
                 Ok(lease) => break lease,
                 Err(contested) => waiting.say(contested)?,
             }
             sleep(CLAIM_PERIOD).await;
         };
         let lock = waiting.lock;
-        let snapshot = retry::until_ok(async || registry.snapshot().await, is_final).await?;
+        let snapshot = wait_for(&mut note, async || registry.snapshot().await, is_final).await?;
         info!("lease {} of {}", lease.key.subnet, network.network);
         Ok((network, config, backend, request, lease, snapshot, lock))
     };
@@ -145,7 +148,7 @@ pub(super) async fn prepare(cli: &Cli, netlink: &Netlink) -> Result<Prepared, Da
 }
 
 /// An agent whose address another living host has, so that it has no lease.
-struct Waiting<'a> {
+struct WithoutLease<'a> {
     cli: &'a Cli,
     kind: StoreKind,
     network: &'a NetworkConfig,
@@ -155,7 +158,7 @@ struct Waiting<'a> {
     lock: Option<Lock>,
 }
 
-impl Waiting<'_> {
+impl WithoutLease<'_> {
     /// Says who has the lease, in the log and as this host's status. Nothing else on the host is touched.
     fn say(&mut self, contested: Contested) -> Result<(), DaemonError> {
         let vni = self.backend.vni();
@@ -171,11 +174,22 @@ impl Waiting<'_> {
     }
 }
 
+/// Asks until it is told, and has `status` know meanwhile why there is nothing yet.
+async fn wait_for<T>(
+    note: &mut Note,
+    attempt: impl AsyncFnMut() -> Result<T, RegistryError>,
+    is_final: impl Fn(&RegistryError) -> bool,
+) -> Result<T, RegistryError> {
+    let result = retry::until_ok(attempt, is_final, |error| note.say(&error.to_string())).await;
+    note.withdraw();
+    result
+}
+
 /// What the store says of this host's addresses; where it is away, what it said to this host's last agent.
-async fn host_addresses(cli: &Cli, registry: &mut Registry) -> Result<HostAddresses, RegistryError> {
+async fn host_addresses(cli: &Cli, registry: &mut Registry, note: &mut Note) -> Result<HostAddresses, RegistryError> {
     let known = LastKnown::find(&cli.run_dir, registry.identity(), |_| true);
     let is_final = |error: &RegistryError| error.is_final() || known.is_some() && error.is_away();
-    match (retry::until_ok(async || registry.host_addresses().await, is_final).await, &known) {
+    match (wait_for(note, async || registry.host_addresses().await, is_final).await, &known) {
         (Err(error), Some(known)) if error.is_away() => {
             warn!("{error}; going on with what was last known of this host's addresses");
             Ok(known.host)

@@ -6,8 +6,9 @@ use super::{OperatorError, dataplane::Dataplane, is_running, rows};
 use crate::{
     backend::{has_datapath, is_in_user_space},
     cli::{Cli, Output},
-    status::{API_VERSION, Status, TunnelStatus, time},
+    status::{API_VERSION, ReadError, Status, TunnelStatus, time},
     udp::Event,
+    waiting::Waiting,
 };
 
 /// What is known of an overlay.
@@ -21,18 +22,25 @@ struct Overlay {
     troubles: Vec<String>,
 }
 
-/// Prints the state of every overlay of this host. `false` where something is to be looked at.
+/// Prints the state of every overlay of this host, and what agents wait for that have none yet. `false` where something is to be
+/// looked at.
 ///
 /// # Errors
 /// [`OperatorError::Status`].
 pub async fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
     let mut all = Vec::new();
-    for (vni, status) in Status::read_all(&cli.run_dir)? {
+    let waiting = Waiting::read_all(&cli.run_dir);
+    let statuses = match Status::read_all(&cli.run_dir) {
+        Err(ReadError::None(_)) if !waiting.is_empty() => Vec::new(),
+        statuses => statuses?,
+    };
+    for (vni, status) in statuses {
         let is_running = is_running(cli, vni);
         let mut troubles = status.troubles();
         // What it wrote last may be over.
         let doubt = match is_running {
             Some(true) => None,
+            Some(false) if !waiting.is_empty() => Some("no agent serves it, and one waits, as said above"),
             Some(false) => Some("no agent is running"),
             None => Some("whether an agent is running, only root and the agent's user can tell"),
         };
@@ -51,17 +59,25 @@ pub async fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
         all.push(Overlay { status, is_running, dataplane: dataplane.and_then(Result::ok), troubles });
     }
     match output {
-        Output::Table => all.iter().for_each(|overlay| print!("{}", table(overlay))),
+        Output::Table => {
+            waiting.iter().for_each(|waiting| print!("{}", waiting_table(waiting)));
+            all.iter().for_each(|overlay| print!("{}", table(overlay)));
+        }
         Output::Json => {
             let overlays = all.iter().map(|Overlay { status, is_running, dataplane, troubles }| {
                 let dataplane = dataplane.as_ref().map(Dataplane::json);
                 json!({ "running": is_running, "troubles": troubles, "status": status, "dataplane": dataplane })
             });
             let overlays: Vec<_> = overlays.collect();
-            println!("{:#}", json!({ "apiVersion": API_VERSION, "overlays": overlays }));
+            println!("{:#}", json!({ "apiVersion": API_VERSION, "overlays": overlays, "waiting": waiting }));
         }
     }
-    Ok(all.iter().all(|overlay| overlay.troubles.is_empty()))
+    Ok(waiting.is_empty() && all.iter().all(|overlay| overlay.troubles.is_empty()))
+}
+
+fn waiting_table(Waiting { pid, since, reason }: &Waiting) -> String {
+    let waits = format!("the agent (process {pid}) has no lease yet, and has waited for {}", time(*since));
+    rows([["waiting", waits.as_str()], ["look at", reason]].map(|row| row.map(str::to_owned)))
 }
 
 fn table(overlay: &Overlay) -> String {
