@@ -207,3 +207,55 @@ fn an_agent_without_a_lease_says_what_it_waits_for() {
     let left: Vec<_> = std::fs::read_dir(world.hosts[0].run_dir()).unwrap().flatten().collect();
     assert!(left.iter().all(|file| !file.file_name().to_string_lossy().starts_with("waiting.")), "{left:?}");
 }
+
+fn is_well(world: &World) {
+    let troubles = || world.status(0)["troubles"].to_string();
+    wait_for("no troubles", SOON, || troubles() == "[]").unwrap_or_else(|error| panic!("{error}: {}", troubles()));
+}
+
+fn is_named(world: &World, words: &[&str]) {
+    let troubles = || world.status(0)["troubles"].to_string();
+    let waited = wait_for("the trouble", SOON, || words.iter().all(|words| troubles().contains(words)));
+    assert!(waited.is_ok(), "{words:?}: {}", troubles());
+}
+
+/// Runs commands that plant a fault, and those that mend it once it is named.
+fn is_named_until_mended(world: &World, words: &str, plant: &[&str], mend: &[&str]) {
+    let run = |commands: &[&str]| commands.iter().for_each(|command| drop(world.hosts[0].netns.exec(command).unwrap()));
+    is_well(world);
+    run(plant);
+    is_named(world, &[words]);
+    run(mend);
+    is_well(world);
+}
+
+#[test]
+fn pods_that_are_not_as_the_lease_are_named_with_both_values() {
+    let mut world = World::with_agents(1);
+    world.hosts[0].add_pod().unwrap();
+    let gateway = world.hosts[0].subnet().unwrap().gateway;
+    let lease = world.lease_of(0).0.replace('-', "/");
+    is_named_until_mended(
+        &world,
+        &format!("the bridge cni0 has 10.5.7.1/24, and this host's lease is {lease}"),
+        &[&format!("ip address delete {gateway}/24 dev cni0"), "ip address add 10.5.7.1/24 dev cni0"],
+        &["ip address delete 10.5.7.1/24 dev cni0", &format!("ip address add {gateway}/24 dev cni0")],
+    );
+    is_named_until_mended(
+        &world,
+        "the overlay's MTU is 1450, and that of pods is larger: pod2 1500; ",
+        &["ip link set pod2 mtu 1500"],
+        &["ip link set pod2 mtu 1450"],
+    );
+    // Less is no trouble, nor is a bridge of others.
+    for command in [
+        "ip link set pod2 mtu 1400",
+        "ip link add docker0 type bridge",
+        "ip address add 172.17.0.1/16 dev docker0",
+        "ip link set docker0 mtu 9000 up",
+        "ip link set pod2 master docker0",
+    ] {
+        world.hosts[0].netns.exec(command).unwrap();
+    }
+    assert_eq!(world.status(0)["troubles"], json!([]));
+}

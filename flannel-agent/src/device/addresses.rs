@@ -109,6 +109,12 @@ impl HostAddresses {
         self.addresses.iter().map(|there| (there.link, there.address))
     }
 
+    /// The same, as they were given: with the length of the prefix.
+    pub(super) fn iter_with_len(&self) -> impl Iterator<Item = (u32, Ipv4Net)> {
+        let with_len = |there: &HostAddress| Ipv4Net::new(there.address, there.prefix.prefix_len()).ok();
+        self.addresses.iter().filter_map(move |there| Some((there.link, with_len(there)?)))
+    }
+
     /// The links with an address of a prefix that is one of these, and has room for others' addresses.
     pub(super) fn links_with_neighbours(&self, is_one: impl Fn(Ipv4Addr) -> bool) -> HashSet<u32> {
         let such = |there: &&HostAddress| there.prefix.prefix_len() < 32 && is_one(there.address);

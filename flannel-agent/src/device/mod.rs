@@ -44,7 +44,12 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use self::{addresses::AddressKind, events::LinkSocket, pods::PodLink, underlay_links::UnderlayCriteria};
+pub use self::{
+    addresses::AddressKind,
+    events::LinkSocket,
+    pods::{PodLink, PodNetwork},
+    underlay_links::UnderlayCriteria,
+};
 use self::{events::RawEvents, host_routes::Interest};
 
 /// A netlink request that the kernel refused.

@@ -7,8 +7,9 @@ use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 
 use super::{
+    MOST_NAMED,
     drops::{self, Reason},
-    host_settings, interface_name, refused,
+    host_settings, interface_name, pod_settings, refused,
 };
 use crate::{
     backend::{At, hooks},
@@ -23,9 +24,6 @@ use crate::{
     status::Status,
 };
 
-/// More peers than these are not named one by one.
-const MOST_NAMED: usize = 8;
-
 /// The kernel's part of an overlay.
 pub(super) struct Dataplane {
     attachments: Vec<Attachment>,
@@ -36,7 +34,7 @@ pub(super) struct Dataplane {
     drops: Vec<Reason>,
     /// What of known hosts was refused lately, in words.
     refused: Vec<String>,
-    /// What of the host's settings stops packets, in words.
+    /// What of the host's and the pods' settings stops packets, in words.
     stopped: Vec<String>,
 }
 
@@ -46,7 +44,7 @@ impl Dataplane {
         let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
         let (netlink, _events, _connection) = Netlink::open()?;
         let within = netlink.devices_within(status.lease.subnet).await?;
-        let pods = netlink.pods(status.lease.subnet, &within).await?;
+        let pods = netlink.pod_network(status.network, status.lease.subnet, &within).await?;
         let external = || status.external_interface.clone();
         // One that is gone, or of which nobody has heard yet, is no trouble.
         let is_there = |name: &String| *name == status.external_interface || if_nametoindex(name.as_str()).is_ok();
@@ -59,7 +57,7 @@ impl Dataplane {
             };
             names.into_iter().map(|name| (*hook, name))
         });
-        let attachments = attachments(&pins, places, &pods, &netlink).await?;
+        let attachments = attachments(&pins, places, &pods.pods, &netlink).await?;
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
@@ -77,7 +75,11 @@ impl Dataplane {
         let mut interfaces: Vec<_> = of_pods.chain(from_others).collect();
         interfaces.sort_unstable();
         interfaces.dedup();
-        let stopped = host_settings::troubles(&interfaces);
+        let mut stopped = host_settings::troubles(&interfaces);
+        // Where nothing is encapsulated, the underlay's MTU counts.
+        let is_all_direct = !ways.is_empty() && ways.iter().all(|peer| peer.way == Way::Direct);
+        let mtu = (!is_all_direct).then_some(status.mtu);
+        stopped.extend(pod_settings::troubles(&pods, status.lease.subnet, mtu));
         Ok(Self { attachments, xdp, flows, ways, drops, refused, stopped })
     }
 

@@ -2,8 +2,8 @@
 
 use std::{fs, path::Path};
 
-/// More interfaces than these are not named one by one.
-const MOST_NAMED: usize = 8;
+use super::named;
+
 /// From so many hundredths of its limit on, conntrack's table is called full: a burst of connections takes the rest.
 const FULL: u64 = 95;
 
@@ -29,10 +29,7 @@ fn number(path: &Path) -> Option<u64> {
 /// `ip_forward` sets those of all interfaces, but only where it changes itself; so it may be on and theirs off.
 fn not_forwarding(interfaces: &[&str]) -> Option<String> {
     let first = interfaces.first()?;
-    let mut named = interfaces[..interfaces.len().min(MOST_NAMED)].join(", ");
-    if interfaces.len() > MOST_NAMED {
-        named += &format!(" and {} more", interfaces.len() - MOST_NAMED);
-    }
+    let named = named(interfaces);
     Some(format!(
         "packets that come in by {named} are not forwarded: net.ipv4.conf.{first}.forwarding is 0; turn it on with `sysctl -w \
          net/ipv4/conf/{first}/forwarding=1`, or for all with net.ipv4.ip_forward, from 0 to 1"

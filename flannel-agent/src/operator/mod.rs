@@ -6,6 +6,7 @@ mod drops;
 mod host_settings;
 mod metrics;
 mod peers;
+mod pod_settings;
 mod refused;
 mod status;
 
@@ -122,6 +123,18 @@ const fn agent_note(is_running: Option<bool>) -> &'static str {
 /// [`None`] for a link that is gone.
 fn interface_name(ifindex: u32) -> Option<String> {
     if_indextoname(ifindex).ok()?.into_string().ok()
+}
+
+/// More than these are not named one by one.
+const MOST_NAMED: usize = 8;
+
+fn named<T: AsRef<str>>(all: &[T]) -> String {
+    let first: Vec<_> = all.iter().take(MOST_NAMED).map(AsRef::as_ref).collect();
+    let named = first.join(", ");
+    match all.len().saturating_sub(MOST_NAMED) {
+        0 => named,
+        more => format!("{named} and {more} more"),
+    }
 }
 
 /// Rows in columns.

@@ -89,7 +89,7 @@ enum Role {
 }
 
 impl Netlink {
-    /// Finds the pods ([`Netlink::pods`]), and the other devices on the way of their packets.
+    /// Finds the pods ([`PodNetwork::pods`](super::PodNetwork::pods)), and the other devices on the way of their packets.
     ///
     /// # Errors
     /// [`DeviceError::Call`].
