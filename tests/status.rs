@@ -13,6 +13,7 @@ use xtask::{
 };
 
 use crate::{
+    bad_input::end_of,
     frames::{FROM_TWO, POD_ONE, POD_TWO, inner, udp, vxlan},
     short_frames::send,
     sockets::socket_in,
@@ -258,4 +259,45 @@ fn pods_that_are_not_as_the_lease_are_named_with_both_values() {
         world.hosts[0].netns.exec(command).unwrap();
     }
     assert_eq!(world.status(0)["troubles"], json!([]));
+}
+
+#[test]
+fn another_vxlan_device_in_the_place_of_ours_is_named() {
+    let mut world = World::new(1);
+    let other = |world: &World, kind: &str| {
+        world.hosts[0].netns.ip(&format!("link add other type vxlan {kind} dstport 8472")).unwrap();
+        world.hosts[0].netns.ip("link set dev other up")
+    };
+    // At the start: nothing is half-made.
+    for kind in ["id 1", "external"] {
+        other(&world, kind).unwrap();
+        world.start(0, &[]);
+        let (code, line) = end_of(&mut world, 0);
+        assert_eq!(code, Some(1), "{line}");
+        assert!(line.contains("the vxlan device other has the UDP port 8472"), "{line}");
+        assert!(line.contains("remove it with `ip link delete other`"), "{line}");
+        world.assert_untouched(0);
+        world.hosts[0].netns.ip("link delete dev other").unwrap();
+    }
+    world.start(0, &[]);
+    world.hosts[0].wait_ready().unwrap();
+    // Those with another VNI, another port or of IPv6 have nothing of ours.
+    for kind in ["id 2 dstport 8472", "id 1 dstport 4789", "id 1 local fe80::1 dev eth0 dstport 8472"] {
+        world.hosts[0].netns.ip(&format!("link add beside type vxlan {kind}")).unwrap();
+        world.hosts[0].netns.ip("link set dev beside up").unwrap();
+        assert_eq!(world.status(0)["troubles"], json!([]), "{kind}");
+        world.hosts[0].netns.ip("link delete dev beside").unwrap();
+    }
+    // While it runs: ours goes, and before it can be made again there is another.
+    for kind in ["id 1", "external"] {
+        let agent = world.hosts[0].agent.as_ref().unwrap();
+        agent.signal(Signal::SIGSTOP).unwrap();
+        world.hosts[0].netns.ip("link delete flannel.1").unwrap();
+        other(&world, kind).unwrap();
+        world.hosts[0].agent.as_ref().unwrap().signal(Signal::SIGCONT).unwrap();
+        is_named(&world, &["the vxlan device other has the UDP port 8472", "ip link delete other"]);
+        world.hosts[0].netns.ip("link delete dev other").unwrap();
+        is_well(&world);
+        assert!(world.hosts[0].netns.ip("link show flannel.1").unwrap().contains("UP"));
+    }
 }

@@ -27,7 +27,7 @@ pub mod vxlan;
 
 use std::sync::{Arc, RwLock};
 
-use flannel_common::packet::Mac;
+use flannel_common::{packet::Mac, vxlan::Vni};
 use futures_util::{StreamExt as _, TryStream, TryStreamExt as _};
 use ipnet::Ipv4Net;
 use nix::fcntl::{Flock, FlockArg};
@@ -67,6 +67,21 @@ pub enum DeviceError {
         subject: String,
         /// Why not.
         cause: String,
+    },
+    /// Another vxlan device has its place.
+    #[error(
+        "{error}: the vxlan device {other} has the UDP port {port}, with the same VNI {vni} or with settings that can't be had beside \
+         this one's; remove it with `ip link delete {other}`, or give this network another VNI or Port in its config"
+    )]
+    Displaced {
+        /// What the kernel refused.
+        error: Box<Self>,
+        /// The name of the other.
+        other: String,
+        /// VNI of the one that was refused.
+        vni: Vni,
+        /// UDP port of both.
+        port: u16,
     },
     /// The kernel's answer lacks something.
     #[error("{0}")]

@@ -90,16 +90,30 @@ impl VxlanDevice {
             && has(InfoVxlan::Port(self.port))
             && has(InfoVxlan::Learning(self.learning))
             && !options.iter().any(|option| {
-                matches!(
-                    option,
-                    InfoVxlan::Group(_)
-                        | InfoVxlan::Gbp
-                        | InfoVxlan::Gpe
-                        | InfoVxlan::L2Miss(true)
-                        | InfoVxlan::CollectMetadata(true)
-                )
+                is_received_otherwise(option) || matches!(option, InfoVxlan::Group(_) | InfoVxlan::L2Miss(true))
             })
     }
+
+    /// Whether the kernel refuses this device because of another: beside one with the same VNI and port it is not made, even where that
+    /// one is down (`vxlan_config_validate`), and beside one that has the port with other settings it is not set up (`__vxlan_sock_add`).
+    /// Those of IPv6 have a socket of their own.
+    fn is_displaced_by(&self, message: &LinkMessage) -> bool {
+        let Some(options) = vxlan_options(message).filter(|_| Link::from_message(message).name != self.name) else {
+            return false;
+        };
+        let is_of_ipv6 = options.iter().any(|option| matches!(option, InfoVxlan::Group6(_) | InfoVxlan::Local6(_)));
+        let is_other_socket = options.iter().any(is_received_otherwise);
+        let displaces = match is_other_socket {
+            true => message.header.flags.contains(LinkFlags::Up),
+            false => options.contains(&InfoVxlan::Id(self.vni.get())),
+        };
+        options.contains(&InfoVxlan::Port(self.port)) && !is_of_ipv6 && displaces
+    }
+}
+
+/// Of what a device receives.
+fn is_received_otherwise(option: &InfoVxlan) -> bool {
+    matches!(option, InfoVxlan::Gbp | InfoVxlan::Gpe | InfoVxlan::CollectMetadata(true))
 }
 
 fn vxlan_options(message: &LinkMessage) -> Option<&Vec<InfoVxlan>> {
@@ -159,7 +173,9 @@ impl Netlink {
                 // Even the same one again would cost the device its neighbours (`neigh_changeaddr`).
                 change = change.address(mac.to_vec());
             }
-            self.handle.link().set(change.build()).execute().await.map_err(DeviceError::call("set up", name))?;
+            if let Err(error) = self.handle.link().set(change.build()).execute().await {
+                return Err(self.explain(device, DeviceError::call("set up", name)(error)).await);
+            }
             repair = repair.or(Some(Repair::DeviceSettings));
         }
         Ok((Link { mtu: device.mtu, mac: Some(mac), ..link }, repair))
@@ -174,10 +190,26 @@ impl Netlink {
             .address(mac.to_vec())
             .mtu(device.mtu)
             .build();
-        self.handle.link().add(message).execute().await.map_err(DeviceError::call("create", &device.name))?;
+        if let Err(error) = self.handle.link().add(message).execute().await {
+            return Err(self.explain(device, DeviceError::call("create", &device.name)(error)).await);
+        }
         self.link_by_name(&device.name)
             .await?
             .ok_or_else(|| DeviceError::Unexpected(format!("{} vanished right after its creation", device.name)))
+    }
+
+    /// Why the device is refused, with the name of another that has its place.
+    async fn explain(&self, device: &VxlanDevice, error: DeviceError) -> DeviceError {
+        let links = self.dump("links", || self.handle.link().get().execute()).await.unwrap_or_default();
+        match links.iter().find(|message| device.is_displaced_by(message)) {
+            Some(message) => DeviceError::Displaced {
+                error: Box::new(error),
+                other: Link::from_message(message).name,
+                vni: device.vni,
+                port: device.port,
+            },
+            None => error,
+        }
     }
 
     /// Deletes a link by its number.
@@ -218,5 +250,52 @@ impl Netlink {
             }
         }
         Ok(is_other || !is_there)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One that is there.
+    fn other(
+        build: impl FnOnce(LinkMessageBuilder<LinkVxlan>) -> LinkMessageBuilder<LinkVxlan>,
+        vni: u32,
+    ) -> LinkMessage {
+        build(LinkVxlan::new("other", vni)).build()
+    }
+
+    #[test]
+    fn a_device_is_displaced_by_one_that_the_kernel_does_not_have_beside_it() {
+        let vni = Vni::new_checked(1).unwrap();
+        let device = VxlanDevice {
+            name: VxlanDevice::name_of(vni),
+            vni,
+            port: 8472,
+            learning: false,
+            link: 2,
+            local: [192, 0, 2, 1].into(),
+            mtu: 1450,
+        };
+        assert!(device.is_displaced_by(&other(|other| other.port(8472), 1)));
+        assert!(!device.is_displaced_by(&other(|other| other.port(4789), 1)));
+        assert!(!device.is_displaced_by(&other(|other| other.port(8472), 2)));
+        assert!(!device.is_displaced_by(&other(|other| other.port(8472).local6(std::net::Ipv6Addr::LOCALHOST), 1)));
+        let external = other(|other| other.port(8472).collect_metadata(true), 0);
+        assert!(!device.is_displaced_by(&external));
+        let mut up = external;
+        up.header.flags |= LinkFlags::Up;
+        assert!(device.is_displaced_by(&up));
+        // It is not in its own way.
+        assert!(!device.is_displaced_by(&device.endpoint().port(8472).build()));
+
+        let cause = DeviceError::Unexpected("create flannel.1: File exists".to_owned());
+        let error = DeviceError::Displaced { error: Box::new(cause), other: "other".to_owned(), vni, port: 8472 };
+        let said = error.to_string();
+        assert!(
+            said.starts_with("create flannel.1: File exists: the vxlan device other has the UDP port 8472, "),
+            "{said}"
+        );
+        assert!(said.contains("remove it with `ip link delete other`"), "{said}");
     }
 }

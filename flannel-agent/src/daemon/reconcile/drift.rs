@@ -21,6 +21,7 @@ pub(in crate::daemon) const LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// What only others can repair, by what it is about.
 const PINS: &str = "pin directory";
 const FORWARDING: &str = "forwarding";
+const DATAPATH: &str = "datapath";
 
 impl Reconciler<'_> {
     /// Repairs and compares. What fails is said, and tried again at the next event or period.
@@ -48,8 +49,11 @@ impl Reconciler<'_> {
                 for repair in repairs {
                     self.status.repaired(repair, &link.name);
                 }
+                self.status.waiting(DATAPATH, None);
             }
-            Err(error) => warn!("{error}; trying again in {COMPARE_PERIOD:?}"),
+            Err(error) => {
+                self.status.waiting(DATAPATH, Some(format!("{error}; trying again in {COMPARE_PERIOD:?}")));
+            }
         }
     }
 
