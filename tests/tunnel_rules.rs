@@ -36,9 +36,14 @@ fn in_host(world: &World, line: &str) {
 
 #[test]
 fn a_rule_against_tunnel_packets_holds_for_those_that_take_the_stack() {
-    let world = World::with_agents(2);
+    for xdp in ["--xdp=off", "--xdp=generic"] {
+        assert_rules_hold(&World::new(2).ready(&[xdp]));
+    }
+}
+
+fn assert_rules_hold(world: &World) {
     world.wait_connected(0, 1);
-    wait_answered(&world, Event::HandedIn, "no rule");
+    wait_answered(world, Event::HandedIn, "no rule");
     let peer = world.hosts[1].address;
     for (what, set, unset) in [
         (
@@ -53,12 +58,12 @@ fn a_rule_against_tunnel_packets_holds_for_those_that_take_the_stack() {
         ),
         ("the policy", format!("nft {FIREWALL}"), "nft delete table inet fw".to_owned()),
     ] {
-        in_host(&world, &set);
+        in_host(world, &set);
         // Also those of a flow that is known: the last one that the stack let in is its last.
-        wait_for(&format!("{what}: no answer"), SOON, || !ping(&world)).unwrap();
-        assert!(!ping(&world) && !ping(&world), "{what}: answered");
-        in_host(&world, &unset);
-        wait_answered(&world, Event::HandedIn, what);
+        wait_for(&format!("{what}: no answer"), SOON, || !ping(world)).unwrap();
+        assert!(!ping(world) && !ping(world), "{what}: answered");
+        in_host(world, &unset);
+        wait_answered(world, Event::HandedIn, what);
     }
 }
 

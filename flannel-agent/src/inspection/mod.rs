@@ -41,6 +41,9 @@ mod tests;
 #[cfg(test)]
 mod fixtures;
 
+#[cfg(test)]
+mod tunnel_tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,

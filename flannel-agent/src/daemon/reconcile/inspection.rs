@@ -48,7 +48,7 @@ impl Reconciler<'_> {
         self.inspect();
     }
 
-    /// Peers may be others. Rules for the tunnel packets to them are named only, so that it need not be at once.
+    /// Peers may be others. Rules about the tunnel packets of a new one are found with the next look.
     pub(super) fn inspect_for_peers(&mut self, table: &LeaseTable) {
         let peers: BTreeSet<_> = table.iter().map(|(_, peer)| peer.public_ip).collect();
         if *self.bypass.inspected.peers != peers {
