@@ -335,10 +335,11 @@ fn a_route_of_others_through_the_device_carries_packets() {
     let mut world = World::with_any_subnet(1).ready(&[]);
     let far = world.lab.host("node2", 2).unwrap();
     world.hosts.push(far);
-    let kernel = world.hosts[1].become_kernel_vxlan(&world.store, 200).unwrap();
+    let [octet, _] = world.free_octets();
+    let kernel = world.hosts[1].become_kernel_vxlan(&world.store, octet).unwrap();
     // A site behind it.
     world.on_host(1, &["ip address add 172.30.7.7/32 dev lo", "iptables -A INPUT -d 172.30.7.7 -p icmp -j DROP"]);
-    world.on_host(0, &["ip route add 172.30.0.0/16 via 10.5.200.0 dev flannel.1 onlink"]);
+    world.on_host(0, &[&format!("ip route add 172.30.0.0/16 via 10.5.{octet}.0 dev flannel.1 onlink")]);
     let arrived = |world: &World| {
         let rules = world.hosts[1].netns.exec("iptables -nvxL INPUT").unwrap();
         let rule = rules.lines().find(|line| line.contains("172.30.7.7")).unwrap();
@@ -364,7 +365,7 @@ fn a_route_of_others_through_the_device_carries_packets() {
     carries(&world, "with a route per lease");
     // That to the lease itself stays the programs': what they admit by it is told from what another daemon's routes let in.
     let (routes, _) = world.routes(0);
-    assert!(routes.contains("10.5.200.0/24 via 169.254.1.1 proto 72"), "{routes}");
+    assert!(routes.contains(&format!("10.5.{octet}.0/24 via 169.254.1.1 proto 72")), "{routes}");
     world.restart(0, &[]);
     carries(&world, "and without again");
     let tables = || {
@@ -372,10 +373,10 @@ fn a_route_of_others_through_the_device_carries_packets() {
         (neighbours, forwarding)
     };
     let (neighbours, forwarding) = tables();
-    assert!(neighbours.contains(&format!("10.5.200.0 lladdr {} PERMANENT", kernel.mac)), "{neighbours:?}");
+    assert!(neighbours.contains(&format!("10.5.{octet}.0 lladdr {} PERMANENT", kernel.mac)), "{neighbours:?}");
     assert!(forwarding.contains(&format!("{} dst 192.168.64.2 self permanent", kernel.mac)), "{forwarding:?}");
     // What is for the lease itself is the programs' all the while.
-    world.hosts[1].netns.ip("address add 10.5.200.9/32 dev lo").unwrap();
+    world.hosts[1].netns.ip(&format!("address add 10.5.{octet}.9/32 dev lo")).unwrap();
     world.on_host(0, &["ip route delete 172.30.0.0/16"]);
     let waited = wait_for("nothing to be left", SOON, || tables().0.len() == 1 && tables().1.len() == 1);
     assert!(waited.is_ok(), "{:?}\n{}", tables(), world.hosts[0].agent.as_ref().unwrap().log());
@@ -452,11 +453,12 @@ fn a_route_per_lease_with_hosts_of_flannels() {
     let expected = [201, 202].map(|at| format!("10.5.{at}.0/24 via 10.5.{at}.0 proto 72 src {own} onlink"));
     assert_eq!(routes.lines().map(str::trim).collect::<Vec<_>>(), expected);
     // One more, and one less.
-    let key = format!("{PREFIX}/subnets/10.5.7.0-24");
+    let subnet = format!("10.5.{}.0", world.free_octets()[0]);
+    let (key, route) = (format!("{PREFIX}/subnets/{subnet}-24"), format!("{subnet}/24 via {subnet} "));
     world.store.put(&key, &lease_value("192.168.64.9", "0a:00:00:00:00:09")).unwrap();
-    wait_for("a route", SOON, || world.routes(0).0.contains("10.5.7.0/24")).unwrap();
+    wait_for("a route", SOON, || world.routes(0).0.contains(&route)).unwrap();
     world.store.etcdctl(&["del", &key]).unwrap();
-    wait_for("no route", SOON, || !world.routes(0).0.contains("10.5.7.0/24")).unwrap();
+    wait_for("no route", SOON, || !world.routes(0).0.contains(&route)).unwrap();
     assert!(world.counter(0, "encapsulated") > 0);
     assert_eq!(world.counter(0, "encap_other_next_hop"), 0);
 }
@@ -465,14 +467,16 @@ fn a_route_per_lease_with_hosts_of_flannels() {
 fn a_way_that_comes_and_goes_decides_again_at_once() {
     const ROUNDS: u32 = 3;
     let world = World::with_any_subnet(1).ready(&[]);
-    world.store.put(&format!("{PREFIX}/subnets/10.5.7.0-24"), &lease_value("10.5.250.9", "0a:00:00:00:00:09")).unwrap();
+    let [leased, another] = world.free_octets();
+    let (key, peer) = (format!("{PREFIX}/subnets/10.5.{leased}.0-24"), format!("10.5.{another}.9"));
+    world.store.put(&key, &lease_value(&peer, "0a:00:00:00:00:09")).unwrap();
     world.wait_mode(0, "leases");
     // The periodic comparison would see each change too: ten seconds after the last.
     let begun = Instant::now();
     for _round in 0..ROUNDS {
-        world.on_host(0, &["ip route add 10.5.250.9/32 via 192.168.64.254"]);
+        world.on_host(0, &[&format!("ip route add {peer}/32 via 192.168.64.254")]);
         world.wait_mode(0, "network");
-        world.on_host(0, &["ip route delete 10.5.250.9/32"]);
+        world.on_host(0, &[&format!("ip route delete {peer}/32")]);
         world.wait_mode(0, "leases");
     }
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());

@@ -43,9 +43,10 @@ fn world() -> World {
 
 /// The third host becomes one of flannel's, with a lease and a pod, and both know each other.
 fn join(world: &mut World) {
-    let kernel = world.hosts[2].become_kernel_vxlan(&world.store, 200).unwrap();
+    let [third_octet, _] = world.free_octets();
+    let kernel = world.hosts[2].become_kernel_vxlan(&world.store, third_octet).unwrap();
     world.hosts[2].add_pod_in(&kernel.subnet).unwrap();
-    world.hosts[0].add_kernel_peer_from(&world.store, 200).unwrap();
+    world.hosts[0].add_kernel_peer_from(&world.store, third_octet).unwrap();
     for octet in octets(world) {
         world.hosts[2].add_kernel_peer_from(&world.store, octet).unwrap();
     }
@@ -63,7 +64,7 @@ fn forge(world: &World) {
     let pod = world.hosts[0].pods[0].address.octets();
     let inner = [
         &ethernet([0x0a, 0, 0, 0, 0, 9], mac_of(world, 0, "flannel.1"), etherparse::EtherType::IPV4)[..],
-        &udp([10, 5, 77, 5], pod),
+        &udp([10, 5, world.free_octets()[0], 5], pod),
     ]
     .concat();
     let tunnel = Tunnel { source: STRANGER, destination_mac: mac_of(world, 0, "eth0"), ..FROM_TWO };

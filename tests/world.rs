@@ -18,7 +18,7 @@ use xtask::{
 /// The subnets that agents take by themselves are none that a test names: for these there is [`ANY_SUBNET`].
 pub const CONFIG: &str = r#"{"Network": "10.5.0.0/16", "SubnetMin": "10.5.128.0", "SubnetMax": "10.5.191.0",
     "Backend": {"Type": "vxlan"}}"#;
-/// With all subnets of the network.
+/// With all subnets of the network: a test that names one asks [`World::free_octets`].
 const ANY_SUBNET: &str = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}"#;
 /// For what is to happen soon.
 pub const SOON: Duration = Duration::from_secs(20);
@@ -65,6 +65,14 @@ impl World {
     /// Hosts with a ready agent and a pod each.
     pub fn with_agents(hosts: u8) -> Self {
         Self::new(hosts).ready(&[])
+    }
+
+    /// The third octets of two subnets of 10.5.0.0/16 that none has leased.
+    pub fn free_octets(&self) -> [u8; 2] {
+        let leases = self.store.list(&format!("{PREFIX}/subnets/")).unwrap();
+        let is_free = |octet: &u8| leases.iter().all(|(key, _)| !key.ends_with(&format!("/10.5.{octet}.0-24")));
+        let mut free = (1..=u8::MAX).filter(is_free);
+        [free.next().unwrap(), free.next().unwrap()]
     }
 
     /// The lease of a host: the last part of its key, and the value.
