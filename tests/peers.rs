@@ -2,7 +2,11 @@
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use xtask::{lab::PREFIX, process::output, progress::wait_for};
+use xtask::{
+    lab::{PREFIX, servers::{WebServer, curl}},
+    process::output,
+    progress::wait_for,
+};
 
 use crate::world::{SOON, World, is_answered, lease_value};
 
@@ -69,4 +73,56 @@ fn each_peer_is_named_with_what_is_wrong_the_worst_first() {
 fn a_host_without_peers_says_so() {
     let world = World::with_agents(1);
     assert_eq!(output(world.agent_on(0).arg("peers")).unwrap(), "flannel.1: no peers\n");
+}
+
+/// What was sent to the only peer of a host, and received from it: packets and bytes.
+fn traffic(world: &World, host: usize) -> [u64; 4] {
+    let text = output(world.agent_on(host).args(["peers", "-o", "json"])).unwrap();
+    let document: Value = serde_json::from_str(&text).unwrap();
+    let peer = &document["overlays"][0]["peers"][0];
+    let number = |way: &str, what: &str| peer[way][what].as_u64().unwrap();
+    [number("sent", "packets"), number("sent", "bytes"), number("received", "packets"), number("received", "bytes")]
+}
+
+/// Each packet is counted once for its peer, past the stack or not, however its next hop is known.
+fn is_counted_once(arguments: &[&str]) {
+    const PACKETS: u64 = 20;
+    let world = World::new(2).ready(arguments);
+    world.wait_connected(0, 1);
+    let [pod, far] = [0, 1].map(|host| &world.hosts[host].pods[0]);
+    for (payload, what) in [(100, "ping -q"), (1000, "ping -q -i 0.01")] {
+        let before = [0, 1].map(|host| traffic(&world, host));
+        let command = format!("{what} -c {PACKETS} -s {payload} {}", far.address);
+        let said = pod.netns.exec(&command).unwrap();
+        assert!(said.contains(" 0% packet loss"), "{said}");
+        // Behind its IPv4 and ICMP headers.
+        let bytes = PACKETS * (payload + 28);
+        let after = [0, 1].map(|host| traffic(&world, host));
+        for (before, after) in before.iter().zip(after) {
+            let counted: Vec<_> = after.iter().zip(before).map(|(after, before)| after - before).collect();
+            assert_eq!(counted, [PACKETS, bytes, PACKETS, bytes], "{payload}");
+        }
+    }
+    // A flow that passes the stack by.
+    let [sent, ..] = traffic(&world, 0);
+    let bypassed = || world.counter(0, "pod_encapsulated") + world.counter(0, "pod_direct");
+    let before = bypassed();
+    let server = WebServer::start(far, 8080, "far").unwrap();
+    for _ in 0..20 {
+        curl(&pod.netns, &format!("http://{}:8080/", far.address), None).unwrap();
+    }
+    drop(server);
+    let [now, ..] = traffic(&world, 0);
+    assert!(now - sent >= 20 * 5, "{}", now - sent);
+    assert_eq!(bypassed() > before, !arguments.contains(&"--bypass=off"));
+}
+
+#[test]
+fn what_goes_to_and_from_a_peer_is_counted_once() {
+    is_counted_once(&[]);
+}
+
+#[test]
+fn the_same_through_the_stack_and_by_xdp() {
+    is_counted_once(&["--bypass=off", "--xdp=generic"]);
 }

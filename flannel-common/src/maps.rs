@@ -10,7 +10,7 @@ use crate::{
 
 /// Changes whenever a key, a value or the meaning of a map changes. Part of the pin directory's name, because the
 /// kernel adopts a pinned map without comparing its layout.
-pub const ABI_VERSION: u32 = 12 + cfg!(feature = "next-layout") as u32;
+pub const ABI_VERSION: u32 = 13 + cfg!(feature = "next-layout") as u32;
 
 /// Array: [`Config::slot`] of a destination -> VTEP id, 0 where nobody leases that subnet. One aligned 4-byte store
 /// publishes or withdraws a peer.
@@ -29,6 +29,9 @@ pub const ACCEPTED: &str = "ACCEPTED";
 /// Array: VTEP id -> [`Heard`]. Tells a host whose lease the store has lost from one that is gone, and what a host on the same
 /// link sends in a tunnel from what it sends without.
 pub const HEARD: &str = "HEARD";
+/// Per-CPU array: VTEP id -> [`Traffic`], of the first [`MAX_COUNTED`] ids. Id 0 has what was admitted from no peer in particular
+/// ([`Event::AdmittedByRoute`](crate::event::Event::AdmittedByRoute)).
+pub const TRAFFIC: &str = "TRAFFIC";
 /// LRU hash: [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow), for flows that may pass the host's stack by.
 pub const FLOWS: &str = "FLOWS";
 /// Array: [`Original::index`](crate::flow::Original::index) of a tag -> [`Original`](crate::flow::Original): the last packet
@@ -52,13 +55,14 @@ pub const DROPS: &str = "DROPS";
 pub const CONFIG: &str = "CONFIG";
 
 /// Every map that is pinned.
-pub const PINNED: [&str; 14] = [
+pub const PINNED: [&str; 15] = [
     SUBNETS,
     PREFIXES,
     VTEPS,
     VTEP_ADDRESSES,
     ACCEPTED,
     HEARD,
+    TRAFFIC,
     FLOWS,
     ORIGINALS,
     PODS,
@@ -75,6 +79,9 @@ pub const MAX_SLOTS: u32 = 1 << 22;
 pub const MAX_PREFIXES: u32 = 1 << 17;
 /// The most entries of [`ACCEPTED`].
 pub const MAX_ACCEPTED: u32 = 1 << 10;
+
+/// The most entries of [`TRAFFIC`]: 512 KiB for each CPU.
+pub const MAX_COUNTED: u32 = 1 << 14;
 
 /// The most flows that are remembered; the one not used for longest makes room.
 pub const MAX_FLOWS: u32 = 1 << 16;
@@ -296,17 +303,45 @@ pub struct Counter {
     pub packets: u64,
 }
 
+/// What went between this host and a VTEP, with and without a tunnel, and past the stack or not. Bytes are those of the pods'
+/// IPv4 packets.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// What was sent to it.
+    pub sent: Counter,
+    /// What was admitted from it.
+    pub received: Counter,
+}
+
+impl core::iter::Sum for Traffic {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |Self { sent, received }, more| Self {
+            sent: sent.plus(more.sent),
+            received: received.plus(more.received),
+        })
+    }
+}
+
+impl Counter {
+    /// Both together; wraps around.
+    pub const fn plus(self, other: Self) -> Self {
+        Self { packets: self.packets.wrapping_add(other.packets), bytes: self.bytes.wrapping_add(other.bytes) }
+    }
+}
+
 const _: () = {
     assert!(size_of::<Config>() == 64 && align_of::<Config>() == 8);
     assert!(size_of::<Vtep>() == 80 && align_of::<Vtep>() == 8);
     assert!(size_of::<Counter>() == 16);
     assert!(size_of::<Heard>() == 8);
+    assert!(size_of::<Traffic>() == 32);
 };
 
 /// The values as aya reads and writes them.
 #[cfg(feature = "user")]
 mod user {
-    use super::{Config, Counter, Heard, Vtep};
+    use super::{Config, Counter, Heard, Traffic, Vtep};
     use crate::{
         drops::Drops,
         flow::{Flow, FlowKey, Original},
@@ -320,6 +355,8 @@ mod user {
     unsafe impl aya::Pod for Counter {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Heard {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Traffic {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Drops {}
     // SAFETY: as above.

@@ -29,6 +29,8 @@ const ECN_CE: u8 = 0b11;
 
 /// A tunnel packet that was let through.
 pub(crate) struct Admitted {
+    /// The number of the VTEP that sent it, or 0 where the leases refuse it.
+    pub(crate) sender: u32,
     /// The packet in it.
     pub(crate) inner: Ipv4Hdr,
     /// Where that begins, from the first byte on.
@@ -94,10 +96,10 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
     }
     let outer_source = u32::from_be_bytes(ip.src_addr);
     let verdict = || admission::admit(config, &Leases { config }, outer_source, &inner_ethernet, &inner);
-    let is_by_route = match verdict() {
+    let (sender, is_by_route) = match verdict() {
         Ok(sender) => {
             note_heard(sender, now);
-            false
+            (sender, false)
         }
         Err(event) if is_refused_by_leases(event) => {
             let source = u32::from_be_bytes(inner.src_addr);
@@ -110,11 +112,12 @@ pub(crate) fn admit(packet: &impl Headers, config: &Config, ip_offset: usize, no
                 // Asked once more: the verifier would follow each reason that is kept through the whole call.
                 note_heard(verdict()?, now);
             }
-            true
+            (0, true)
         }
         Err(event) => return Err(event),
     };
     Ok(Admitted {
+        sender,
         inner,
         inner_offset,
         outer_len,

@@ -24,6 +24,7 @@ use network_types::{
 
 use crate::{
     admit::{Admitted, FOREIGN, admit, admit_directly},
+    count::count_received,
     flows::{self, Direction, Place, place},
     frame::Frame,
     leases::{overlay_device, vtep},
@@ -52,6 +53,9 @@ pub(crate) fn from_underlay(packet: &Packet<'_>) -> Event {
     let direct_from = if may_be_direct { admit_directly(packet, &config, now) } else { 0 };
     if direct_from == FOREIGN {
         return Event::DirectForeignMac;
+    }
+    if direct_from != 0 {
+        count_received(direct_from, packet.len() - EthHdr::LEN as u32);
     }
     if is_decapsulated || direct_from != 0 {
         return without_tunnel(packet, &config, direct_from, now);
@@ -124,6 +128,7 @@ fn hand_in(packet: &Packet<'_>, config: &Config) -> Event {
 #[inline(always)]
 fn look(packet: &impl Headers, config: &Config, ip_offset: usize, now: u64) -> Result<(Admitted, Place), Event> {
     let admitted = admit(packet, config, ip_offset, now)?;
+    count_received(admitted.sender, packet.len() - admitted.inner_offset as u32);
     let place = place(packet, &admitted.inner, admitted.inner_offset, Direction::Ingress);
     Ok((admitted, place))
 }
@@ -192,6 +197,7 @@ pub(crate) fn xdp_decap(frame: &Frame<'_>) -> Option<Event> {
         return None;
     }
     frame.remove_tunnel(Decapsulated::of(config.vni)).ok()?;
+    count_received(admitted.sender, frame.len() - EthHdr::LEN as u32);
     Some(Event::XdpDecapsulated)
 }
 

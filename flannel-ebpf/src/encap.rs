@@ -21,6 +21,7 @@ use network_types::{
 };
 
 use crate::{
+    count::count_sent,
     flows::{self, Direction, Kind, Place, place},
     leases::{Leases, Peer, overlay_device},
     maps::CONFIG,
@@ -134,7 +135,7 @@ fn try_encapsulate(packet: &Packet<'_>, config: &Config, shown: Shown) -> Event 
         if packet.write(&ethernet).is_err() {
             return Event::EncapFailed;
         }
-        send(packet, vtep);
+        send(packet, peer, EthHdr::LEN);
         return Event::Direct;
     }
     if shown == Shown::Itself {
@@ -162,7 +163,7 @@ fn try_encapsulate(packet: &Packet<'_>, config: &Config, shown: Shown) -> Event 
     if packet.write(&header).is_err() {
         return Event::EncapFailed;
     }
-    match send_chosen(packet, vtep, chosen) {
+    match send_chosen(packet, peer, chosen) {
         Sent::Resolved => Event::Encapsulated,
         Sent::ToNeighbour => Event::EncapsulatedNeighbour,
     }
@@ -207,7 +208,7 @@ pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
     {
         released.note(packet);
     }
-    let Some(Peer { vtep, .. }) = on_link else {
+    let Some(Peer { id, vtep }) = on_link else {
         // Another network's programs may be here, too.
         let is_of_network = config.slot(u32::from_be_bytes(ip.dst_addr)).is_some();
         return match (is_by_shared_route, peer.is_some()) {
@@ -221,6 +222,7 @@ pub(crate) fn to_underlay(packet: &Packet<'_>) -> Event {
     if !is_to_peer {
         return Event::RoutedOther;
     }
+    count_sent(id, packet.len() - EthHdr::LEN as u32);
     if is_by_shared_route {
         if vtep.flags & Vtep::RESOLVED == 0 {
             packet.redirect_to_neighbour(vtep.ifindex, vtep.next_hop);
@@ -314,7 +316,7 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
     }
     let translation = Translation::between(&place.key, &sent_as);
     if peer.is_direct(config) {
-        return Some(bypass_directly(packet, ip, place, &sent_as, vtep));
+        return Some(bypass_directly(packet, ip, place, &sent_as, peer));
     }
     if config.has(Config::NO_TUNNEL) {
         return None;
@@ -333,19 +335,19 @@ fn bypass_as(packet: &Packet<'_>, config: &Config, ip: &Ipv4Hdr, place: &Place, 
         if translation.adjust(packet, ip.proto, OuterHeader::LEN + Ipv4Hdr::LEN).is_err() {
             return Some(Event::PodEncapFailed);
         }
-        send_chosen(packet, vtep, chosen);
+        send_chosen(packet, peer, chosen);
         return Some(Event::PodTranslated);
     }
-    Some(match send_chosen(packet, vtep, chosen) {
+    Some(match send_chosen(packet, peer, chosen) {
         Sent::Resolved => Event::PodEncapsulated,
         Sent::ToNeighbour => Event::PodEncapsulatedNeighbour,
     })
 }
 
 #[inline(always)]
-fn bypass_directly(packet: &Packet<'_>, ip: &Ipv4Hdr, place: &Place, sent_as: &FlowKey, vtep: &Vtep) -> Event {
+fn bypass_directly(packet: &Packet<'_>, ip: &Ipv4Hdr, place: &Place, sent_as: &FlowKey, peer: Peer) -> Event {
     let translation = Translation::between(&place.key, sent_as);
-    let (next_hop, device) = vtep.header.underlay_macs();
+    let (next_hop, device) = peer.vtep.header.underlay_macs();
     let header = Framed::new(next_hop, device, NextHop::new(ip, sent_as, Direction::Egress, &translation));
     if packet.write(&header).is_err() {
         return Event::PodEncapFailed;
@@ -355,7 +357,7 @@ fn bypass_directly(packet: &Packet<'_>, ip: &Ipv4Hdr, place: &Place, sent_as: &F
     {
         return Event::PodEncapFailed;
     }
-    send(packet, vtep);
+    send(packet, peer, EthHdr::LEN);
     Event::PodDirect
 }
 
@@ -392,23 +394,25 @@ fn choose(packet: &Packet<'_>, config: &Config, vtep: &Vtep) -> Option<u32> {
 }
 
 #[inline(always)]
-fn send_chosen(packet: &Packet<'_>, vtep: &Vtep, chosen: u32) -> Sent {
+fn send_chosen(packet: &Packet<'_>, peer: Peer, chosen: u32) -> Sent {
     if chosen == 0 {
-        return send(packet, vtep);
+        return send(packet, peer, OuterHeader::LEN);
     }
+    count_sent(peer.id, packet.len() - OuterHeader::LEN as u32);
     packet.forget_note();
     packet.redirect_to_chosen(chosen);
     Sent::ToNeighbour
 }
 
-/// How an encapsulated packet is sent.
+/// How a packet is sent.
 enum Sent {
     Resolved,
     ToNeighbour,
 }
 
 #[inline(always)]
-fn send(packet: &Packet<'_>, vtep: &Vtep) -> Sent {
+fn send(packet: &Packet<'_>, Peer { id, vtep }: Peer, headers_len: usize) -> Sent {
+    count_sent(id, packet.len() - headers_len as u32);
     // It is for programs of this host only.
     packet.forget_note();
     if vtep.flags & Vtep::RESOLVED != 0 {

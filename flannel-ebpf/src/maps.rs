@@ -12,7 +12,7 @@ use flannel_common::{
     flow::{Flow, FlowKey, Original, SourcePorts},
     maps::{
         Config, Counter, EXCLUDED_WORDS, GONE_SLOTS, Heard, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS,
-        MAX_PREFIXES, Vtep,
+        MAX_PREFIXES, Traffic, Vtep,
     },
     packet::Mac,
 };
@@ -36,6 +36,9 @@ pub(crate) static ACCEPTED: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MA
 
 #[map]
 pub(crate) static HEARD: Array<Heard> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(1, 0);
 
 #[map]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_FLOWS, 0);

@@ -1,7 +1,7 @@
 //! The loaded programs against the model of them in `flannel-common`: one input, both answers.
 //!
 //! Compared are verdict or note (a run shows one of them), every byte, all counters, what is known of flows, and which peers
-//! were heard. Not compared is what a program can't show here: the device that it redirects to, and what it does with a
+//! were heard and counted. Not compared is what a program can't show here: the device that it redirects to, and what it does with a
 //! packet that carries XDP metadata; those are tested on wires.
 
 use std::{collections::BTreeSet, path::Path, process::Command, time::Duration};
@@ -16,8 +16,8 @@ use flannel_agent::{
 use flannel_common::{
     event::{Event, Outcome},
     flow::{Egress, Flow, FlowKey, Ingress, Original},
-    maps::{Config, Counter, Heard, Vtep},
-    model::{self, Excluded, Fate, FlowChange, Frame, Known, LastHeard, Lease, Overlay, ToldBy, World},
+    maps::{Config, Counter, Heard, Traffic, Vtep},
+    model::{self, Counted, Excluded, Fate, FlowChange, Frame, Known, LastHeard, Lease, Overlay, ToldBy, World},
     packet::{OuterHeader, Tunnel},
     vxlan::Vni,
 };
@@ -221,7 +221,8 @@ impl Loaded {
         equal("what is left for the other side of the stack", after, fate.original.unwrap_or(left))?;
         self.programs.set_original(place, Original::default()).unwrap();
         equal("the MAC that the pod sends from", self.programs.pod(ifindex).unwrap(), fate.sender)?;
-        self.check_heard(&fate)
+        self.check_heard(&fate)?;
+        self.check_traffic(&fate)
     }
 
     /// Has the programs know the packet's flow, as the input says.
@@ -403,6 +404,17 @@ impl Loaded {
         Ok(())
     }
 
+    fn check_traffic(&mut self, fate: &Fate) -> Result<(), String> {
+        let Some(counted) = fate.traffic else { return Ok(()) };
+        let counter = |bytes| Counter { packets: 1, bytes: bytes as u64 };
+        let (address, expected) = match counted {
+            Counted::Sent(address, bytes) => (address, Traffic { sent: counter(bytes), ..Traffic::default() }),
+            Counted::Received(address, bytes) => (address, Traffic { received: counter(bytes), ..Traffic::default() }),
+        };
+        let id = self.programs.id_of(address).unwrap();
+        equal("what is counted for the peer", self.programs.take_traffic(id).unwrap(), expected)
+    }
+
     fn addresses(&self) -> BTreeSet<[u8; 4]> {
         self.world.leases.iter().map(|lease| lease.peer.address).collect()
     }
@@ -415,8 +427,16 @@ impl Loaded {
         equal("flows", self.programs.flows().unwrap(), vec![])?;
         let is_heard =
             |address: &[u8; 4]| self.programs.heard(self.programs.id_of(*address).unwrap()).unwrap() != self.heard;
-        match self.addresses().into_iter().find(is_heard) {
-            Some(address) => Err(format!("{address:?} was heard")),
+        if let Some(address) = self.addresses().into_iter().find(is_heard) {
+            return Err(format!("{address:?} was heard"));
+        }
+        let addresses = self.addresses();
+        let mut is_counted = |address: &[u8; 4]| {
+            let id = self.programs.id_of(*address).unwrap();
+            self.programs.take_traffic(id).unwrap() != Traffic::default()
+        };
+        match addresses.into_iter().find(|address| is_counted(address)) {
+            Some(address) => Err(format!("something was counted for {address:?}")),
             None => Ok(()),
         }
     }

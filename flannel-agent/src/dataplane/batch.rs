@@ -2,10 +2,11 @@
 
 use std::{
     io,
+    iter::Sum,
     os::fd::{AsFd as _, AsRawFd as _},
 };
 
-use aya::{Pod, maps::MapData};
+use aya::{Pod, maps::MapData, util::nr_cpus};
 use nix::libc;
 
 /// `BPF_MAP_LOOKUP_BATCH` (include/uapi/linux/bpf.h; kernel 5.6).
@@ -29,11 +30,28 @@ struct Attr {
 /// # Errors
 /// The kernel's.
 pub(super) fn read<V: Pod>(map: &MapData, first: u32, len: u32) -> io::Result<Vec<V>> {
+    read_each(map, first, len, 1)
+}
+
+/// The same of a per-CPU array: of each entry one after the other the values of all CPUs, added up. Values are multiples of eight
+/// bytes.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn read_sums<V: Pod + Sum>(map: &MapData, first: u32, len: u32) -> io::Result<Vec<V>> {
+    const { assert!(size_of::<V>().is_multiple_of(8), "the kernel pads the values of each CPU") };
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    let values = read_each::<V>(map, first, len, cpus)?;
+    Ok(values.chunks_exact(cpus).map(|of_cpus| of_cpus.iter().copied().sum()).collect())
+}
+
+/// Entries of `each` values.
+fn read_each<V: Pod>(map: &MapData, first: u32, len: u32, each: usize) -> io::Result<Vec<V>> {
     let info = map.info().map_err(io::Error::other)?;
     if info.value_size() as usize != size_of::<V>() || info.key_size() != 4 {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let mut values: Vec<V> = Vec::with_capacity(len as usize);
+    let mut values: Vec<V> = Vec::with_capacity(len as usize * each);
     let mut keys: Vec<u32> = Vec::with_capacity(len as usize);
     // The key before the first; an array takes one that is too large for none (`array_map_get_next_key`).
     let before = first.wrapping_sub(1);
@@ -48,8 +66,8 @@ pub(super) fn read<V: Pod>(map: &MapData, first: u32, len: u32) -> io::Result<Ve
         elem_flags: 0,
         flags: 0,
     };
-    // SAFETY: the pointers are to an u32 each, and to room for `len` keys and values of the sizes that the map has; the
-    // kernel writes no more than `count` of each, and says in `count` how many.
+    // SAFETY: the pointers are to an u32 each, and to room for `len` keys and `each` values for each of them, of the sizes that
+    // the map has; the kernel writes no more than `count` of each, and says in `count` how many.
     let result = unsafe { libc::syscall(libc::SYS_bpf, LOOKUP_BATCH, &raw mut attr, size_of::<Attr>()) };
     let error = io::Error::last_os_error();
     // The end of the map.
@@ -57,6 +75,6 @@ pub(super) fn read<V: Pod>(map: &MapData, first: u32, len: u32) -> io::Result<Ve
         return Err(error);
     }
     // SAFETY: the kernel has written that many, and any bytes are a value.
-    unsafe { values.set_len(attr.count.min(len) as usize) };
+    unsafe { values.set_len(attr.count.min(len) as usize * each) };
     Ok(values)
 }

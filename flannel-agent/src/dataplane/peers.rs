@@ -6,7 +6,7 @@
 mod verify;
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::Ipv4Addr,
     time::{Duration, Instant},
 };
@@ -14,12 +14,13 @@ use std::{
 use aya::{
     Ebpf,
     maps::{
-        Array, HashMap as BpfHashMap, IterableMap as _, Map, MapData, MapError,
+        Array, HashMap as BpfHashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
     },
+    util::nr_cpus,
 };
 use flannel_common::maps::{
-    Config, HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep, heard_time,
+    Config, HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, TRAFFIC, Traffic, VTEP_ADDRESSES, VTEPS, Vtep, heard_time,
 };
 use ipnet::Ipv4Net;
 use nix::time::{ClockId, clock_gettime};
@@ -40,6 +41,7 @@ pub struct PeerMaps {
     vteps: Array<MapData, Vtep>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
     heard: Array<MapData, Heard>,
+    traffic: PerCpuArray<MapData, Traffic>,
     /// The id that each subnet has in `SUBNETS` or `PREFIXES`.
     published: BTreeMap<Ipv4Net, u32>,
     /// The VTEPs in use.
@@ -87,6 +89,8 @@ impl PeerMaps {
             take_map(ebpf, VTEP_ADDRESSES)?.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
         let heard = take_map(ebpf, HEARD)?.try_into().map_err(DataplaneError::map("open", HEARD))?;
 
+        let traffic = take_map(ebpf, TRAFFIC)?.try_into().map_err(DataplaneError::map("open", TRAFFIC))?;
+
         let mut published = BTreeMap::new();
         for slot in 0..config.slots {
             let id = subnets.get(&slot, 0).map_err(DataplaneError::map("read", SUBNETS))?;
@@ -125,6 +129,7 @@ impl PeerMaps {
             vteps,
             addresses,
             heard,
+            traffic,
             published,
             entries,
             id_of,
@@ -264,6 +269,7 @@ impl PeerMaps {
         let written = heard
             .and_then(|heard| self.heard.set(id, heard, 0))
             .map_err(DataplaneError::map("write", HEARD))
+            .and_then(|()| self.inherit_traffic(id, same_host))
             .and_then(|()| self.vteps.set(id, vtep, 0).map_err(DataplaneError::map("write", VTEPS)));
         if let Err(error) = written {
             self.ids.release(id, Instant::now());
@@ -272,6 +278,22 @@ impl PeerMaps {
         self.entries.insert(id, Entry { vtep: *vtep, users: 0 });
         self.id_of.insert(*vtep, id);
         Ok(id)
+    }
+
+    /// A new id goes on counting where the one before was; what is counted under that one from now on is lost.
+    fn inherit_traffic(&mut self, id: u32, before: Option<u32>) -> Result<(), DataplaneError> {
+        if id >= self.traffic.len() {
+            return Ok(());
+        }
+        let counted = match before.filter(|before| *before < self.traffic.len()) {
+            Some(before) => self.traffic.get(&before, 0).map_err(DataplaneError::map("read", TRAFFIC))?,
+            None => {
+                let cpus = nr_cpus().map_err(|(_, source)| DataplaneError::map("write", TRAFFIC)(source.into()))?;
+                let nothing = PerCpuValues::try_from(vec![Traffic::default(); cpus]);
+                nothing.map_err(|source| DataplaneError::map("write", TRAFFIC)(source.into()))?
+            }
+        };
+        self.traffic.set(id, counted, 0).map_err(DataplaneError::map("write", TRAFFIC))
     }
 
     /// One subnet less refers to an id.
@@ -391,27 +413,29 @@ fn key(subnet: Ipv4Net) -> Key<[u8; 4]> {
     Key::new(u32::from(subnet.prefix_len()), subnet.network().octets())
 }
 
-/// The ids that no slot refers to. The longest unused comes first, and none within the quarantine.
+/// The ids that no slot refers to. The lowest comes first, since only so many are counted, and none within the quarantine.
 struct FreeIds {
-    free: VecDeque<(u32, Option<Instant>)>,
+    free: BTreeSet<u32>,
+    /// The longest unused first.
+    quarantined: VecDeque<(u32, Instant)>,
 }
 
 impl FreeIds {
     /// All ids below `capacity` that have no value; 0 means nobody and is never handed out.
     fn new(capacity: u32, is_used: impl Fn(u32) -> bool) -> Self {
-        Self { free: (1..capacity).filter(|id| !is_used(*id)).map(|id| (id, None)).collect() }
+        Self { free: (1..capacity).filter(|id| !is_used(*id)).collect(), quarantined: VecDeque::new() }
     }
 
     fn take(&mut self, now: Instant) -> Option<u32> {
-        let (_, released) = self.free.front()?;
-        if released.is_some_and(|released| now.duration_since(released) < QUARANTINE) {
-            return None;
+        let is_over = |(_, released): &mut (u32, Instant)| now.duration_since(*released) >= QUARANTINE;
+        while let Some((id, _)) = self.quarantined.pop_front_if(is_over) {
+            self.free.insert(id);
         }
-        self.free.pop_front().map(|(id, _)| id)
+        self.free.pop_first()
     }
 
     fn release(&mut self, id: u32, now: Instant) {
-        self.free.push_back((id, Some(now)));
+        self.quarantined.push_back((id, now));
     }
 }
 
@@ -426,6 +450,9 @@ mod tests {
         assert_eq!((ids.take(start), ids.take(start), ids.take(start)), (Some(1), Some(2), None));
         ids.release(2, start);
         assert_eq!(ids.take(start + QUARANTINE / 2), None);
+        ids.release(1, start + QUARANTINE / 2);
         assert_eq!(ids.take(start + QUARANTINE), Some(2));
+        ids.release(2, start + QUARANTINE);
+        assert_eq!(ids.take(start + 3 * QUARANTINE), Some(1), "the lowest");
     }
 }

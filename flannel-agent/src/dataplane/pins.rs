@@ -13,8 +13,8 @@ use flannel_common::{
     flow::{Flow, FlowKey, Original},
     maps::{
         ABI_VERSION, ACCEPTED, COUNTERS, Counter, DROPS, EXCLUDED, EXCLUDED_PORTS, EXCLUDED_WORDS, FLOWS, GONE,
-        GONE_SLOTS, HEARD, Heard, MAX_ACCEPTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, ORIGINALS, PODS,
-        PREFIXES, SUBNETS, VTEP_ADDRESSES, VTEPS, Vtep,
+        GONE_SLOTS, HEARD, Heard, MAX_ACCEPTED, MAX_COUNTED, MAX_EXCLUDED, MAX_FLOWS, MAX_PODS, MAX_PREFIXES, ORIGINALS, PODS,
+        PREFIXES, SUBNETS, TRAFFIC, Traffic, VTEP_ADDRESSES, VTEPS, Vtep,
     },
     packet::Mac,
     vxlan::Vni,
@@ -60,7 +60,7 @@ pub(super) enum Predecessor {
 }
 
 /// The layout of every pinned map.
-pub(super) fn layout(capacity: Capacity) -> [Layout; 14] {
+pub(super) fn layout(capacity: Capacity) -> [Layout; 15] {
     let Capacity { slots, vteps } = capacity;
     let map = |name, kind, key_size, value_size: usize, max_entries| Layout {
         name,
@@ -79,6 +79,7 @@ pub(super) fn layout(capacity: Capacity) -> [Layout; 14] {
         map(VTEP_ADDRESSES, MapType::Hash, 4, 4, vteps),
         map(ACCEPTED, MapType::LpmTrie, 8, 4, MAX_ACCEPTED),
         map(HEARD, MapType::Array, 4, size_of::<Heard>(), vteps),
+        map(TRAFFIC, MapType::PerCpuArray, 4, size_of::<Traffic>(), vteps.min(MAX_COUNTED)),
         map(FLOWS, MapType::LruHash, size_of::<FlowKey>() as u32, size_of::<Flow>(), MAX_FLOWS),
         map(ORIGINALS, MapType::Array, 4, size_of::<Original>(), Original::COUNT),
         map(PODS, MapType::LruHash, 4, size_of::<Mac>(), MAX_PODS),

@@ -3,13 +3,13 @@
 
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, ProgramArray},
+    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, ProgramArray},
     programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey, Original},
-    maps::{Counter, FLOWS, GONE, HEARD, Heard, ORIGINALS, PODS, VTEP_ADDRESSES, gone_slot},
+    maps::{Counter, FLOWS, GONE, HEARD, Heard, ORIGINALS, PODS, TRAFFIC, Traffic, VTEP_ADDRESSES, gone_slot},
     noted,
     packet::Mac,
 };
@@ -45,6 +45,7 @@ pub struct TestRuns {
     /// Which these are; they stay in it as long as it lives.
     _programs: ProgramArray<MapData>,
     heard: Array<MapData, Heard>,
+    traffic: PerCpuArray<MapData, Traffic>,
     originals: Array<MapData, Original>,
     gone: Array<MapData, u32>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
@@ -98,11 +99,12 @@ impl TestRuns {
         }
         let pinned = |name| MapData::from_pin(dataplane.pins.map(name)).map_err(DataplaneError::map("open", name));
         let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
+        let traffic = Map::PerCpuArray(pinned(TRAFFIC)?).try_into().map_err(DataplaneError::map("open", TRAFFIC))?;
         let originals = Map::Array(pinned(ORIGINALS)?).try_into().map_err(DataplaneError::map("open", ORIGINALS))?;
         let gone = Map::Array(pinned(GONE)?).try_into().map_err(DataplaneError::map("open", GONE))?;
         let addresses = Map::HashMap(pinned(VTEP_ADDRESSES)?);
         let addresses = addresses.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
-        Ok(Self { dataplane, noted, _programs: programs, heard, originals, gone, addresses })
+        Ok(Self { dataplane, noted, _programs: programs, heard, traffic, originals, gone, addresses })
     }
 
     /// Runs a TC program; its verdict, and what it leaves. The frame goes to `out`.
@@ -293,6 +295,21 @@ impl TestRuns {
     /// [`DataplaneError::Map`].
     pub fn set_heard(&mut self, id: u32, heard: Heard) -> Result<(), DataplaneError> {
         self.heard.set(id, heard, 0).map_err(DataplaneError::map("write", HEARD))
+    }
+
+    /// What was counted for a VTEP since this was last called.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn take_traffic(&mut self, id: u32) -> Result<Traffic, DataplaneError> {
+        let counted = self.traffic.get(&id, 0).map_err(DataplaneError::map("read", TRAFFIC))?;
+        let sum = counted.iter().copied().sum();
+        if sum != Traffic::default() {
+            let nothing = PerCpuValues::try_from(vec![Traffic::default(); counted.len()]);
+            let nothing = nothing.map_err(|source| DataplaneError::map("write", TRAFFIC)(source.into()))?;
+            self.traffic.set(id, nothing, 0).map_err(DataplaneError::map("write", TRAFFIC))?;
+        }
+        Ok(sum)
     }
 }
 

@@ -1,10 +1,10 @@
 //! How each peer is reached, as the maps have it: for who asks while no agent may run.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{io, net::Ipv4Addr, time::Duration};
 
 use aya::maps::{Map, MapData, lpm_trie::LpmTrie};
 use flannel_common::{
-    maps::{HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, VTEPS, Vtep, heard_time},
+    maps::{HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, TRAFFIC, Traffic, VTEPS, Vtep, heard_time},
     packet::Mac,
 };
 use ipnet::Ipv4Net;
@@ -65,6 +65,9 @@ pub struct PeerWay {
     /// How long ago a packet from it was admitted, to the second; [`None`] for never.
     #[serde(skip)]
     pub heard: Option<Duration>,
+    /// What went between; [`None`] for peers beyond those that are counted.
+    #[serde(skip)]
+    pub traffic: Option<Traffic>,
 }
 
 /// All peers of a dataplane whose agent may be gone, by their subnets. `network` is the overlay's, `subnet_len` the length of its
@@ -96,6 +99,10 @@ pub fn pinned_ways(
     let most = ids.iter().map(|(_, id)| id.saturating_add(1)).max().unwrap_or_default();
     let vteps: Vec<Vtep> = read_up_to(&open(VTEPS)?, VTEPS, most)?;
     let heard: Vec<Heard> = read_up_to(&open(HEARD)?, HEARD, most)?;
+    let traffic: Vec<Traffic> = {
+        let map = open(TRAFFIC)?;
+        read_with(TRAFFIC, most, |first, len| batch::read_sums(&map, first, len))?
+    };
     let now: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?.into();
     let now = heard_time(now.as_nanos() as u64);
     let way = |(subnet, id): (Ipv4Net, u32)| {
@@ -118,6 +125,7 @@ pub fn pinned_ways(
             ifindex,
             heard: (heard.last > 0)
                 .then(|| Duration::from_nanos(u64::from(now.saturating_sub(heard.last)) << HEARD_UNIT_SHIFT)),
+            traffic: traffic.get(id as usize).copied(),
         })
     };
     Ok(ids.into_iter().filter_map(way).collect())
@@ -125,11 +133,20 @@ pub fn pinned_ways(
 
 /// The first `len` values of an array.
 fn read_up_to<V: aya::Pod>(map: &MapData, name: &'static str, len: u32) -> Result<Vec<V>, DataplaneError> {
+    read_with(name, len, |first, len| batch::read(map, first, len))
+}
+
+/// The same, by a call that reads so many from a first one on.
+fn read_with<V>(
+    name: &'static str,
+    len: u32,
+    read: impl Fn(u32, u32) -> io::Result<Vec<V>>,
+) -> Result<Vec<V>, DataplaneError> {
     let mut all = Vec::new();
     while (all.len() as u32) < len {
         let first = all.len() as u32;
-        let some = batch::read(map, first, CHUNK.min(len - first));
-        let some: Vec<V> = some.map_err(|source| DataplaneError::map("read", name)(source.into()))?;
+        let some = read(first, CHUNK.min(len - first));
+        let some = some.map_err(|source| DataplaneError::map("read", name)(source.into()))?;
         if some.is_empty() {
             break;
         }

@@ -2,11 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
     net::Ipv4Addr,
     time::Duration,
 };
 
-use flannel_common::vxlan::Vni;
+use bytesize::ByteSize;
+use flannel_common::{maps::Counter, vxlan::Vni};
 use ipnet::Ipv4Net;
 use serde::Serialize;
 use serde_json::json;
@@ -79,8 +81,33 @@ struct Peer {
     neighbour: Option<&'static str>,
     /// [`None`] for never.
     last_heard_ms: Option<u64>,
+    /// To it, of the pods' packets; [`None`] beyond the peers that are counted.
+    sent: Option<Count>,
+    /// From it.
+    received: Option<Count>,
     /// In bytes, where it is less than the overlay's.
     smaller_mtu: Option<u16>,
+}
+
+/// How much went one way.
+#[derive(Clone, Copy, Serialize)]
+struct Count {
+    /// What the kernel is still to segment counts once.
+    packets: u64,
+    /// Of IPv4.
+    bytes: u64,
+}
+
+impl From<Counter> for Count {
+    fn from(Counter { packets, bytes }: Counter) -> Self {
+        Self { packets, bytes }
+    }
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.packets, ByteSize(self.bytes))
+    }
 }
 
 /// What peers are judged by.
@@ -138,7 +165,7 @@ fn peers(
 
 impl Known<'_> {
     fn judge(&self, peer: &PeerWay) -> Peer {
-        let PeerWay { subnet, address, way, next_hop, smaller_mtu, vtep_mac, ifindex, heard } = *peer;
+        let PeerWay { subnet, address, way, next_hop, smaller_mtu, vtep_mac, ifindex, heard, traffic } = *peer;
         let interface = self.interfaces.get(&ifindex).cloned();
         let next_hop = (!next_hop.is_unspecified()).then_some(next_hop);
         let neighbour = next_hop.and_then(|address| self.neighbours.get(&NextHop { ifindex, address }).copied());
@@ -183,6 +210,8 @@ impl Known<'_> {
             interface,
             neighbour,
             last_heard_ms,
+            sent: traffic.map(|traffic| traffic.sent.into()),
+            received: traffic.map(|traffic| traffic.received.into()),
             smaller_mtu,
         }
     }
@@ -195,7 +224,8 @@ fn table(name: &str, running: Option<bool>, peers: Option<&[Peer]>) -> String {
         Some([]) => return format!("{name}{agent}: no peers\n"),
         Some(peers) => peers,
     };
-    let header = ["state", "subnet", "VTEP", "MAC", "next hop", "last heard", ""].map(str::to_owned);
+    let header = ["state", "subnet", "VTEP", "MAC", "next hop", "last heard", "sent", "received", ""].map(str::to_owned);
+    let count = |count: Option<Count>| count.map_or_else(String::new, |count| count.to_string());
     let lines = peers.iter().map(|peer| {
         let next_hop = match (peer.next_hop, &peer.interface) {
             (_, None) => "none".to_owned(),
@@ -211,6 +241,8 @@ fn table(name: &str, running: Option<bool>, peers: Option<&[Peer]>) -> String {
             peer.vtep_mac.to_string(),
             next_hop,
             peer.last_heard_ms.map_or_else(|| "never".to_owned(), |ago| age(Duration::from_millis(ago)) + " ago"),
+            count(peer.sent),
+            count(peer.received),
             peer.reason.clone(),
         ]
     });
@@ -232,6 +264,7 @@ mod tests {
             vtep_mac: [2, 0, 0, 0, 0, 2],
             ifindex: 7,
             heard: Some(Duration::from_secs(1)),
+            traffic: None,
         }
     }
 

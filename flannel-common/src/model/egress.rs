@@ -3,7 +3,7 @@
 use std::vec::Vec;
 
 use super::{
-    Fate, FlowChange, Frame, Note, Packet, Peer, ToldBy, World,
+    Counted, Fate, FlowChange, Frame, Note, Packet, Peer, ToldBy, World,
     wire::{ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, one_hop_on, translated, word},
 };
 use crate::{
@@ -76,7 +76,8 @@ impl World {
             (_, _, FlowChange::OriginalRemoved(_)) => Event::RoutedChanged,
             _ => Event::Routed,
         };
-        Fate { event: Some(event), note: 0, flow, frame, ..other }
+        let traffic = Some(Counted::Sent(peer_on_link.address, packet.frame.len() - ETHERNET));
+        Fate { event: Some(event), note: 0, flow, frame, traffic, ..other }
     }
 
     /// A packet that `from_pod` left to the stack has its flow noted, where it is certain which one it had there.
@@ -140,8 +141,9 @@ impl World {
         if !peer.has_route {
             return unchanged(Event::EncapNoRoute);
         }
+        let traffic = Some(Counted::Sent(peer.address, inner.len()));
         if self.is_direct(peer, packet.known.heard) {
-            return Fate { frame: self.on_link(peer, inner), note: 0, ..unchanged(Event::Direct) };
+            return Fate { frame: self.on_link(peer, inner), note: 0, traffic, ..unchanged(Event::Direct) };
         }
         if is_queued {
             return unchanged(Event::EncapQueued);
@@ -156,7 +158,7 @@ impl World {
             Some(_) => Event::Encapsulated,
             None => Event::EncapsulatedNeighbour,
         };
-        Fate { frame: Frame::InTunnel(self.in_tunnel(peer, ip, inner)), note: 0, ..unchanged(event) }
+        Fate { frame: Frame::InTunnel(self.in_tunnel(peer, ip, inner)), note: 0, traffic, ..unchanged(event) }
     }
 
     /// A pod sent it. Of what takes the stack it is noted who did.
@@ -222,12 +224,13 @@ impl World {
             (true, Some(_)) => Event::PodEncapsulated,
             (true, None) => Event::PodEncapsulatedNeighbour,
         };
+        let traffic = Some(Counted::Sent(peer.address, inner.len()));
         let inner = translated(one_hop_on(inner), key, sent_as, End::Source);
         let frame = match is_direct {
             true => self.on_link(peer, &inner),
             false => Frame::InTunnel(self.in_tunnel(peer, ip, &inner)),
         };
-        Fate { event: Some(event), frame, note: 0, told_by: packet.known.told_by, original: None, ..slow }
+        Fate { event: Some(event), frame, note: 0, told_by: packet.known.told_by, original: None, traffic, ..slow }
     }
 
     /// The frame as the underlay's link carries it. A next hop that is not known is left to the kernel.

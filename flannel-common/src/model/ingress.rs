@@ -3,7 +3,7 @@
 use std::vec::Vec;
 
 use super::{
-    Fate, FlowChange, Frame, Note, Overlay, Packet, World,
+    Counted, Fate, FlowChange, Frame, Note, Overlay, Packet, World,
     wire::{
         ETHERNET, End, IPV4, Ipv4, Kind, TUNNEL, UDP, bytes, flow, is_ipv4, is_within, one_hop_on, sum, translated,
         word,
@@ -60,6 +60,7 @@ impl World {
         let slow = Fate {
             note: self.note(Note::Admitted(key)),
             heard: admitted.sender,
+            traffic: admitted.sender.map(|sender| Counted::Received(sender, frame.len() - INNER_AT)),
             flow: match kind == Kind::Turn && self.may_bypass() {
                 true => FlowChange::Removed,
                 false => FlowChange::Unchanged,
@@ -114,6 +115,7 @@ impl World {
             frame: Frame::Is([&self.config.vtep_mac[..], &peer.vtep_mac, &[8, 0], &frame[ETHERNET..]].concat()),
             heard: Some(peer.address),
             is_heard_directly: true,
+            traffic: Some(Counted::Received(peer.address, frame.len() - ETHERNET)),
             flow: match kind == Kind::Turn && self.may_bypass() {
                 true => FlowChange::Removed,
                 false => FlowChange::Unchanged,
@@ -169,7 +171,8 @@ impl World {
         out.extend(0xf1a7_7e1d_u32.to_ne_bytes());
         out.extend(self.config.vni.to_ne_bytes());
         out.extend(&frame[INNER_ETHERNET_AT..]);
-        Fate { event: Some(Event::XdpDecapsulated), frame: Frame::Is(out), ..left }
+        let traffic = admitted.sender.map(|sender| Counted::Received(sender, frame.len() - INNER_AT));
+        Fate { event: Some(Event::XdpDecapsulated), frame: Frame::Is(out), traffic, ..left }
     }
 
     /// Who may send what (design: "what may pass").

@@ -203,8 +203,19 @@ pub struct Fate {
     pub heard: Option<[u8; 4]>,
     /// Its packet was in no tunnel.
     pub is_heard_directly: bool,
+    /// What is counted for which VTEP.
+    pub traffic: Option<Counted>,
     /// The MAC that the pod at this veth is known to send from, from then on.
     pub sender: Option<Mac>,
+}
+
+/// A packet between this host and a VTEP: its address, and the bytes of the packet without any header of the link or the tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counted {
+    /// To it.
+    Sent([u8; 4], usize),
+    /// From it.
+    Received([u8; 4], usize),
 }
 
 /// The bytes of a packet afterwards.
@@ -262,6 +273,7 @@ impl Fate {
             original: None,
             heard: None,
             is_heard_directly: false,
+            traffic: None,
             sender: packet.known.sender,
         }
     }
