@@ -98,9 +98,9 @@ fn what_was_for_a_pod_that_went_is_put_into_no_other() {
     let stream = Stream::start(&world.hosts[0].pods[0], &world.hosts[1].pods[0]);
     wait_for("the bypass", SOON, || world.counter(1, "delivered") > 500).unwrap();
     world.hosts[1].netns.ip("link delete pod1").unwrap();
-    let flooded = world.counter(1, "pod_unnoted");
+    let flooded = world.counter(1, "pod_received");
     let is_heard = || heard.recv(&mut [0; 4]).is_ok();
-    wait_for("the flood", SOON, || is_heard() || world.counter(1, "pod_unnoted") > flooded + 500).unwrap();
+    wait_for("the flood", SOON, || is_heard() || world.counter(1, "pod_received") > flooded + 500).unwrap();
     assert!(!is_heard(), "the other pod got a packet that was not for it");
     drop(stream.end());
 }

@@ -98,6 +98,7 @@ mod duplicates;
 mod encapsulation;
 mod endings;
 mod etcd_roles;
+mod evidence;
 mod fast_path;
 mod firewalls;
 mod flags;

@@ -3,7 +3,10 @@
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use xtask::{
-    lab::{PREFIX, servers::{WebServer, curl}},
+    lab::{
+        PREFIX,
+        servers::{WebServer, curl},
+    },
     process::output,
     progress::wait_for,
 };

@@ -135,6 +135,8 @@ impl<'a, 'b> Wire<'a, 'b> {
         for label in ["handed_in", "received", "delivered"] {
             *counted.get_mut(label).unwrap() -= 1;
         }
+        // For a pod or not.
+        *counted.get_mut("received").unwrap() += counted.remove("received_by_host").unwrap_or_default();
         counted.remove("xdp_decapsulated");
         counted.remove("not_tunnel");
         counted.retain(|_, count| *count > 0);

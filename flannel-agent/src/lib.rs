@@ -54,6 +54,7 @@ pub mod dataplane;
 pub mod device;
 pub mod docker_opts;
 pub mod escape;
+pub mod evidence;
 pub mod go_values;
 pub mod health;
 pub mod inspection;

@@ -18,6 +18,7 @@ use crate::{
     bypass::{BypassFlag, Kind, Restriction, Scope},
     config::BackendType,
     dataplane::Features,
+    evidence::{EvidenceStatus, Loss, LossKind},
     lease::{HoldReason, MacAddress},
     registry::StoreKind,
     routes::Choice,
@@ -104,6 +105,9 @@ pub struct Status {
     /// What somebody else changed.
     #[serde(default)]
     pub drift: DriftStatus,
+    /// What the packets say of the network.
+    #[serde(default)]
+    pub evidence: EvidenceStatus,
 }
 
 /// What agents had that did not say it.
@@ -250,6 +254,18 @@ pub struct RulesStatus {
     pub repairs: u64,
     /// Why they are not as they should be.
     pub problem: Option<String>,
+    /// Rules and policies of others that may stop packets.
+    pub may_stop: MayStop,
+}
+
+/// Rules and policies of others that may stop packets, as an operator finds them, the surest first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MayStop {
+    /// Tunnel packets that come in.
+    pub tunnel: Vec<String>,
+    /// Packets from the overlay to pods.
+    pub forwarding: Vec<String>,
 }
 
 /// The tunnel of the backend udp.
@@ -447,6 +463,33 @@ impl Status {
         Ok(all)
     }
 
+    /// Packets that get lost on this host, in words.
+    fn lost(&self, &Loss { kind, since, packets }: &Loss) -> String {
+        let (name, time) = (self.name(), time(since));
+        let (what, suspects, otherwise) = match kind {
+            LossKind::Tunnel => (
+                format!(
+                    "{packets} tunnel packets were admitted in {time}, and none of them came out of {name}: this host's firewall \
+                     drops them (INPUT, UDP port of the tunnel), or a filter or program of others takes them"
+                ),
+                &self.rules.may_stop.tunnel,
+                format!("`tc filter show dev {} ingress`", self.external_interface),
+            ),
+            LossKind::Forwarding => (
+                format!(
+                    "{packets} packets for pods came from the overlay in {time}, and none reached a pod: they are not forwarded, \
+                     or there are no such pods"
+                ),
+                &self.rules.may_stop.forwarding,
+                "`ip neighbour` for the pods".to_owned(),
+            ),
+        };
+        match suspects.as_slice() {
+            [] => format!("{what}; no packet rule was found that stops them, see {otherwise}"),
+            suspects => format!("{what}; what may stop them: {}", suspects.join("; ")),
+        }
+    }
+
     /// What an operator should look at, in words. Empty where all is well.
     pub fn troubles(&self) -> Vec<String> {
         let (mut troubles, store) = (Vec::new(), self.store.kind);
@@ -487,6 +530,7 @@ impl Status {
         troubles.extend(self.bypass.ends.problem.clone());
         troubles.extend(self.drift.waiting.values().cloned());
         troubles.extend(self.routes.problem.clone());
+        troubles.extend(self.evidence.lost.iter().map(|loss| self.lost(loss)));
         if let Some(problem) = &self.rules.problem {
             troubles.push(format!("packet rules: {problem}"));
         }

@@ -113,11 +113,15 @@ events! {
     PodReleased = "pod_released", Pass;
     /// to_pod: came in by the overlay; the host changes more of its flow's packets than addresses, ports and TTL, so that all take the stack.
     PodChanged = "pod_changed", Pass;
+    /// to_pod: came in by the overlay; nothing is noted of it: it begins or ends a connection, is not TCP or UDP, or is a copy that a bridge sent to every pod.
+    PodReceived = "pod_received", Pass;
     /// to_pod: any other packet.
     PodUnnoted = "pod_unnoted", Pass;
 
-    /// from_overlay: admitted by from_underlay; on to the host's stack.
+    /// from_overlay: admitted by from_underlay, for a pod; on to the host's stack.
     Received = "received", Pass;
+    /// from_overlay: the same, for an address that is no pod's: this host's own in the overlay, its bridge's, or one behind the host.
+    ReceivedByHost = "received_by_host", Pass;
     /// from_overlay: came out of the tunnel past from_underlay: by a link that is none of the underlay's, from a pod, to another address of this host.
     NotAdmitted = "not_admitted", Drop;
     /// from_overlay: handed on by to_overlay, back from the kernel's vxlan device, and still not to be encapsulated.

@@ -212,6 +212,13 @@ impl Config {
         address & self.subnet_mask == self.subnet
     }
 
+    /// Whether an address (host order) of this host's lease can be a pod's: not the host's own, and not the next, which is the
+    /// bridge's.
+    #[inline(always)]
+    pub fn is_pod(&self, address: u32) -> bool {
+        self.is_local(address) && address.wrapping_sub(self.subnet) > 1
+    }
+
     /// Whether an address (host order) is the directed broadcast of this host's lease.
     #[inline(always)]
     pub fn is_local_broadcast(&self, address: u32) -> bool {
@@ -314,19 +321,23 @@ pub struct Traffic {
     pub received: Counter,
 }
 
+/// Of all CPUs.
 impl core::iter::Sum for Traffic {
     fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
-        all.fold(Self::default(), |Self { sent, received }, more| Self {
-            sent: sent.plus(more.sent),
-            received: received.plus(more.received),
+        all.fold(Self::default(), |sum, more| Self {
+            sent: [sum.sent, more.sent].into_iter().sum(),
+            received: [sum.received, more.received].into_iter().sum(),
         })
     }
 }
 
-impl Counter {
-    /// Both together; wraps around.
-    pub const fn plus(self, other: Self) -> Self {
-        Self { packets: self.packets.wrapping_add(other.packets), bytes: self.bytes.wrapping_add(other.bytes) }
+/// Of all CPUs; wraps around.
+impl core::iter::Sum for Counter {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, more| Self {
+            packets: sum.packets.wrapping_add(more.packets),
+            bytes: sum.bytes.wrapping_add(more.bytes),
+        })
     }
 }
 

@@ -80,7 +80,7 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
     if config.bypass_time != 0 {
         originals::leave(packet, &ip, &place, tag, Direction::Ingress);
     }
-    Event::Received
+    if config.is_pod(u32::from_be_bytes(ip.dst_addr)) { Event::Received } else { Event::ReceivedByHost }
 }
 
 /// Whether a packet at egress of `flannel.<VNI>` was led there by a route of the agent's.

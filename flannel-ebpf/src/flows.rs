@@ -316,7 +316,7 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
         forget(&place.key);
     }
     if place.kind != Kind::Data || !config.is_local(u32::from_be_bytes(ip.dst_addr)) {
-        return Event::PodUnnoted;
+        return Event::PodReceived;
     }
     let original = match originals::find(packet, &ip, &place, tag, Direction::Ingress) {
         Found::Same(original) => original,
@@ -324,14 +324,14 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
             forget(&original);
             return Event::PodChanged;
         }
-        Found::Nothing => return Event::PodUnnoted,
+        Found::Nothing => return Event::PodReceived,
     };
     let Some(ethernet) = packet.header::<EthHdr>(0) else {
-        return Event::PodUnnoted;
+        return Event::PodReceived;
     };
     let (now, veth) = (now(), packet.device());
     if !is_of_pod(veth, ethernet.dst_addr) || is_excluded(&original, &place.key) {
-        return Event::PodUnnoted;
+        return Event::PodReceived;
     }
     // SAFETY: of a flow that an entry leads to.
     let before = known(&original, |flow| unsafe {
@@ -340,10 +340,10 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     let (released, before) = before.unwrap_or_default();
     let age = age(released, now);
     if before == AMBIGUOUS && age < 2 * config.bypass_time {
-        return Event::PodUnnoted;
+        return Event::PodReceived;
     }
     let is_ambiguous = before != veth && age < config.bypass_time;
-    let Some(flow) = blank(original) else { return Event::PodUnnoted };
+    let Some(flow) = blank(original) else { return Event::PodReceived };
     if is_ambiguous {
         // Too old already to be fresh.
         flow.ingress.released = now.wrapping_sub(config.bypass_time);
@@ -354,7 +354,7 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     if let Some(egress) = known_egress(&original) {
         flow.egress = egress;
     }
-    if remember(flow).is_ok() && !is_ambiguous { Event::PodReleased } else { Event::PodUnnoted }
+    if remember(flow).is_ok() && !is_ambiguous { Event::PodReleased } else { Event::PodReceived }
 }
 
 /// Ingress of the host's side of a pod's veth: notes which MAC the pod sends from, of packets that take the stack. Those are

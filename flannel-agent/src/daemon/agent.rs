@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     control::{Reply, Request},
+    evidence::Evidence,
     health,
     lease::PeerChange,
     registry::ResyncCause,
@@ -29,6 +30,7 @@ pub(super) struct Agent<'a> {
     pub(super) leases: Leases,
     pub(super) datapath: Datapath<'a>,
     pub(super) reporter: Reporter,
+    pub(super) evidence: Evidence,
 }
 
 /// What is missed need not be caught up on.
@@ -119,7 +121,10 @@ impl Agent<'_> {
     }
 
     fn is_status_due(&self) -> bool {
-        self.leases.is_told_otherwise() || self.datapath.is_told_otherwise() || self.reporter.missing().status
+        self.leases.is_told_otherwise()
+            || self.datapath.is_told_otherwise()
+            || self.evidence.is_new()
+            || self.reporter.missing().status
     }
 
     fn is_known_due(&self) -> bool {
@@ -154,6 +159,7 @@ impl Agent<'_> {
         let mut status = self.reporter.status();
         self.leases.tell(&mut status);
         self.datapath.tell(&mut status);
+        status.evidence = self.evidence.take();
         status
     }
 }

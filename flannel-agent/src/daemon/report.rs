@@ -16,6 +16,7 @@ use crate::{
     control::{self, Pending},
     dataplane::Features,
     device::external::External,
+    evidence::EvidenceStatus,
     health::{Health, Heartbeat},
     last_known::LastKnown,
     registry::StoreKind,
@@ -59,6 +60,7 @@ pub(super) fn status(
         held_total: Default::default(),
         other_backends: Default::default(),
         drift: DriftStatus::default(),
+        evidence: EvidenceStatus::default(),
     }
 }
 

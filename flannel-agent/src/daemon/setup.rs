@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 
+use flannel_common::maps::Config;
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -16,10 +17,13 @@ use super::{
 };
 use crate::{
     backend::{has_datapath, is_in_user_space},
+    bypass::BypassFlag,
     cleanup,
     cli::Cli,
+    config::BackendType,
     dataplane::{Features, PinDirectory},
     device::{DeviceEvent, Netlink},
+    evidence::{self, Evidence},
     health::Health,
     registry::ResyncCause,
     status::{LeaseState, LeaseStatus},
@@ -105,7 +109,16 @@ async fn make<'a>(
         backend,
         registry: &registry,
     };
+    let source = has_datapath(beginning.backend.kind()).then(|| evidence::Source {
+        pins: PinDirectory::new(&cli.bpf_pin_dir, vni),
+        network: network.network,
+        subnet_len: lease.key.subnet.prefix_len(),
+        is_direct: beginning.backend.flags() & Config::DIRECT != 0,
+        has_tunnel: beginning.backend.kind() == BackendType::Vxlan,
+        sees_pods: cli.bypass != BypassFlag::Off,
+    });
     let datapath = Datapath::new(cli, beginning).await?;
+    let evidence = Evidence::new(source);
     let reporter = Reporter::new(cli.run_dir.clone(), vni, first, health.clone());
     let beginning = leases::Beginning {
         registry,
@@ -120,7 +133,7 @@ async fn make<'a>(
         grace: cli.guard_grace(),
     };
     let leases = Leases::new(beginning, health.clone());
-    let mut agent = Agent { leases, datapath, reporter };
+    let mut agent = Agent { leases, datapath, reporter, evidence };
     if let Some(snapshot) = snapshot {
         agent.leases.take_peers(&snapshot, false);
     }

@@ -422,8 +422,9 @@ impl Dataplane {
 /// [`DataplaneError::Map`] where there is none.
 pub fn pinned_counters(pins: &PinDirectory) -> Result<Vec<(Event, Counter)>, DataplaneError> {
     let map = MapData::from_pin(pins.map(COUNTERS)).map_err(DataplaneError::map("open", COUNTERS))?;
-    let map = Map::PerCpuArray(map).try_into().map_err(DataplaneError::map("open", COUNTERS))?;
-    read_counters(&map)
+    let counters = batch::read_sums(&map, 0, Event::COUNT);
+    let counters: Vec<Counter> = counters.map_err(|source| DataplaneError::map("read", COUNTERS)(source.into()))?;
+    Ok(Event::ALL.iter().copied().zip(counters).collect())
 }
 
 fn read_counters(map: &PerCpuArray<MapData, Counter>) -> Result<Vec<(Event, Counter)>, DataplaneError> {
@@ -432,10 +433,7 @@ fn read_counters(map: &PerCpuArray<MapData, Counter>) -> Result<Vec<(Event, Coun
 
 fn read_counter(map: &PerCpuArray<MapData, Counter>, event: Event) -> Result<Counter, DataplaneError> {
     let values = map.get(&(event as u32), 0).map_err(DataplaneError::map("read", COUNTERS))?;
-    Ok(values.iter().fold(Counter::default(), |sum, value| Counter {
-        packets: sum.packets + value.packets,
-        bytes: sum.bytes + value.bytes,
-    }))
+    Ok(values.iter().copied().sum())
 }
 
 fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DataplaneError> {

@@ -20,7 +20,8 @@ use aya::{
     util::nr_cpus,
 };
 use flannel_common::maps::{
-    Config, HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, TRAFFIC, Traffic, VTEP_ADDRESSES, VTEPS, Vtep, heard_time,
+    Config, HEARD, HEARD_UNIT_SHIFT, Heard, PREFIXES, SUBNETS, TRAFFIC, Traffic, VTEP_ADDRESSES, VTEPS, Vtep,
+    heard_time,
 };
 use ipnet::Ipv4Net;
 use nix::time::{ClockId, clock_gettime};

@@ -25,10 +25,12 @@ use super::{
     events::{Events, Graph, Urgency},
     inspect,
     legacy::Digest,
+    may_stop,
 };
 use crate::{
     bypass::Restriction,
     netfilter::{Lister, Listing, NetfilterError},
+    status::MayStop,
 };
 
 /// How much longer than a look took it rests: a third of a hundredth.
@@ -53,6 +55,8 @@ pub struct Found {
     pub marks: u32,
     /// Whether they [concern the tunnel packets that come in](super::concerns_tunnel).
     pub concern_tunnel: bool,
+    /// Which of them may stop packets.
+    pub may_stop: MayStop,
 }
 
 /// What the rule sets come to for the overlay, kept current by a task that ends with this.
@@ -174,6 +178,7 @@ impl Inspection {
             restrictions: inspect(&sets, &around),
             marks: sets.marks(),
             concern_tunnel: concerns_tunnel(&sets, &around),
+            may_stop: may_stop(&sets, &around),
         };
         let (found, time) = aside(look).await?;
         self.budget.spend(time);

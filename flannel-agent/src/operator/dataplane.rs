@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{
     MOST_NAMED,
     drops::{self, Reason},
-    host_settings, interface_name, pod_settings, refused,
+    host_settings, interface_name, pod_settings, refused, unreached,
 };
 use crate::{
     backend::{At, hooks},
@@ -32,6 +32,8 @@ pub(super) struct Dataplane {
     ways: Vec<PeerWay>,
     /// Those that have dropped something.
     drops: Vec<Reason>,
+    /// Which peers are not reached, or do not answer, in words.
+    unreached: Vec<String>,
     /// What of known hosts was refused lately, in words.
     refused: Vec<String>,
     /// What of the host's and the pods' settings stops packets, in words.
@@ -66,6 +68,8 @@ impl Dataplane {
                 (status.lease.subnet.prefix_len(), status.backend_type() == BackendType::Vxlan);
             pinned_ways(&pins, status.network, subnet_len, status.direct_routing, has_tunnel)?
         };
+        let neighbours = netlink.neighbour_states().await?;
+        let unreached = unreached::troubles(status, &ways, &neighbours);
         let refused = refused::troubles(&pins, status.network)?;
         let of_pods = within.iter().filter_map(|link| interface_name(*link));
         let from_others = match status.backend_type() {
@@ -80,7 +84,7 @@ impl Dataplane {
         let is_all_direct = !ways.is_empty() && ways.iter().all(|peer| peer.way == Way::Direct);
         let mtu = (!is_all_direct).then_some(status.mtu);
         stopped.extend(pod_settings::troubles(&pods, status.lease.subnet, mtu));
-        Ok(Self { attachments, xdp, flows, ways, drops, refused, stopped })
+        Ok(Self { attachments, xdp, flows, ways, drops, unreached, refused, stopped })
     }
 
     /// What is not as it should be.
@@ -95,6 +99,7 @@ impl Dataplane {
         if !status.xdp.mode.is_empty() && status.xdp.mode != xdp {
             troubles.push(format!("XDP is {xdp}, and should be {}", status.xdp.mode));
         }
+        troubles.extend_from_slice(&self.unreached);
         troubles.extend_from_slice(&self.refused);
         troubles.extend_from_slice(&self.stopped);
         troubles

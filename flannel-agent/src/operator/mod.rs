@@ -9,6 +9,7 @@ mod peers;
 mod pod_settings;
 mod refused;
 mod status;
+mod unreached;
 
 use flannel_common::vxlan::Vni;
 use nix::net::if_::if_indextoname;

@@ -224,7 +224,8 @@ fn table(name: &str, running: Option<bool>, peers: Option<&[Peer]>) -> String {
         Some([]) => return format!("{name}{agent}: no peers\n"),
         Some(peers) => peers,
     };
-    let header = ["state", "subnet", "VTEP", "MAC", "next hop", "last heard", "sent", "received", ""].map(str::to_owned);
+    let header =
+        ["state", "subnet", "VTEP", "MAC", "next hop", "last heard", "sent", "received", ""].map(str::to_owned);
     let count = |count: Option<Count>| count.map_or_else(String::new, |count| count.to_string());
     let lines = peers.iter().map(|peer| {
         let next_hop = match (peer.next_hop, &peer.interface) {

@@ -117,7 +117,7 @@ impl World {
         match packet.note == self.note(Note::Admitted(key)) {
             // Once: what is in it, if that is a tunnel packet too, was not admitted.
             true => Fate {
-                event: Some(Event::Received),
+                event: Some(if self.is_pod(ip.destination()) { Event::Received } else { Event::ReceivedByHost }),
                 note: self.note(Note::Received(key)),
                 original: self.left(packet, kind, key),
                 ..not_admitted

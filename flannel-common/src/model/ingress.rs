@@ -298,6 +298,12 @@ impl World {
         self.is_of_own_subnet(address) && !self.is_of_own_subnet(next.to_be_bytes())
     }
 
+    /// Not the first two of the host's subnet.
+    pub(super) fn is_pod(&self, address: [u8; 4]) -> bool {
+        let two_before = u32::from_be_bytes(address).wrapping_sub(2);
+        self.is_of_own_subnet(address) && self.is_of_own_subnet(two_before.to_be_bytes())
+    }
+
     /// The stack hands it to a pod: it may have come by the overlay.
     pub(super) fn to_pod(&self, packet: Packet<'_>) -> Fate {
         let frame = packet.frame;
@@ -310,6 +316,7 @@ impl World {
         if !self.is_note(packet.note, Note::Received) {
             return unnoted;
         }
+        let unnoted = Fate { event: Some(Event::PodReceived), ..unnoted };
         if kind == Kind::Turn {
             return Fate { flow: FlowChange::Removed, ..unnoted };
         }

@@ -79,7 +79,8 @@ impl Reconciler<'_> {
 
     /// Takes what the rule sets come to.
     pub(super) async fn take_found(&mut self, found: Found, table: &LeaseTable) {
-        let Found { restrictions, marks, concern_tunnel } = found;
+        let Found { restrictions, marks, concern_tunnel, may_stop } = found;
+        self.status.may_stop(may_stop);
         if self.bypass.restrictions.leave_in_tunnel(concern_tunnel) {
             self.restrict_or_say();
         }

@@ -10,7 +10,9 @@ use crate::{
     dataplane::Features,
     device::{Link, external::External},
     repair::Repair,
-    status::{BypassStatus, DriftStatus, EndsStatus, RoutesStatus, RulesStatus, Status, TunnelStatus, XdpStatus, now},
+    status::{
+        BypassStatus, DriftStatus, EndsStatus, MayStop, RoutesStatus, RulesStatus, Status, TunnelStatus, XdpStatus, now,
+    },
     xdp::Choice,
 };
 
@@ -139,8 +141,15 @@ impl DatapathStatus {
     }
 
     pub(super) fn rules(&mut self, rules: RulesStatus) {
+        let rules = RulesStatus { may_stop: self.rules.may_stop.clone(), ..rules };
         self.is_due |= self.rules != rules;
         self.rules = rules;
+    }
+
+    /// Which of others' packet rules may stop packets.
+    pub(super) fn may_stop(&mut self, may_stop: MayStop) {
+        self.is_due |= self.rules.may_stop != may_stop;
+        self.rules.may_stop = may_stop;
     }
 
     pub(super) fn tunnel(&mut self, tunnel: TunnelStatus) {

@@ -1,0 +1,163 @@
+//! What the packets themselves say of the network: peers that are sent to and do not answer, and packets that were admitted and
+//! get lost on this host. A task looks at the counters of the pinned maps every two seconds.
+//!
+//! * `silence` — peers that do not answer; pure
+//! * `losses` — packets that get lost; pure
+//! * `probe` — asking a peer that is silent
+
+mod losses;
+mod probe;
+mod silence;
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::watch,
+    task::{JoinHandle, spawn_blocking},
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tracing::debug;
+
+pub use self::losses::LossKind;
+use self::{losses::Losses, probe::Prober, silence::Silence};
+use crate::{
+    dataplane::{DataplaneError, PeerWay, PinDirectory, pinned_counters, pinned_ways},
+    status::now,
+};
+
+/// How often the counters are looked at.
+const PERIOD: Duration = Duration::from_secs(2);
+/// For how long something has to go on before it is evidence.
+const LASTING: Duration = Duration::from_secs(4);
+/// When no packet has followed for so long, what was seen before is no evidence any more.
+const FORGOTTEN: Duration = Duration::from_secs(60);
+
+/// What is found. Times are in seconds since 1970.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EvidenceStatus {
+    /// Peers that do not answer, by subnet.
+    pub silent: Vec<SilentPeer>,
+    /// Packets that get lost on this host.
+    pub lost: Vec<Loss>,
+}
+
+/// A peer that is sent packets, and from which nothing comes; nor does it answer when the agent asks it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SilentPeer {
+    /// Its subnet.
+    pub subnet: Ipv4Net,
+    /// Its VTEP address.
+    pub public_ip: Ipv4Addr,
+    /// Since when packets were sent to it in vain.
+    pub since: u64,
+    /// When it was heard last; [`None`] for never.
+    pub last_heard: Option<u64>,
+    /// How many packets, the agent's own not counted.
+    pub sent: u64,
+}
+
+/// Packets that are lost at one place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Loss {
+    /// Which.
+    pub kind: LossKind,
+    /// Since when none came through.
+    pub since: u64,
+    /// How many went in since then.
+    pub packets: u64,
+}
+
+/// Where the counters are, and how they are read.
+#[derive(Clone)]
+pub struct Source {
+    /// The maps.
+    pub pins: PinDirectory,
+    /// The overlay's Network.
+    pub network: Ipv4Net,
+    /// The length of its leases.
+    pub subnet_len: u8,
+    /// Whether peers on the link are sent packets without encapsulation.
+    pub is_direct: bool,
+    /// Whether others get a tunnel.
+    pub has_tunnel: bool,
+    /// Whether the programs see what reaches pods: where nothing bypasses the stack they do not look.
+    pub sees_pods: bool,
+}
+
+/// What is found, kept current by a task that ends with this.
+pub struct Evidence {
+    found: watch::Receiver<EvidenceStatus>,
+    task: JoinHandle<()>,
+}
+
+impl Evidence {
+    /// Of these counters; [`None`] where a backend has none.
+    pub fn new(source: Option<Source>) -> Self {
+        let (sender, found) = watch::channel(EvidenceStatus::default());
+        let task = tokio::spawn(async move {
+            match source {
+                Some(source) => keep(source, sender).await,
+                None => drop(sender),
+            }
+        });
+        Self { found, task }
+    }
+
+    /// Whether it is otherwise than when it was asked for last.
+    pub fn is_new(&self) -> bool {
+        self.found.has_changed().unwrap_or_default()
+    }
+
+    /// What is found by now.
+    pub fn take(&mut self) -> EvidenceStatus {
+        self.found.borrow_and_update().clone()
+    }
+}
+
+impl Drop for Evidence {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
+    let mut period = interval(PERIOD);
+    period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut silence, mut losses) = (Silence::default(), Losses::new(source.sees_pods));
+    let prober = Prober::open();
+    loop {
+        period.tick().await;
+        let source = source.clone();
+        // The maps may be made anew just now; the next look finds them.
+        let (ways, counters) = match spawn_blocking(move || read(&source)).await {
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => {
+                debug!("the counters can't be looked at: {error}");
+                continue;
+            }
+            Err(_) => continue,
+        };
+        let (at, clock) = (Instant::now(), now());
+        let (silent, to_ask) = silence.take(&ways, at, clock);
+        let asked = to_ask.into_iter().filter(|subnet| prober.ask(*subnet));
+        silence.asked(asked.collect::<Vec<_>>());
+        let found = EvidenceStatus { silent, lost: losses.take(&counters, at, clock) };
+        sender.send_if_modified(|known| {
+            let is_new = *known != found;
+            *known = found;
+            is_new
+        });
+    }
+}
+
+type Counters = Vec<(flannel_common::event::Event, flannel_common::maps::Counter)>;
+
+fn read(source: &Source) -> Result<(Vec<PeerWay>, Counters), DataplaneError> {
+    let Source { pins, network, subnet_len, is_direct, has_tunnel, sees_pods: _ } = source;
+    Ok((pinned_ways(pins, *network, *subnet_len, *is_direct, *has_tunnel)?, pinned_counters(pins)?))
+}

@@ -1,0 +1,32 @@
+//! Asking a peer that is silent, so that one to which packets go one way only is told from one that is gone.
+
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+
+use ipnet::Ipv4Net;
+use tracing::warn;
+
+/// A port that nobody listens at, as traceroute takes: the host answers that by ICMP (RFC 1122 section 4.1.3.1), whether this agent
+/// or flannel serves it, and the answer comes by the overlay as any pod's packet.
+const NOBODYS_PORT: u16 = 33_434;
+
+/// Sends the questions. The answers are not read: that the peer is heard is noted where they are admitted.
+pub(super) struct Prober(Option<UdpSocket>);
+
+impl Prober {
+    pub(super) fn open() -> Self {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        });
+        let failed = |error| warn!("peers that are silent can't be asked: open a UDP socket: {error}");
+        Self(socket.map_err(failed).ok())
+    }
+
+    /// Asks the host behind a subnet, at its own address in the overlay. Whether it was sent.
+    pub(super) fn ask(&self, subnet: Ipv4Net) -> bool {
+        let Some(socket) = &self.0 else { return false };
+        // An answer before this one's that came by ICMP is an error of the first call.
+        let to = SocketAddrV4::new(subnet.network(), NOBODYS_PORT);
+        socket.send_to(&[], to).or_else(|_| socket.send_to(&[], to)).is_ok()
+    }
+}

@@ -1,0 +1,116 @@
+//! What packets that do not arrive are said to meet: planted faults, real traffic, and what `status` says of it in time.
+
+use std::time::{Duration, Instant};
+
+use xtask::progress::wait_for;
+
+use crate::{
+    stream::Stream,
+    world::{SOON, World},
+};
+
+/// Within this time of traffic meeting a fault it is said.
+const NAMED: Duration = Duration::from_secs(15);
+
+impl World {
+    fn troubles(&self, host: usize) -> Vec<String> {
+        let status = self.status(host);
+        let troubles = status["troubles"].as_array().unwrap();
+        troubles.iter().map(|trouble| trouble.as_str().unwrap().to_owned()).collect()
+    }
+
+    /// How long all agents have waited for a CPU.
+    fn waited_for_cpu(&self) -> Duration {
+        self.hosts.iter().filter_map(|host| host.agent.as_ref()?.run_delay().ok()).sum()
+    }
+
+    /// Plants a fault under datagrams, and waits until on each of these hosts a trouble has all these words in it.
+    fn assert_named(&self, plant: impl FnOnce(), named: &[(usize, &[&str])]) {
+        let stream = Stream::start(&self.hosts[0].pods[0], &self.hosts[1].pods[0]);
+        let (since, delayed) = (Instant::now(), self.waited_for_cpu());
+        plant();
+        for (host, words) in named {
+            let is_named =
+                || self.troubles(*host).iter().any(|trouble| words.iter().all(|word| trouble.contains(word)));
+            let waited = wait_for("the trouble", 2 * SOON, is_named);
+            assert!(waited.is_ok(), "{words:?}: {:#?}", self.troubles(*host));
+        }
+        let (took, limit) = (since.elapsed(), NAMED + self.waited_for_cpu().saturating_sub(delayed));
+        assert!(took <= limit, "{named:?} was said after {took:?}");
+        drop(stream.end());
+    }
+
+    /// Waits until pods reach each other, and nothing is said.
+    fn wait_well(&self) {
+        self.wait_connected(0, 1);
+        for host in 0..self.hosts.len() {
+            let waited = wait_for("nothing to be looked at", SOON, || self.troubles(host).is_empty());
+            assert!(waited.is_ok(), "{:#?}", self.troubles(host));
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_is_cut_off_is_named_by_those_that_send_to_it() {
+    let world = World::new(2).ready(&[]);
+    world.wait_well();
+    let subnet = world.lease_of(1).0.replace('-', "/");
+    let cut = || world.lab.underlay.ip("link set node2 nomaster").map(drop).unwrap();
+    world.assert_named(cut, &[(0, &[subnet.as_str(), "by 192.168.64.2 does not answer", "last heard"])]);
+    world.lab.underlay.ip("link set node2 master br0").unwrap();
+    world.wait_well();
+}
+
+#[test]
+fn a_filter_for_the_tunnels_port_is_named_by_both_sides() {
+    let world = World::new(2).ready(&[]);
+    world.wait_well();
+    let netns = &world.hosts[1].netns;
+    let filter = || netns.exec("iptables -I INPUT -p udp --dport 8472 -j DROP").map(drop).unwrap();
+    let subnet = world.lease_of(1).0.replace('-', "/");
+    let here: &[&str] = &["none of them came out of flannel.1", "INPUT rule 1"];
+    world.assert_named(filter, &[(1, here), (0, &[subnet.as_str(), "does not answer"])]);
+    netns.exec("iptables -D INPUT 1").unwrap();
+    world.wait_well();
+}
+
+#[test]
+fn a_policy_that_forwards_nothing_is_named() {
+    let world = World::new(2).ready(&[]);
+    world.wait_well();
+    let netns = &world.hosts[1].netns;
+    let policy = "table inet corporate { chain forward { type filter hook forward priority 10; policy drop; }; }";
+    let words: &[&str] = &["none reached a pod", "nft inet corporate forward: its policy is drop"];
+    world.assert_named(|| netns.feed("nft -f -", policy).map(drop).unwrap(), &[(1, words)]);
+    netns.exec("nft delete table inet corporate").unwrap();
+    world.wait_well();
+    let reject = || netns.exec("iptables -I FORWARD -i flannel.1 -j REJECT").map(drop).unwrap();
+    world.assert_named(reject, &[(1, &["none reached a pod", "FORWARD rule 1"])]);
+    netns.exec("iptables -D FORWARD 1").unwrap();
+    world.wait_well();
+}
+
+/// What goes one way only is no fault of a peer that lives, whether an agent serves it or flannel.
+#[test]
+fn datagrams_that_nobody_answers_are_no_trouble() {
+    let mut world = World::new(2).ready(&[]);
+    let flannels = world.lab.host("node3", 3).unwrap();
+    world.hosts.push(flannels);
+    let kernel = world.hosts[2].become_kernel_vxlan(&world.store, 200).unwrap();
+    world.hosts[2].add_pod_in(&kernel.subnet).unwrap();
+    let own: u8 = world.lease_of(0).0.split('.').nth(2).unwrap().parse().unwrap();
+    world.hosts[2].add_kernel_peer_from(&world.store, own).unwrap();
+    world.wait_connected(0, 1);
+    world.wait_connected(0, 2);
+    let pod = |host: usize| &world.hosts[host].pods[0];
+    let streams = [(1, 7001), (2, 7002)].map(|(to, port)| Stream::start_on(pod(0), pod(to), port));
+    let since = Instant::now();
+    while since.elapsed() < NAMED + Duration::from_secs(5) {
+        for host in 0..2 {
+            assert_eq!(world.troubles(host), Vec::<String>::new(), "after {:?}", since.elapsed());
+        }
+    }
+    for stream in streams {
+        drop(stream.end());
+    }
+}
