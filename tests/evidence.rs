@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use xtask::progress::wait_for;
+use xtask::{lab::PREFIX, progress::wait_for};
 
 use crate::{
     stream::Stream,
-    world::{SOON, World},
+    world::{SOON, World, is_answered, lease_value},
 };
 
 /// Within this time of traffic meeting a fault it is said.
@@ -113,4 +113,21 @@ fn datagrams_that_nobody_answers_are_no_trouble() {
     for stream in streams {
         drop(stream.end());
     }
+}
+
+#[test]
+fn packets_for_a_peer_without_a_route_are_told_of_and_its_lease_alone_is_not() {
+    let world = World::new(1).ready(&[]);
+    let key = format!("{PREFIX}/subnets/10.5.200.0-24");
+    world.store.put(&key, &lease_value("203.0.113.9", "0a:00:00:00:00:99")).unwrap();
+    world.hosts[0].netns.ip("route add unreachable 203.0.113.9").unwrap();
+    wait_for("the peer", SOON, || world.status(0)["status"]["peers"] == 1).unwrap();
+    assert_eq!(world.troubles(0), Vec::<String>::new());
+    let words = ["were for peers that the underlay does not reach", "nothing is sent to 10.5.200.0/24 by 203.0.113.9"];
+    let waited = wait_for("the trouble", SOON, || {
+        is_answered(&world.hosts[0].pods[0].netns, "10.5.200.7");
+        let troubles = world.troubles(0);
+        words.iter().all(|word| troubles.iter().any(|trouble| trouble.contains(word)))
+    });
+    assert!(waited.is_ok(), "{:#?}", world.troubles(0));
 }

@@ -128,6 +128,7 @@ mod other_backends;
 mod overlays;
 mod path_mtu;
 mod peers;
+mod ping;
 mod privileges;
 mod restart;
 mod restricted;

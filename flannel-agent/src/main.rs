@@ -6,7 +6,8 @@ use flannel_agent::{
     cleanup,
     cli::{Cli, Command, LeaseCommand},
     daemon::{self, DaemonError},
-    docker_opts, escape, operator,
+    docker_opts, escape,
+    operator::{self, ping::Question},
 };
 use nix::sys::signal::{SigHandler, Signal, signal};
 use tracing::{error, warn};
@@ -50,6 +51,11 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
             return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
         }
         Some(Command::Peers { output }) => operator::print_peers(cli, *output).await?,
+        Some(Command::Ping { target, size, count, output }) => {
+            let question = Question { target: *target, size: *size, count: *count };
+            let is_well = operator::ping::print(cli, question, *output).await?;
+            return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
+        }
         Some(Command::Metrics) => operator::print_metrics(cli)?,
         Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli)?,
         Some(Command::DockerOpts(options)) => docker_opts::run(options)?,

@@ -475,6 +475,9 @@ impl Status {
                 &self.rules.may_stop.tunnel,
                 format!("`tc filter show dev {} ingress`", self.external_interface),
             ),
+            LossKind::Unreached => {
+                return format!("{packets} packets in {time} were for peers that the underlay does not reach");
+            }
             LossKind::Forwarding => (
                 format!(
                     "{packets} packets for pods came from the overlay in {time}, and none reached a pod: they are not forwarded, \

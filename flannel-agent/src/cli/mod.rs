@@ -29,6 +29,7 @@ use crate::{
     dataplane::BpfLogLevel,
     device::external::Selection,
     docker_opts, go_values, netfilter,
+    operator::ping::Target,
     registry::{
         StoreOptions,
         etcd::{EtcdOptions, address::Endpoints},
@@ -38,7 +39,7 @@ use crate::{
 };
 
 /// What the exit codes mean; printed by `--help`.
-const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage: a flag or a variable; 3 `status` found something to look at; 77 the host lacks something (capability, \
+const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage: a flag or a variable; 3 `status` or `ping` found something to look at; 77 the host lacks something (capability, \
                           kernel feature, bpf file system, interface); 78 bad configuration on this host.\n\
                           Flags have one dash or two; a switch has its value behind `=`. Each can be given as an environment \
                           variable, such as --etcd-prefix as FLANNELD_ETCD_PREFIX. An empty text is none.";
@@ -184,6 +185,22 @@ pub enum Command {
     /// Print each peer, how it is reached, when it was last heard, and what is wrong with it, trouble first; also when the agent
     /// is not running
     Peers {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Ask a peer by ICMP echo, past the tunnel and through it: whether it answers, how fast, and which packets fit on the way; exit
+    /// code 3 where something is to be looked at
+    Ping {
+        /// VTEP address, subnet, or address of a pod
+        #[arg(value_name = "PEER|SUBNET|POD")]
+        target: Target,
+        /// Bytes of IPv4 of each packet through the overlay (default: small ones, and the largest that the overlay has)
+        #[arg(short, long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(28..))]
+        size: Option<u16>,
+        /// How many requests of each kind
+        #[arg(short, long, value_name = "COUNT", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+        count: u16,
         /// Form of the output
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,

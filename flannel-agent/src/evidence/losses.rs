@@ -17,16 +17,18 @@ pub enum LossKind {
     Tunnel,
     /// What came out of the tunnel for pods reaches none.
     Forwarding,
+    /// What is for peers that the underlay does not reach.
+    Unreached,
 }
 
 impl LossKind {
-    const ALL: [Self; 2] = [Self::Tunnel, Self::Forwarding];
+    const ALL: [Self; 3] = [Self::Tunnel, Self::Forwarding, Self::Unreached];
 }
 
 /// What each kind is known of.
 pub(super) struct Losses {
     sees_pods: bool,
-    stretches: [Option<Stretch>; 2],
+    stretches: [Option<Stretch>; LossKind::ALL.len()],
 }
 
 /// Since nothing came through.
@@ -42,7 +44,7 @@ struct Stretch {
 
 impl Losses {
     pub(super) const fn new(sees_pods: bool) -> Self {
-        Self { sees_pods, stretches: [None, None] }
+        Self { sees_pods, stretches: [const { None }; LossKind::ALL.len()] }
     }
 
     /// Takes the counters at some time.
@@ -64,6 +66,7 @@ impl Losses {
                     let reached = count(&[Event::PodReleased, Event::PodChanged, Event::PodReceived]);
                     (count(&[Event::Received, Event::DirectReceived]), reached)
                 }
+                LossKind::Unreached => (count(&[Event::EncapNoRoute, Event::RoutedNotOnLink]), 0),
             };
             let fresh = || Stretch { begun: at, clock, gone_in, come_out, latest: (gone_in, at) };
             let known = stretch.get_or_insert_with(fresh);

@@ -6,6 +6,7 @@ mod drops;
 mod host_settings;
 mod metrics;
 mod peers;
+pub mod ping;
 mod pod_settings;
 mod refused;
 mod status;
@@ -55,6 +56,14 @@ pub enum OperatorError {
     /// The kernel was not asked what is attached.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Nobody leases what is asked for.
+    #[error(
+        "no peer of this host's overlays has {0}: neither as VTEP address nor in its lease; `flannel-agent peers` lists them"
+    )]
+    NoPeer(ping::Target),
+    /// Echo requests.
+    #[error(transparent)]
+    Echo(#[from] ping::EchoError),
     /// The counters were asked for where no agent ever ran.
     #[error("no dataplane is pinned below {0}; name the directory with --bpf-pin-dir")]
     NoDataplane(std::path::PathBuf),

@@ -64,13 +64,13 @@ impl State {
 /// A peer, for who looks.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Peer {
+pub(super) struct Peer {
     state: State,
     /// Why, in words; empty where all is well.
     reason: String,
-    subnet: Ipv4Net,
+    pub(super) subnet: Ipv4Net,
     /// Its VTEP address.
-    address: Ipv4Addr,
+    pub(super) address: Ipv4Addr,
     vtep_mac: MacAddress,
     way: Way,
     /// [`None`] where the kernel chooses one for each packet, and where there is none.
@@ -87,6 +87,26 @@ struct Peer {
     received: Option<Count>,
     /// In bytes, where it is less than the overlay's.
     smaller_mtu: Option<u16>,
+}
+
+impl Peer {
+    /// How it is reached.
+    pub(super) fn way_in_words(&self) -> String {
+        match (self.way, self.next_hop_in_words()) {
+            (Way::NoRoute | Way::NotOnLink, _) => self.way.label().to_owned(),
+            (way, next_hop) => format!("{} by {next_hop}", way.label()),
+        }
+    }
+
+    fn next_hop_in_words(&self) -> String {
+        match (self.next_hop, &self.interface) {
+            (_, None) => "none".to_owned(),
+            (None, Some(interface)) => format!("by flow, {interface}"),
+            (Some(address), Some(interface)) => {
+                format!("{address} {interface} {}", self.neighbour.unwrap_or_default()).trim_end().to_owned()
+            }
+        }
+    }
 }
 
 /// How much went one way.
@@ -128,7 +148,7 @@ pub async fn print(cli: &Cli, output: Output) -> Result<(), OperatorError> {
     let mut overlays = Vec::new();
     for (vni, status) in Status::read_all(&cli.run_dir)? {
         let peers = match has_datapath(status.backend_type()) {
-            true => Some(peers(&PinDirectory::new(&cli.bpf_pin_dir, vni), &status, &neighbours)?),
+            true => Some(read(&PinDirectory::new(&cli.bpf_pin_dir, vni), &status, &neighbours)?),
             false => None,
         };
         let running = is_running(cli, vni);
@@ -147,7 +167,8 @@ fn overlay(vni: Vni, running: Option<bool>, peers: Option<&[Peer]>) -> serde_jso
     json!({ "vni": vni.get(), "running": running, "peers": peers })
 }
 
-fn peers(
+/// The peers of an overlay, the worst first.
+pub(super) fn read(
     pins: &PinDirectory,
     status: &Status,
     neighbours: &HashMap<NextHop, &'static str>,
@@ -228,19 +249,12 @@ fn table(name: &str, running: Option<bool>, peers: Option<&[Peer]>) -> String {
         ["state", "subnet", "VTEP", "MAC", "next hop", "last heard", "sent", "received", ""].map(str::to_owned);
     let count = |count: Option<Count>| count.map_or_else(String::new, |count| count.to_string());
     let lines = peers.iter().map(|peer| {
-        let next_hop = match (peer.next_hop, &peer.interface) {
-            (_, None) => "none".to_owned(),
-            (None, Some(interface)) => format!("by flow, {interface}"),
-            (Some(address), Some(interface)) => {
-                format!("{address} {interface} {}", peer.neighbour.unwrap_or_default()).trim_end().to_owned()
-            }
-        };
         [
             peer.state.label().to_owned(),
             peer.subnet.to_string(),
             peer.address.to_string(),
             peer.vtep_mac.to_string(),
-            next_hop,
+            peer.next_hop_in_words(),
             peer.last_heard_ms.map_or_else(|| "never".to_owned(), |ago| age(Duration::from_millis(ago)) + " ago"),
             count(peer.sent),
             count(peer.received),

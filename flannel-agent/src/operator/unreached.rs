@@ -6,7 +6,7 @@ use super::{MOST_NAMED, interface_name};
 use crate::{
     dataplane::{PeerWay, Way},
     device::next_hop::NextHop,
-    evidence::SilentPeer,
+    evidence::{LossKind, SilentPeer},
     status::{Status, time},
 };
 
@@ -16,7 +16,9 @@ pub(super) fn troubles(status: &Status, ways: &[PeerWay], neighbours: &HashMap<N
         let way = ways.iter().find(|way| (way.subnet, way.address) == (peer.subnet, peer.public_ip));
         silent(peer, way, neighbours)
     });
-    let unreached = ways.iter().filter_map(|way| {
+    // Where nobody sends anything to them, the leases of hosts that are gone are no trouble.
+    let is_met = status.evidence.lost.iter().any(|loss| loss.kind == LossKind::Unreached);
+    let unreached = ways.iter().filter(|_| is_met).filter_map(|way| {
         let PeerWay { subnet, address, .. } = way;
         match way.way {
             Way::NoRoute => Some(format!(
