@@ -80,19 +80,17 @@ fn peers_of_both_kinds_answer_past_the_tunnel_and_through_it() {
 fn what_is_between_is_told_from_who_answers() {
     let world = world();
     // That a rule is about tunnel packets is found within a second.
-    let problem = |target: &str| {
-        let mut said = None;
-        let waited = wait_for("a problem", SOON, || {
-            said = ping(&world, target, &[]).0["problem"].as_str().map(str::to_owned);
-            said.is_some()
+    let assert_said = |target: &str, words: &str| {
+        let mut said = Value::Null;
+        let waited = wait_for(words, 2 * SOON, || {
+            said = ping(&world, target, &[]).0["problem"].take();
+            said.as_str().is_some_and(|said| said.starts_with(words))
         });
-        waited.unwrap();
-        said.unwrap()
+        assert!(waited.is_ok(), "{said}, not {words}");
     };
     let netns = &world.hosts[1].netns;
     netns.exec("iptables -I INPUT -p udp --dport 8472 -j DROP").unwrap();
-    let said = problem("192.168.64.2");
-    assert!(said.starts_with("192.168.64.2 answers, and its overlay does not"), "{said}");
+    assert_said("192.168.64.2", "192.168.64.2 answers, and its overlay does not");
     netns.exec("iptables -D INPUT 1").unwrap();
 
     // Of tunnel packets, only those of up to 1,400 bytes arrive.
@@ -105,11 +103,9 @@ fn what_is_between_is_told_from_who_answers() {
 
     netns.exec("iptables -I FORWARD -p icmp -j DROP").unwrap();
     let pod = world.hosts[1].pods[0].address.to_string();
-    let said = problem(&pod);
-    assert!(said.starts_with("the host answers through the overlay, and the pod does not"), "{said}");
+    assert_said(&pod, "the host answers through the overlay, and the pod does not");
     netns.exec("iptables -D FORWARD 1").unwrap();
 
     world.lab.underlay.ip("link set node2 nomaster").unwrap();
-    let said = problem("192.168.64.2");
-    assert!(said.starts_with("192.168.64.2 does not answer at all (encapsulated by 192.168.64.2 eth0"), "{said}");
+    assert_said("192.168.64.2", "192.168.64.2 does not answer at all (encapsulated by 192.168.64.2 eth0");
 }

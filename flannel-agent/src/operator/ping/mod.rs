@@ -169,7 +169,11 @@ impl Report {
             if is_answered && size.is_none() {
                 let large = ask(echo, by, address, mtu, count)?;
                 if large.answered == 0 {
-                    path_mtu = Some(largest(echo, address, small, mtu)?);
+                    // The size is the reason only where the other still passes.
+                    asked.push(ask(echo, by, address, small, count)?);
+                    if asked.last().is_some_and(|asked| asked.answered > 0) {
+                        path_mtu = Some(largest(echo, address, small, mtu)?);
+                    }
                 }
                 asked.push(large);
             }
@@ -267,9 +271,11 @@ const fn unreachable(code: u8) -> &'static str {
 
 /// What is wrong, by who answered.
 fn problem(asked: &[Asked], path_mtu: Option<u16>, peer: &Peer) -> Option<String> {
+    // As the last small ones were answered.
     let answered = |by: By| {
-        let mut of_kind = asked.iter().filter(|asked| asked.by == by).peekable();
-        of_kind.peek().map(|first| first.answered > 0)
+        let of_kind = || asked.iter().filter(|asked| asked.by == by);
+        let size = of_kind().map(|asked| asked.size).min()?;
+        of_kind().rfind(|asked| asked.size == size).map(|asked| asked.answered > 0)
     };
     let address = peer.address;
     match (answered(By::Underlay)?, answered(By::Overlay), answered(By::Pod)) {
