@@ -27,7 +27,8 @@ fn config(backend: &str) -> String {
 }
 
 impl World {
-    fn with_backend(hosts: u8, backend: &str) -> Self {
+    /// Hosts of a network with this backend.
+    pub fn with_backend(hosts: u8, backend: &str) -> Self {
         let world = Self::without_config(hosts);
         world.store.put(&format!("{PREFIX}/config"), &config(backend)).unwrap();
         world

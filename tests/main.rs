@@ -61,6 +61,7 @@
 //! * [`rollback`] — back to flannel's daemon under traffic, with and without cleanup, and a cleanup that comes late
 //! * [`health`] — probes, and what the service manager is told
 //! * [`status`] — what the operator is shown of the dataplane
+//! * [`trace`] — what becomes of a packet, said beforehand
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`restart`] — crashes and restarts under them
 //! * [`upgrade`] — to other programs, to another map layout, and back; pins that can't be adopted
@@ -149,6 +150,7 @@ mod store_faults;
 mod stream;
 mod takeover;
 mod tenancy;
+mod trace;
 mod translated;
 mod treated;
 mod tunnel_rules;

@@ -56,6 +56,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
             let is_well = operator::ping::print(cli, question, *output).await?;
             return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
         }
+        Some(Command::Trace(options)) => operator::print_trace(cli, options).await?,
         Some(Command::Metrics) => operator::print_metrics(cli)?,
         Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli)?,
         Some(Command::DockerOpts(options)) => docker_opts::run(options)?,

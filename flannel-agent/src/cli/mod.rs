@@ -29,7 +29,7 @@ use crate::{
     dataplane::BpfLogLevel,
     device::external::Selection,
     docker_opts, go_values, netfilter,
-    operator::ping::Target,
+    operator::{self, ping::Target},
     registry::{
         StoreOptions,
         etcd::{EtcdOptions, address::Endpoints},
@@ -205,6 +205,9 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
+    /// Print what becomes of a packet on this host: what each program does with it and what the tables answer, and where the stack
+    /// sends it. Nothing is sent, counted or noted; also when the agent is not running
+    Trace(operator::trace::Options),
     /// Print the same as status, with the counters, as metrics for Prometheus
     Metrics,
     /// What concerns leases

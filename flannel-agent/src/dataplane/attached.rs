@@ -111,11 +111,22 @@ async fn state(pins: &PinDirectory, hook: Hook, interface: &str, netlink: &Netli
 }
 
 async fn has_filter(pins: &PinDirectory, hook: Hook, ifindex: u32, netlink: &Netlink) -> Result<bool, DeviceError> {
+    Ok(filter_of(pins, hook, ifindex, netlink).await?.is_some())
+}
+
+/// The number of the program that is a filter of an agent's, as without TCX.
+pub(super) async fn filter_of(
+    pins: &PinDirectory,
+    hook: Hook,
+    ifindex: u32,
+    netlink: &Netlink,
+) -> Result<Option<u32>, DeviceError> {
     let side = match hook.attach_type() {
         TcAttachType::Egress => Side::Egress,
         TcAttachType::Ingress | TcAttachType::Custom(_) => Side::Ingress,
     };
     let filters = netlink.program_filters(ifindex, side).await?;
     let handle = filter_handle(pins.vni());
-    Ok(filters.iter().any(|filter| filter.handle == handle && filter.program == hook.program()))
+    let ours = filters.iter().find(|filter| filter.handle == handle && filter.program == hook.program());
+    Ok(ours.map(|filter| filter.id))
 }

@@ -1,4 +1,4 @@
-//! Reading many entries of an array in one call, which aya does not offer.
+//! Reading many entries of an array in one call, or one of a size that only the kernel knows, which aya does not offer.
 
 use std::{
     io,
@@ -6,11 +6,18 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _},
 };
 
-use aya::{Pod, maps::MapData, util::nr_cpus};
+use aya::{
+    Pod,
+    maps::{MapData, MapType},
+    util::nr_cpus,
+};
 use nix::libc;
 
 /// `BPF_MAP_LOOKUP_BATCH` (include/uapi/linux/bpf.h; kernel 5.6).
 const LOOKUP_BATCH: libc::c_long = 24;
+
+/// `BPF_MAP_LOOKUP_ELEM`.
+const LOOKUP_ELEM: libc::c_long = 1;
 
 /// The part of `union bpf_attr` that it takes.
 #[repr(C)]
@@ -77,4 +84,36 @@ fn read_each<V: Pod>(map: &MapData, first: u32, len: u32, each: usize) -> io::Re
     // SAFETY: the kernel has written that many, and any bytes are a value.
     unsafe { values.set_len(attr.count.min(len) as usize * each) };
     Ok(values)
+}
+
+/// The part of `union bpf_attr` that a lookup of one entry takes.
+#[repr(C)]
+struct EntryAttr {
+    map_fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// A value of an array map, in bytes as many as it has. Not of one with values for each CPU.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn read_value(map: &MapData, key: u32) -> io::Result<Vec<u8>> {
+    let info = map.info().map_err(io::Error::other)?;
+    if info.key_size() != 4 || !matches!(info.map_type(), Ok(MapType::Array)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut value = vec![0; info.value_size() as usize];
+    let mut attr = EntryAttr {
+        map_fd: map.fd().as_fd().as_raw_fd() as u32,
+        padding: 0,
+        key: (&raw const key) as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the pointers are to an u32 and to as many bytes as the map's values have, which is all that the kernel writes.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, LOOKUP_ELEM, &raw mut attr, size_of::<EntryAttr>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }

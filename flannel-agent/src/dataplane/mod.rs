@@ -17,11 +17,15 @@ mod forget;
 #[cfg(feature = "generator")]
 pub mod generator;
 mod held;
+#[cfg_attr(not(feature = "generator"), expect(unreachable_pub, reason = "exported for tests"))]
+mod noted;
 mod others;
 mod peers;
 mod pins;
 mod pods;
+pub mod replica;
 mod restrict;
+pub mod tables;
 #[cfg(feature = "generator")]
 pub mod test_run;
 mod underlay;

@@ -2,31 +2,22 @@
 //! compare them with a model.
 
 use aya::{
-    Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, ProgramArray},
-    programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
+    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    programs::{ProgramError, TestRun as _, TestRunOptions},
 };
 use flannel_common::{
     event::Event,
     flow::{Flow, FlowKey, Original},
     maps::{Counter, FLOWS, GONE, HEARD, Heard, ORIGINALS, PODS, TRAFFIC, Traffic, VTEP_ADDRESSES, gone_slot},
-    noted,
     packet::Mac,
 };
 
-use super::{Dataplane, DataplaneError, Forgetter, Hook, PinDirectory, XdpMode, peers::absent_is_fine, take_map};
-
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/noted"));
-const PROGRAM: &str = "noted";
-const PROGRAMS: &str = "PROGRAMS";
-
-/// `struct __sk_buff` (include/uapi/linux/bpf.h): its size, and where in it there is what is set here.
-const SKB_LEN: usize = 192;
-const MARK: usize = 8;
-const PRIORITY: usize = 32;
-const IFINDEX: usize = 40;
-const CB: usize = 48;
-const GSO_SIZE: usize = 176;
+pub use super::noted::{After, Packet};
+use super::{
+    Dataplane, DataplaneError, Forgetter, Hook, PinDirectory, XdpMode,
+    noted::{Noted, ROOM},
+    peers::absent_is_fine,
+};
 
 /// Has a dataplane, whose agent may run, know flows of one's own.
 ///
@@ -40,45 +31,12 @@ pub fn insert_pinned_flows(pins: &PinDirectory, flows: impl IntoIterator<Item = 
 /// A loaded dataplane whose programs are run here.
 pub struct TestRuns {
     dataplane: Dataplane,
-    /// The program that puts notes on packets, and goes on to those of the dataplane.
-    noted: Ebpf,
-    /// Which these are; they stay in it as long as it lives.
-    _programs: ProgramArray<MapData>,
+    noted: Noted,
     heard: Array<MapData, Heard>,
     traffic: PerCpuArray<MapData, Traffic>,
     originals: Array<MapData, Original>,
     gone: Array<MapData, u32>,
     addresses: BpfHashMap<MapData, [u8; 4], u32>,
-}
-
-/// What a TC program is run on.
-#[derive(Clone, Copy, Debug)]
-pub struct Packet<'a> {
-    /// From the Ethernet header on.
-    pub frame: &'a [u8],
-    /// The device that it is at.
-    pub ifindex: u32,
-    /// Bytes in each segment; 0 where it is not to be segmented.
-    pub gso_size: u32,
-    /// `tc_index`.
-    pub note: u16,
-    /// `mark`.
-    pub mark: u32,
-    /// `priority`.
-    pub priority: u32,
-}
-
-/// What a TC program leaves beside the frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct After {
-    /// `tc_index`, where it was asked for.
-    pub note: u16,
-    /// Whom the packet is for (`pkt_type`), likewise.
-    pub packet_type: u8,
-    /// `mark`.
-    pub mark: u32,
-    /// `priority`.
-    pub priority: u32,
 }
 
 impl TestRuns {
@@ -87,16 +45,12 @@ impl TestRuns {
     /// # Errors
     /// [`DataplaneError`].
     pub fn new(mut dataplane: Dataplane) -> Result<Self, DataplaneError> {
-        let mut noted = EbpfLoader::new().load(OBJECT)?;
-        let mut programs: ProgramArray<MapData> =
-            take_map(&mut noted, PROGRAMS)?.try_into().map_err(DataplaneError::map("open", PROGRAMS))?;
-        program(&mut noted)?.load().map_err(failed("load"))?;
-        for (index, hook) in (0..).zip(Hook::ALL) {
-            let fd = dataplane.program(hook)?.fd().map_err(failed("use"))?.try_clone().map_err(|source| {
-                DataplaneError::Map { call: "write", map: PROGRAMS, source: MapError::IoError(source) }
-            })?;
-            programs.set(index, &fd, 0).map_err(DataplaneError::map("write", PROGRAMS))?;
+        let mut programs = Vec::new();
+        for hook in Hook::ALL {
+            let fd = dataplane.program(hook)?.fd().and_then(|fd| fd.try_clone().map_err(ProgramError::IOError));
+            programs.push(fd.map_err(failed("use", hook.program()))?);
         }
+        let noted = Noted::load(&programs, false)?;
         let pinned = |name| MapData::from_pin(dataplane.pins.map(name)).map_err(DataplaneError::map("open", name));
         let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
         let traffic = Map::PerCpuArray(pinned(TRAFFIC)?).try_into().map_err(DataplaneError::map("open", TRAFFIC))?;
@@ -104,7 +58,7 @@ impl TestRuns {
         let gone = Map::Array(pinned(GONE)?).try_into().map_err(DataplaneError::map("open", GONE))?;
         let addresses = Map::HashMap(pinned(VTEP_ADDRESSES)?);
         let addresses = addresses.try_into().map_err(DataplaneError::map("open", VTEP_ADDRESSES))?;
-        Ok(Self { dataplane, noted, _programs: programs, heard, traffic, originals, gone, addresses })
+        Ok(Self { dataplane, noted, heard, traffic, originals, gone, addresses })
     }
 
     /// Runs a TC program; its verdict, and what it leaves. The frame goes to `out`.
@@ -117,9 +71,7 @@ impl TestRuns {
         packet: Packet<'_>,
         out: &mut Vec<u8>,
     ) -> Result<(i32, After), DataplaneError> {
-        let mut context = context(hook, packet);
-        let verdict = self.run(packet, 1, &mut context, out)?;
-        Ok((verdict as i32, After::of(&context)))
+        self.noted.verdict(place(hook), packet, out)
     }
 
     /// Runs a TC program; all that the packet has afterwards. The frame goes to `out`.
@@ -127,31 +79,7 @@ impl TestRuns {
     /// # Errors
     /// [`DataplaneError::Program`].
     pub fn note(&mut self, hook: Hook, packet: Packet<'_>, out: &mut Vec<u8>) -> Result<After, DataplaneError> {
-        let mut context = context(hook, packet);
-        self.run(packet, 2, &mut context, out)?;
-        Ok(After::of(&context))
-    }
-
-    fn run(
-        &mut self,
-        packet: Packet<'_>,
-        repeat: u32,
-        context: &mut [u8; SKB_LEN],
-        out: &mut Vec<u8>,
-    ) -> Result<u32, DataplaneError> {
-        out.resize(packet.frame.len() + 256, 0);
-        let before = *context;
-        let options = TestRunOptions {
-            data_in: Some(packet.frame),
-            data_out: Some(out),
-            ctx_in: Some(&before),
-            ctx_out: Some(context),
-            repeat,
-            ..TestRunOptions::new()
-        };
-        let result = program(&mut self.noted)?.test_run(options).map_err(failed("run"))?;
-        out.truncate(result.data_size_out as usize);
-        Ok(result.return_value)
+        self.noted.note(place(hook), packet, out)
     }
 
     /// Runs `xdp_decap`; its verdict. The frame goes to `out`, behind the metadata where the program left some.
@@ -159,10 +87,10 @@ impl TestRuns {
     /// # Errors
     /// [`DataplaneError::Program`].
     pub fn xdp(&mut self, mode: XdpMode, frame: &[u8], out: &mut Vec<u8>) -> Result<u32, DataplaneError> {
-        out.resize(frame.len() + 256, 0);
+        out.resize(frame.len() + ROOM, 0);
         let options = TestRunOptions { data_in: Some(frame), data_out: Some(out), ..TestRunOptions::new() };
         let program = self.dataplane.xdp_program(mode)?;
-        let result = program.test_run(options).map_err(failed("run"))?;
+        let result = program.test_run(options).map_err(failed("run", "xdp_decap"))?;
         out.truncate(result.data_size_out as usize);
         Ok(result.return_value)
     }
@@ -313,39 +241,11 @@ impl TestRuns {
     }
 }
 
-impl After {
-    fn of(context: &[u8; SKB_LEN]) -> Self {
-        let word = |at: usize| u32::from_ne_bytes([context[at], context[at + 1], context[at + 2], context[at + 3]]);
-        Self {
-            note: word(CB + 4 * noted::NOTE) as u16,
-            packet_type: word(CB + 4 * noted::PACKET_TYPE) as u8,
-            mark: word(MARK),
-            priority: word(PRIORITY),
-        }
-    }
+/// Where a hook's program is among those that are run.
+fn place(hook: Hook) -> u32 {
+    (0..).zip(Hook::ALL).find(|(_, other)| *other == hook).map_or(0, |(place, _)| place)
 }
 
-fn context(hook: Hook, packet: Packet<'_>) -> [u8; SKB_LEN] {
-    let program = Hook::ALL.iter().position(|other| *other == hook).unwrap_or_default();
-    let mut context = [0; SKB_LEN];
-    for (at, value) in [
-        (IFINDEX, packet.ifindex),
-        (GSO_SIZE, packet.gso_size),
-        (MARK, packet.mark),
-        (PRIORITY, packet.priority),
-        (CB + 4 * noted::PROGRAM, program as u32),
-        (CB + 4 * noted::NOTE, u32::from(packet.note)),
-    ] {
-        context[at..at + 4].copy_from_slice(&value.to_ne_bytes());
-    }
-    context
-}
-
-fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DataplaneError> {
-    let program = ebpf.program_mut(PROGRAM).ok_or(DataplaneError::Missing(PROGRAM))?;
-    program.try_into().map_err(failed("use"))
-}
-
-fn failed(call: &'static str) -> impl FnOnce(ProgramError) -> DataplaneError {
-    move |source| DataplaneError::Program { call, program: PROGRAM, source }
+fn failed(call: &'static str, program: &'static str) -> impl FnOnce(ProgramError) -> DataplaneError {
+    move |source| DataplaneError::Program { call, program, source }
 }

@@ -41,7 +41,7 @@ impl XdpMode {
         }
     }
 
-    const fn program(self) -> &'static str {
+    pub(super) const fn program(self) -> &'static str {
         match self {
             Self::Native => "xdp_decap",
             Self::Generic => "xdp_decap_generic",
@@ -62,7 +62,7 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError`].
     pub fn xdp_program(&mut self, mode: XdpMode) -> Result<&mut Xdp, DataplaneError> {
-        xdp_program(&mut self.ebpf, mode)
+        loaded(&mut self.ebpf, mode)
     }
 
     /// Attaches `xdp_decap` to a link in this mode, or swaps the one that an earlier agent left there, and detaches it from
@@ -87,7 +87,7 @@ impl Dataplane {
         let attachment = |link| Attachment { place: Place::Xdp(mode), variant, ifindex, link: Some(link) };
         let before = self.held.remove(&pin);
         let was_held = before.is_some();
-        let program = xdp_program(self.variants.get_mut(&variant).unwrap_or(&mut self.ebpf), mode)?;
+        let program = loaded(self.variants.get_mut(&variant).unwrap_or(&mut self.ebpf), mode)?;
         let refused = |call| move |source| DataplaneError::Program { call, program: mode.program(), source };
         let link = before.and_then(|before| before.link).or_else(|| pinned_link::<XdpLink>(&pin));
         if let Some(link) = link.and_then(|link| swap(program, link, &pin)) {
@@ -114,7 +114,8 @@ impl Dataplane {
     }
 }
 
-fn xdp_program(ebpf: &mut Ebpf, mode: XdpMode) -> Result<&mut Xdp, DataplaneError> {
+/// The program of a mode, known to the kernel.
+pub(super) fn loaded(ebpf: &mut Ebpf, mode: XdpMode) -> Result<&mut Xdp, DataplaneError> {
     let name = mode.program();
     let program = ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?;
     let refused = |call| move |source| DataplaneError::Program { call, program: name, source };

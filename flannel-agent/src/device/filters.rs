@@ -20,6 +20,8 @@ pub struct ProgramFilter {
     pub handle: u32,
     /// The program's name.
     pub program: String,
+    /// The kernel's number of the program.
+    pub id: u32,
 }
 
 impl Netlink {
@@ -47,8 +49,12 @@ fn program_filter(message: &TcMessage) -> Option<ProgramFilter> {
         TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.clone()),
         _ => None,
     })?;
+    let id = options.iter().find_map(|option| match option {
+        TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+        _ => None,
+    })?;
     let TcHandle { major, minor } = message.header.handle;
-    Some(ProgramFilter { handle: u32::from(major) << 16 | u32::from(minor), program })
+    Some(ProgramFilter { handle: u32::from(major) << 16 | u32::from(minor), program, id })
 }
 
 #[cfg(test)]
@@ -68,7 +74,7 @@ mod tests {
             TcOption::Bpf(TcFilterBpfOption::ProgId(7)),
             TcOption::Bpf(TcFilterBpfOption::ProgName("from_pod".to_owned())),
         ];
-        let expected = ProgramFilter { handle: 0xf100_0001, program: "from_pod".to_owned() };
+        let expected = ProgramFilter { handle: 0xf100_0001, program: "from_pod".to_owned(), id: 7 };
         assert_eq!(program_filter(&filter(options)), Some(expected));
         // Before the filters of a priority comes one without options that stands for all of them.
         assert_eq!(program_filter(&filter(Vec::new())), None);

@@ -20,6 +20,7 @@ mod raw;
 pub mod raw_frame;
 mod raw_route;
 pub mod routing_rules;
+pub mod stack_route;
 mod sweep;
 pub mod tun;
 mod underlay_links;

@@ -241,7 +241,7 @@ fn several(route: &RouteMessage) -> Option<BTreeSet<u32>> {
 }
 
 /// Whom an entry is about.
-fn next_hop_of(entry: &NeighbourMessage) -> Option<NextHop> {
+pub(super) fn next_hop_of(entry: &NeighbourMessage) -> Option<NextHop> {
     let address = entry.attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(*address),
         _ => None,

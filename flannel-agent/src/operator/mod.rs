@@ -10,6 +10,7 @@ pub mod ping;
 mod pod_settings;
 mod refused;
 mod status;
+pub mod trace;
 mod unreached;
 
 use flannel_common::vxlan::Vni;
@@ -21,7 +22,7 @@ use tabled::{
 
 pub use self::{
     drops::print as print_drops, metrics::print as print_metrics, peers::print as print_peers,
-    status::print as print_status,
+    status::print as print_status, trace::print as print_trace,
 };
 use crate::{
     cli::Cli,
@@ -64,6 +65,9 @@ pub enum OperatorError {
     /// Echo requests.
     #[error(transparent)]
     Echo(#[from] ping::EchoError),
+    /// A packet was to be traced.
+    #[error(transparent)]
+    Trace(#[from] Box<trace::TraceError>),
     /// The counters were asked for where no agent ever ran.
     #[error("no dataplane is pinned below {0}; name the directory with --bpf-pin-dir")]
     NoDataplane(std::path::PathBuf),
