@@ -68,7 +68,7 @@ const BY_TRAFFIC: [&str; 3] = ["DROPS", "HEARD", "ORIGINALS"];
 /// These also change when flows end, and by ARP of pods.
 const BY_ITSELF: [&str; 2] = ["FLOWS", "PODS"];
 /// These events also happen to packets of the kernel's own (ARP, IPv6), and of the agent to its store.
-const OF_OTHERS: [&str; 4] = ["encap_not_ipv4", "not_tunnel", "pod_other", "pod_unnoted"];
+const OF_OTHERS: [&str; 5] = ["encap_not_ipv4", "not_tunnel", "pod_other", "pod_unnoted", "routed_other"];
 
 /// That a trace leaves everything as it was. What also changes by itself is compared around several traces, of which each would
 /// change it.

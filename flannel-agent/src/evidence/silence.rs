@@ -17,6 +17,8 @@ const MOST_ASKED: usize = 256;
 #[derive(Default)]
 pub(super) struct Silence {
     peers: HashMap<(Ipv4Net, Ipv4Addr), Known>,
+    /// When that was looked at last.
+    looked: Option<Instant>,
 }
 
 struct Known {
@@ -35,6 +37,7 @@ impl Silence {
     pub(super) fn take(&mut self, ways: &[PeerWay], at: Instant, clock: u64) -> (Vec<SilentPeer>, Vec<Ipv4Net>) {
         let (mut silent, mut to_ask) = (Vec::new(), Vec::new());
         let mut seen = HashMap::with_capacity(ways.len());
+        let since_look = self.looked.replace(at).map_or(Duration::ZERO, |looked| at.duration_since(looked));
         for way in ways {
             let Some(traffic) = way.traffic.filter(|_| matches!(way.way, Way::Encapsulated | Way::Direct)) else {
                 continue;
@@ -44,7 +47,7 @@ impl Silence {
             let fresh = || Known { heard, sent, owes: None, vain: (0, at) };
             let mut known = self.peers.remove(&key).unwrap_or_else(fresh);
             let is_heard = match (known.heard, heard) {
-                (Some(before), Some(now)) => now > before + UNIT,
+                (Some(before), Some(now)) => now > before + UNIT || at.duration_since(now) < since_look,
                 (before, now) => now.is_some() && before.is_none(),
             };
             // The maps may be others.
@@ -129,9 +132,9 @@ mod tests {
         assert_eq!(take(8, 14, None), (Some((4, 102)), 1));
         assert_eq!(take(10, 15, Some(0)), (None, 0), "it answers");
         assert_eq!(take(12, 15, Some(2)), (None, 0));
-        // It is heard again and again.
+        // It is heard again and again; when, is exact to the second.
         for second in (14..40).step_by(2) {
-            assert_eq!(take(second, 10 * second, Some(0)), (None, 0), "{second}");
+            assert_eq!(take(second, 10 * second, Some(second % 4 / 2)), (None, 0), "{second}");
         }
     }
 
