@@ -12,7 +12,7 @@ use crate::{
 
 /// kube-proxy: pkg/proxy/iptables, pkg/proxy/ipvs; Docker 28: daemon/libnetwork/drivers/bridge; Calico: felix/rules; kube-router:
 /// pkg/controllers/netpol; ufw: conf/before.rules, src/ufw-init-functions and what `ufw` adds for `deny (routed)`.
-const IPTABLES: [(&str, &str); 6] = [
+pub(super) const IPTABLES: [(&str, &str); 6] = [
     ("kube-proxy", include_str!("fixtures/kube-proxy.iptables")),
     ("kube-proxy by IPVS", include_str!("fixtures/kube-proxy-ipvs.iptables")),
     ("Docker", include_str!("fixtures/docker.iptables")),
@@ -22,7 +22,7 @@ const IPTABLES: [(&str, &str); 6] = [
 ];
 /// kube-proxy: pkg/proxy/nftables; Docker 29: daemon/libnetwork/internal/nftables; Calico: felix/nftables; firewalld:
 /// src/firewall/core/nftables.py; flannel: pkg/trafficmngr/nftables.
-const NFT: [(&str, &str); 5] = [
+pub(super) const NFT: [(&str, &str); 5] = [
     ("kube-proxy", include_str!("fixtures/kube-proxy.json")),
     ("Docker", include_str!("fixtures/docker.json")),
     ("Calico", include_str!("fixtures/calico.json")),

@@ -3,6 +3,7 @@
 //! * [`Surroundings`] — which packets are the overlay's; [`inspect`] — what those meet; pure
 //! * `packet` — packets and the conditions of rules; `rule` — rule sets in one shape; `walk` — the way through them
 //! * `nft`, `nft_match`, `iptables` — the two languages
+//! * `stops` — what drops them, for who asks why nothing arrives
 //! * `finding` — what a rule comes to; `marks` — which marks packets may have
 //! * [`reader`] — the task that looks again where something may have changed; `events`, `messages` — what nf_tables tells of
 //!   changes; `legacy` — whether x_tables has any
@@ -33,6 +34,7 @@ mod nft_match;
 mod packet;
 pub mod reader;
 mod rule;
+mod stops;
 mod walk;
 
 #[cfg(test)]
@@ -52,6 +54,7 @@ use std::{
 
 use ipnet::Ipv4Net;
 
+pub use self::stops::{Stop, Stopped, stops};
 use self::{
     finding::Finding,
     packet::{Devices, Nets, Packet, PortRanges, State, TCP, UDP, Way},
@@ -143,12 +146,12 @@ pub fn concerns_tunnel(sets: &RuleSets, around: &Surroundings) -> bool {
         table.bases().any(|(name, base)| {
             let incoming = packets(table.family, base, around, None);
             incoming.into_iter().filter(|(_, packet)| packet.way == Way::TunnelIn).any(|(_, packet)| {
-                let (met, may_meet_policy) = walk::walk(table, name, &packet);
+                let (met, end) = walk::walk(table, name, &packet);
                 let is_of_peer = |met: &walk::Met<'_>| {
                     let mut nets = met.packet.source.0.iter();
                     met.act != Act::Untracks && nets.any(|net| around.peers.iter().any(|peer| net.contains(peer)))
                 };
-                base.drops && may_meet_policy || met.iter().any(is_of_peer)
+                base.drops && end != walk::End::Decided || met.iter().any(is_of_peer)
             })
         })
     })

@@ -231,13 +231,10 @@ impl Match {
 impl Packet {
     /// Takes note that some do not get any further.
     pub(super) fn lose(&mut self, gone: Self) {
-        // Nobody asks of the others, and those differ by little as they are.
-        if self.tunnel_port.is_none() {
-            return;
-        }
         if gone.is_unsure {
             self.is_unsure = true;
-        } else {
+        } else if self.tunnel_port.is_some() {
+            // Nobody asks of the others, and those differ by little as they are.
             self.gone.push((gone.source, gone.destination));
         }
     }

@@ -24,7 +24,7 @@ pub(super) struct Met<'a> {
 
 /// How a packet leaves a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     /// Nothing behind where it came from is met either.
     Decided,
     /// It may go on there: all of it, or what is left of it.
@@ -36,14 +36,14 @@ impl End {
     const REST: Self = Self::Open { is_rest: true };
 }
 
-/// What a packet meets in a chain that the kernel calls, and whether the policy of that chain may decide on it.
-pub(super) fn walk<'a>(table: &'a Table, chain: &'a str, packet: &Packet) -> (Vec<Met<'a>>, bool) {
+/// What a packet meets in a chain that the kernel calls, and how it leaves that: where it is not decided on, the chain's policy does.
+pub(super) fn walk<'a>(table: &'a Table, chain: &'a str, packet: &Packet) -> (Vec<Met<'a>>, End) {
     let mut walk = Walk { table, met: Vec::new(), known: HashMap::new(), left: MOST_RULES };
     let end = walk.chain(chain, packet.clone(), 0);
     if walk.left == 0 {
         walk.all(chain, packet);
     }
-    (walk.met, end != End::Decided)
+    (walk.met, end)
 }
 
 struct Walk<'a> {
@@ -84,6 +84,8 @@ impl<'a> Walk<'a> {
     fn rules(&mut self, chain: &'a str, rules: &'a [Rule], packet: &Packet, depth: usize) -> End {
         let mut packet = packet.clone();
         let mut is_rest = false;
+        // Whether some of it is back where it came from, whatever becomes of the others here.
+        let mut has_returned = false;
         for rule in rules {
             if self.left == 0 {
                 return End::REST;
@@ -101,13 +103,15 @@ impl<'a> Walk<'a> {
                 After::Next => {}
                 After::Left(end) if truth == Truth::Yes => {
                     return match end {
+                        End::Decided if has_returned => End::REST,
                         End::Decided => End::Decided,
                         End::Open { is_rest: more } => End::Open { is_rest: is_rest || more },
                     };
                 }
                 // Some of it is gone.
-                After::Left(_) => {
+                After::Left(end) => {
                     is_rest = true;
+                    has_returned |= end != End::Decided;
                     packet.is_first_look |= is_by_note(&packet, rule);
                     packet.lose(met);
                 }
