@@ -62,6 +62,7 @@
 //! * [`health`] — probes, and what the service manager is told
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
+//! * [`doctor`] — what stands in the overlay's way, each fault planted
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`restart`] — crashes and restarts under them
 //! * [`upgrade`] — to other programs, to another map layout, and back; pins that can't be adopted
@@ -92,6 +93,7 @@ mod counted;
 mod direct_routing;
 mod docker;
 mod docker_opts;
+mod doctor;
 mod drift;
 mod drift_external;
 mod drops;

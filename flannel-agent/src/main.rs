@@ -13,7 +13,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use tracing::{error, warn};
 use tracing_subscriber::filter::LevelFilter;
 
-/// Exit code of `status` where not all is well.
+/// Exit code of `status`, `doctor` and `audit` where not all is well.
 const SOMETHING_TO_LOOK_AT: u8 = 3;
 
 #[tokio::main(flavor = "current_thread")]
@@ -47,21 +47,25 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         Some(Command::Counters) => operator::print_counters(cli)?,
         Some(Command::Drops { output, samples }) => operator::print_drops(cli, *output, *samples)?,
         Some(Command::Status { output }) => {
-            let is_well = operator::print_status(cli, *output).await?;
-            return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
+            return Ok(exit_code(operator::print_status(cli, *output).await?));
         }
         Some(Command::Peers { output }) => operator::print_peers(cli, *output).await?,
         Some(Command::Ping { target, size, count, output }) => {
             let question = Question { target: *target, size: *size, count: *count };
-            let is_well = operator::ping::print(cli, question, *output).await?;
-            return Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) });
+            return Ok(exit_code(operator::ping::print(cli, question, *output).await?));
         }
         Some(Command::Trace(options)) => operator::print_trace(cli, options).await?,
+        Some(Command::Doctor(options)) => return Ok(exit_code(operator::print_doctor(cli, options).await?)),
         Some(Command::Metrics) => operator::print_metrics(cli)?,
         Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli)?,
         Some(Command::DockerOpts(options)) => docker_opts::run(options)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Of a command that looks whether all is well.
+fn exit_code(is_well: bool) -> ExitCode {
+    if is_well { ExitCode::SUCCESS } else { ExitCode::from(SOMETHING_TO_LOOK_AT) }
 }
 
 /// Has a command end in silence where nobody reads any more what it prints (`... | head`), as others do.

@@ -10,10 +10,10 @@ use nix::{
 
 /// Without these nothing works.
 pub const NEEDED: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
-/// Kept where they are given. Without the first the verifier guards the programs against speculation, which costs each
+/// Kept where they are given, and lacking in nothing but what is said here. Without the first the verifier guards the programs against speculation, which costs each
 /// packet some nanoseconds (`bypass_spec_v1`, `bypass_spec_v4`). iptables-legacy opens a raw socket, for which it needs the
 /// second.
-const USEFUL: [Capability; 2] = [Capability::CAP_PERFMON, Capability::CAP_NET_RAW];
+pub const USEFUL: [Capability; 2] = [Capability::CAP_PERFMON, Capability::CAP_NET_RAW];
 /// Nobody but the owner writes what is made without a mode of its own.
 const UMASK: u32 = 0o022;
 

@@ -18,6 +18,9 @@ use clap::{
 use super::UsageError;
 use crate::{go_values, suggestion};
 
+/// Commands that ask of the store what the daemon would, and look at what the daemon is told.
+const TAKING_ALL: [&str; 4] = ["doctor", "bundle", "show", "validate"];
+
 /// A flag with its value.
 #[derive(Clone, Debug)]
 pub(super) struct Given {
@@ -79,7 +82,7 @@ impl Arguments {
             return Ok(self);
         }
         if let Some(command) = definition.find_subcommand(&arg) {
-            self.command = command_line(definition, command, arg, rest)?;
+            self.command = command_line(definition, command, arg, rest, &mut self.flags)?;
             return Ok(self);
         }
         let argument = arg.to_string_lossy().into_owned();
@@ -221,12 +224,13 @@ fn unknown<'a>(written: String, known: impl Iterator<Item = &'a Arg>) -> UsageEr
     UsageError::Unknown { meant: meant.map(|meant| format!("{dashes}{meant}")), written }
 }
 
-/// A command with what follows it, with long names behind two dashes.
+/// A command with what follows it, with long names behind two dashes. The daemon's flags go to `flags`, where the command takes them.
 fn command_line(
     root: &Command,
     command: &Command,
     name: OsString,
     args: impl Iterator<Item = OsString>,
+    flags: &mut Vec<Given>,
 ) -> Result<Vec<OsString>, UsageError> {
     let (mut command, mut line) = (command, vec![name]);
     let mut args = args;
@@ -256,7 +260,13 @@ fn command_line(
             }
         } else if flag.is_help() {
             line.push("--help".into());
-        } else if root.get_arguments().any(|known| known.get_long() == Some(&flag.name)) {
+        } else if let Some(known) = root.get_arguments().find(|known| known.get_long() == Some(&flag.name)) {
+            if TAKING_ALL.contains(&command.get_name()) {
+                let given = flag.with_value(known, &mut args)?;
+                check(root, &given)?;
+                flags.push(given);
+                continue;
+            }
             return Err(UsageError::NotOfCommand { written: flag.written, command: command.get_name().to_owned() });
         } else {
             return Err(unknown(flag.written, own()));

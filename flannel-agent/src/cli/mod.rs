@@ -29,7 +29,7 @@ use crate::{
     dataplane::BpfLogLevel,
     device::external::Selection,
     docker_opts, go_values, netfilter,
-    operator::{self, ping::Target},
+    operator::{self, doctor, ping::Target},
     registry::{
         StoreOptions,
         etcd::{EtcdOptions, address::Endpoints},
@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// What the exit codes mean; printed by `--help`.
-const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage: a flag or a variable; 3 `status` or `ping` found something to look at; 77 the host lacks something (capability, \
+const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage: a flag or a variable; 3 `status`, `ping` or `doctor` found something to look at; 77 the host lacks something (capability, \
                           kernel feature, bpf file system, interface); 78 bad configuration on this host.\n\
                           Flags have one dash or two; a switch has its value behind `=`. Each can be given as an environment \
                           variable, such as --etcd-prefix as FLANNELD_ETCD_PREFIX. An empty text is none.";
@@ -208,6 +208,9 @@ pub enum Command {
     /// Print what becomes of a packet on this host: what each program does with it and what the tables answer, and where the stack
     /// sends it. Nothing is sent, counted or noted; also when the agent is not running
     Trace(operator::trace::Options),
+    /// Look at this host for what stands in the overlay's way: kernel, rights, UDP port, MTU, packet rules, other networks, settings,
+    /// store; exit code 3 where something does. Takes the daemon's flags, too
+    Doctor(doctor::Options),
     /// Print the same as status, with the counters, as metrics for Prometheus
     Metrics,
     /// What concerns leases

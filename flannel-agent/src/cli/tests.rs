@@ -259,7 +259,7 @@ fn what_is_refused_is_quoted_as_it_was_written() {
         ),
         (
             &["--ip-masq", "-iface=x", "eth0"],
-            "unexpected argument \"eth0\": flags begin with a dash, and the commands are cleanup, counters, drops, status, peers, ping, trace, metrics, lease, docker-opts",
+            "unexpected argument \"eth0\": flags begin with a dash, and the commands are cleanup, counters, drops, status, peers, ping, trace, doctor, metrics, lease, docker-opts",
         ),
         (&["stauts"], "unexpected argument \"stauts\": did you mean status?"),
         (&["--ip-masq=maybe"], "invalid value \"maybe\" for --ip-masq: expected true or false"),
@@ -337,6 +337,13 @@ fn commands_have_their_letters_and_one_dash_too() {
     let line = "docker-opts -f a -d b -i -c -k KEY -m";
     assert!(matches!(cli(&line.split(' ').collect::<Vec<_>>(), &[]).command, Some(Command::DockerOpts(_))));
     assert!(matches!(cli(&["docker-opts", "-icm"], &[]).command, Some(Command::DockerOpts(_))));
+    // What asks the store takes the daemon's flags on both sides.
+    for line in ["doctor --before-install -etcd-prefix=/x", "-etcd-prefix /x doctor", "doctor -etcd-prefix /x -o json"]
+    {
+        let cli = cli(&line.split(' ').collect::<Vec<_>>(), &[]);
+        assert!(matches!(cli.command, Some(Command::Doctor(_))) && cli.etcd().prefix == "/x", "{line}");
+    }
+    assert_eq!(refusal(&["doctor", "-etcd-endpoints=x"]), refusal(&["-etcd-endpoints=x"]));
     let nested = cli(&["lease", "release-guard", "-run-dir=/tmp/r"], &[]);
     assert!(matches!(nested.command, Some(Command::Lease(LeaseCommand::ReleaseGuard))));
     // What a daemon could not do is no reason to leave something behind.

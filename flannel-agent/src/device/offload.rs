@@ -1,6 +1,6 @@
 //! What the external interface's driver does by itself.
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use ethtool::{EthtoolAttr, EthtoolFeatureAttr};
 use futures_util::TryStreamExt as _;
@@ -41,6 +41,22 @@ fn driver(link: &Link) -> Option<String> {
 }
 
 async fn large_receive(interface: &str) -> Option<Vec<String>> {
+    let features = features(interface).await?;
+    let on = |name: &&str| features.get(*name).is_some_and(|feature| feature.is_on);
+    Some(LARGE_RECEIVE.iter().filter(|name| on(name)).map(|name| (*name).to_owned()).collect())
+}
+
+/// What a device's feature is set to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Feature {
+    /// It is in use.
+    pub is_on: bool,
+    /// The device has it, and it can be turned on and off.
+    pub can_be_set: bool,
+}
+
+/// All features of a device, by their names as ethtool has them; [`None`] where the kernel does not tell.
+pub async fn features(interface: &str) -> Option<BTreeMap<String, Feature>> {
     let (connection, mut handle, _) = ethtool::new_connection().ok()?;
     let connection = tokio::spawn(connection);
     let answers = handle.feature().get(Some(interface)).execute().await;
@@ -49,12 +65,24 @@ async fn large_receive(interface: &str) -> Option<Vec<String>> {
         Err(_) => None,
     };
     connection.abort();
-    let mut on = Vec::new();
+    let mut found = BTreeMap::<String, Feature>::new();
+    let mut fixed = Vec::new();
     for attribute in answers?.into_iter().flat_map(|answer| answer.payload.nlas) {
-        if let EthtoolAttr::Feature(EthtoolFeatureAttr::Active(features)) = attribute {
-            on.extend(features.into_iter().filter(|feature| feature.value).map(|feature| feature.name));
+        match attribute {
+            EthtoolAttr::Feature(EthtoolFeatureAttr::Active(features)) => {
+                features.into_iter().for_each(|bit| found.entry(bit.name).or_default().is_on = bit.value);
+            }
+            EthtoolAttr::Feature(EthtoolFeatureAttr::Hw(features)) => {
+                features.into_iter().for_each(|bit| found.entry(bit.name).or_default().can_be_set = bit.value);
+            }
+            EthtoolAttr::Feature(EthtoolFeatureAttr::NoChange(features)) => {
+                fixed.extend(features.into_iter().filter(|bit| bit.value).map(|bit| bit.name));
+            }
+            _ => {}
         }
     }
-    on.retain(|name| LARGE_RECEIVE.contains(&name.as_str()));
-    Some(on)
+    for name in fixed {
+        found.entry(name).or_default().can_be_set = false;
+    }
+    Some(found)
 }

@@ -200,16 +200,39 @@ impl Netlink {
 
     /// Why the device is refused, with the name of another that has its place.
     async fn explain(&self, device: &VxlanDevice, error: DeviceError) -> DeviceError {
-        let links = self.dump("links", || self.handle.link().get().execute()).await.unwrap_or_default();
-        match links.iter().find(|message| device.is_displaced_by(message)) {
-            Some(message) => DeviceError::Displaced {
-                error: Box::new(error),
-                other: Link::from_message(message).name,
-                vni: device.vni,
-                port: device.port,
-            },
-            None => error,
+        match self.displacing(device).await {
+            Ok(Some(other)) => {
+                DeviceError::Displaced { error: Box::new(error), other, vni: device.vni, port: device.port }
+            }
+            _ => error,
         }
+    }
+
+    /// The name of another vxlan device that this one can't be beside.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn displacing(&self, device: &VxlanDevice) -> Result<Option<String>, DeviceError> {
+        let links = self.dump("links", || self.handle.link().get().execute()).await?;
+        let other = links.iter().find(|message| device.is_displaced_by(message));
+        Ok(other.map(|message| Link::from_message(message).name))
+    }
+
+    /// The names of vxlan devices, and their UDP ports.
+    ///
+    /// # Errors
+    /// [`DeviceError::Call`].
+    pub async fn vxlan_ports(&self) -> Result<Vec<(String, u16)>, DeviceError> {
+        let links = self.dump("links", || self.handle.link().get().execute()).await?;
+        let port = |message: &LinkMessage| {
+            let options = vxlan_options(message)?.iter();
+            let mut port = options.filter_map(|option| match option {
+                InfoVxlan::Port(port) => Some(*port),
+                _ => None,
+            });
+            Some((Link::from_message(message).name, port.next_back()?))
+        };
+        Ok(links.iter().filter_map(port).collect())
     }
 
     /// Deletes a link by its number.

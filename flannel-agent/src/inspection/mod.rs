@@ -60,7 +60,7 @@ use self::{
     packet::{Devices, Nets, Packet, PortRanges, State, TCP, UDP, Way},
     rule::{Act, Base, Family, Hook, Table},
 };
-use crate::{bypass::Restriction, netfilter::Listing, status::MayStop};
+use crate::{bypass::Restriction, netfilter::Listing};
 
 /// Up to here, conntrack has not seen the packet (`NF_IP_PRI_CONNTRACK`).
 const CONNTRACK: i32 = -200;
@@ -155,37 +155,6 @@ pub fn concerns_tunnel(sets: &RuleSets, around: &Surroundings) -> bool {
             })
         })
     })
-}
-
-/// The rules and policies that may stop tunnel packets which come in, or packets from the overlay to pods.
-#[must_use]
-pub fn may_stop(sets: &RuleSets, around: &Surroundings) -> MayStop {
-    /// Those of a kind that are told of.
-    const MOST: usize = 4;
-    // Those that are not sure come behind.
-    let (mut tunnel, mut forwarding) = (BTreeSet::new(), BTreeSet::new());
-    for table in &sets.0 {
-        for (name, base) in table.bases() {
-            for (_, packet) in packets(table.family, base, around, None) {
-                let found = match packet.way {
-                    Way::TunnelIn => &mut tunnel,
-                    Way::In => &mut forwarding,
-                    Way::Out | Way::TunnelOut => continue,
-                };
-                let (met, may_meet_policy) = walk::walk(table, name, &packet);
-                let drops = met.iter().filter(|met| met.act == Act::Drops);
-                found
-                    .extend(drops.map(|met| {
-                        (!met.packet.is_sure(), format!("{} {} {}", table.label, met.chain, met.rule.name))
-                    }));
-                if base.drops && may_meet_policy {
-                    found.insert((false, format!("{} {name}: its policy is drop", table.label)));
-                }
-            }
-        }
-    }
-    let first = |found: BTreeSet<(bool, String)>| found.into_iter().map(|(_, subject)| subject).take(MOST).collect();
-    MayStop { tunnel: first(tunnel), forwarding: first(forwarding) }
 }
 
 type Findings = BTreeMap<(String, Act, Option<Hook>), Finding>;

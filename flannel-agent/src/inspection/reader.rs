@@ -25,7 +25,7 @@ use super::{
     events::{Events, Graph, Urgency},
     inspect,
     legacy::Digest,
-    may_stop,
+    stops::may_stop,
 };
 use crate::{
     bypass::Restriction,

@@ -9,6 +9,7 @@ use super::{
     rule::Act,
     walk::{self, End, Met},
 };
+use crate::status::MayStop;
 
 /// Which packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,6 +63,37 @@ impl RuleSets {
         let managers = [("firewalld", has_firewalld), ("ufw", chains.any(|name| name == "ufw-user-input"))];
         managers.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name).collect()
     }
+}
+
+/// The rules and policies that may stop tunnel packets which come in, or packets from the overlay to pods.
+#[must_use]
+pub(super) fn may_stop(sets: &RuleSets, around: &Surroundings) -> MayStop {
+    /// Those of a kind that are told of.
+    const MOST: usize = 4;
+    // Those that are not sure come behind.
+    let (mut tunnel, mut forwarding) = (BTreeSet::new(), BTreeSet::new());
+    for table in &sets.0 {
+        for (name, base) in table.bases() {
+            for (_, packet) in packets(table.family, base, around, None) {
+                let found = match packet.way {
+                    Way::TunnelIn => &mut tunnel,
+                    Way::In => &mut forwarding,
+                    Way::Out | Way::TunnelOut => continue,
+                };
+                let (met, end) = walk::walk(table, name, &packet);
+                let drops = met.iter().filter(|met| met.act == Act::Drops);
+                found
+                    .extend(drops.map(|met| {
+                        (!met.packet.is_sure(), format!("{} {} {}", table.label, met.chain, met.rule.name))
+                    }));
+                if base.drops && end != End::Decided {
+                    found.insert((false, format!("{} {name}: its policy is drop", table.label)));
+                }
+            }
+        }
+    }
+    let first = |found: BTreeSet<(bool, String)>| found.into_iter().map(|(_, subject)| subject).take(MOST).collect();
+    MayStop { tunnel: first(tunnel), forwarding: first(forwarding) }
 }
 
 /// Rules and policies that packets of the overlay are dropped by, where they are about all of these: what is about some addresses, ports or

@@ -38,6 +38,11 @@ impl Flags {
         Duration::from_secs(self.iptables_resync.into())
     }
 
+    /// Whether what is forwarded to and from the Network is accepted.
+    pub const fn accepts_forwarded(&self) -> bool {
+        self.iptables_forward_rules
+    }
+
     /// The rules for a host's subnet.
     pub fn rules(&self, network: &NetworkConfig, subnet: Ipv4Net) -> Rules {
         Rules {

@@ -9,17 +9,26 @@ const FULL: u64 = 95;
 
 /// What is to be looked at, in words. `interfaces` are those that the overlay's packets come in by.
 pub(super) fn troubles(interfaces: &[String]) -> Vec<String> {
-    let conf = Path::new("/proc/sys/net/ipv4/conf");
-    // One that is gone stops nothing.
-    let is_off = |name: &&String| number(&conf.join(name.as_str()).join("forwarding")) == Some(0);
-    let off: Vec<_> = interfaces.iter().filter(is_off).map(String::as_str).collect();
     let netfilter = Path::new("/proc/sys/net/netfilter");
     let conntrack = ["nf_conntrack_count", "nf_conntrack_max"].map(|name| number(&netfilter.join(name)));
     let conntrack = match conntrack {
         [Some(count), Some(max)] => full(count, max),
         _ => None,
     };
-    not_forwarding(&off).into_iter().chain(conntrack).collect()
+    not_forwarding_among(interfaces)
+        .into_iter()
+        .chain(conntrack)
+        .map(|(found, advice)| format!("{found}; {advice}"))
+        .collect()
+}
+
+/// Which of these interfaces do not forward, and what to do.
+pub(super) fn not_forwarding_among(interfaces: &[String]) -> Option<(String, String)> {
+    let conf = Path::new("/proc/sys/net/ipv4/conf");
+    // One that is gone stops nothing.
+    let is_off = |name: &&String| number(&conf.join(name.as_str()).join("forwarding")) == Some(0);
+    let off: Vec<_> = interfaces.iter().filter(is_off).map(String::as_str).collect();
+    not_forwarding(&off)
 }
 
 fn number(path: &Path) -> Option<u64> {
@@ -27,22 +36,24 @@ fn number(path: &Path) -> Option<u64> {
 }
 
 /// `ip_forward` sets those of all interfaces, but only where it changes itself; so it may be on and theirs off.
-fn not_forwarding(interfaces: &[&str]) -> Option<String> {
+fn not_forwarding(interfaces: &[&str]) -> Option<(String, String)> {
     let first = interfaces.first()?;
     let named = named(interfaces);
-    Some(format!(
-        "packets that come in by {named} are not forwarded: net.ipv4.conf.{first}.forwarding is 0; turn it on with `sysctl -w \
-         net/ipv4/conf/{first}/forwarding=1`, or for all with net.ipv4.ip_forward, from 0 to 1"
-    ))
+    let found = format!("packets that come in by {named} are not forwarded: net.ipv4.conf.{first}.forwarding is 0");
+    let advice = format!(
+        "turn it on with `sysctl -w net/ipv4/conf/{first}/forwarding=1`, or for all with net.ipv4.ip_forward, from 0 to 1"
+    );
+    Some((found, advice))
 }
 
-fn full(count: u64, max: u64) -> Option<String> {
+/// Whether conntrack's table is, and what to do.
+pub(super) fn full(count: u64, max: u64) -> Option<(String, String)> {
     // 0 is no limit.
     (max > 0 && count.saturating_mul(100) >= max.saturating_mul(FULL)).then(|| {
-        format!(
-            "conntrack has {count} of at most {max} connections, and drops the packets of new ones without a trace but in the kernel's \
-             log; raise net.netfilter.nf_conntrack_max"
-        )
+        let found = format!(
+            "conntrack has {count} of at most {max} connections, and drops the packets of new ones without a trace but in the kernel's log"
+        );
+        (found, "raise net.netfilter.nf_conntrack_max".to_owned())
     })
 }
 
@@ -53,7 +64,7 @@ mod tests {
     #[test]
     fn a_table_is_full_a_little_before_its_limit() {
         assert_eq!(full(94, 100), None);
-        assert!(full(95, 100).unwrap().starts_with("conntrack has 95 of at most 100 connections"));
+        assert!(full(95, 100).unwrap().0.starts_with("conntrack has 95 of at most 100 connections"));
         assert_eq!(full(95, 0), None);
         assert_eq!(full(0, 262_144), None);
     }
@@ -61,10 +72,10 @@ mod tests {
     #[test]
     fn many_interfaces_are_counted() {
         assert_eq!(not_forwarding(&[]), None);
-        let said = not_forwarding(&["cni0", "flannel.1"]).unwrap();
+        let (said, _) = not_forwarding(&["cni0", "flannel.1"]).unwrap();
         assert!(said.starts_with("packets that come in by cni0, flannel.1 are not forwarded"), "{said}");
         let names: Vec<_> = (0..10).map(|number| format!("pod{number}")).collect();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
-        assert!(not_forwarding(&names).unwrap().contains("pod7 and 2 more are"));
+        assert!(not_forwarding(&names).unwrap().0.contains("pod7 and 2 more are"));
     }
 }

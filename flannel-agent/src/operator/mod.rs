@@ -2,6 +2,7 @@
 
 mod dataplane;
 mod decode;
+pub mod doctor;
 mod drops;
 mod host_settings;
 mod metrics;
@@ -21,8 +22,8 @@ use tabled::{
 };
 
 pub use self::{
-    drops::print as print_drops, metrics::print as print_metrics, peers::print as print_peers,
-    status::print as print_status, trace::print as print_trace,
+    doctor::print as print_doctor, drops::print as print_drops, metrics::print as print_metrics,
+    peers::print as print_peers, status::print as print_status, trace::print as print_trace,
 };
 use crate::{
     cli::Cli,

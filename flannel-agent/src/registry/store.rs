@@ -90,6 +90,17 @@ impl RegistryError {
         }
     }
 
+    /// Whether the store answered, and has no network config that can be used.
+    pub const fn is_about_config(&self) -> bool {
+        match self {
+            Self::Contested(_) => false,
+            Self::Etcd(error) => matches!(error, EtcdError::NoConfig(_) | EtcdError::Config { .. }),
+            Self::Kubernetes(error) => {
+                matches!(error, KubernetesError::NoConfig { .. } | KubernetesError::Config { .. })
+            }
+        }
+    }
+
     /// Whether something of this host's own is to blame: a flag, or a file that one names.
     pub const fn is_misconfiguration(&self) -> bool {
         match self {

@@ -1,0 +1,159 @@
+//! The store: whether it answers, and what its network config comes to.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use tokio::time::timeout;
+
+use super::{
+    Check,
+    facts::{Host, Overlay},
+};
+use crate::{
+    cli::Cli,
+    config::{NetworkConfig, unknown_keys},
+    registry::{Registry, RegistryError, StoreKind},
+    status::time,
+};
+
+/// For so long it may take to answer.
+const LIMIT: Duration = Duration::from_secs(3);
+
+/// What became of asking it with the flags of this command.
+pub(super) struct Asked {
+    pub(super) kind: StoreKind,
+    pub(super) endpoints: Vec<String>,
+    /// The network config; or what is wrong, in words.
+    pub(super) config: Result<NetworkConfig, String>,
+    /// As the store has it.
+    text: String,
+    /// Where it is, in words.
+    place: String,
+    /// Whether it answered, whatever it said.
+    has_answered: bool,
+    /// The address that it says this host is published with.
+    pub(super) published: Option<Ipv4Addr>,
+}
+
+impl Asked {
+    pub(super) async fn ask(cli: &Cli) -> Self {
+        let mut asked = Self {
+            kind: if matches!(cli.store(), crate::registry::StoreOptions::Etcd(_)) {
+                StoreKind::Etcd
+            } else {
+                StoreKind::Kubernetes
+            },
+            endpoints: Vec::new(),
+            config: Err(String::new()),
+            text: String::new(),
+            place: String::new(),
+            has_answered: false,
+            published: None,
+        };
+        let mut registry = match Registry::new(cli.store()) {
+            Ok(registry) => registry,
+            Err(error) => return Self { config: Err(error.to_string()), ..asked },
+        };
+        (asked.endpoints, asked.place) = (registry.endpoints(), registry.config_place());
+        let answer = timeout(LIMIT, async {
+            // Of Kubernetes the config is a file, and this is what asks.
+            let addresses = registry.host_addresses().await?;
+            Ok::<_, RegistryError>((addresses, registry.network_config().await))
+        });
+        match answer.await {
+            Err(_) => asked.config = Err(format!("{} does not answer within {LIMIT:?}", asked.endpoints.join(", "))),
+            Ok(Err(error)) => asked.config = Err(error.to_string()),
+            Ok(Ok((addresses, config))) => {
+                asked.published = addresses.published.or(addresses.public_ip);
+                asked.has_answered = config.as_ref().err().is_none_or(RegistryError::is_about_config);
+                asked.config = config
+                    .map(|(config, text)| {
+                        asked.text = String::from_utf8_lossy(&text).into_owned();
+                        config
+                    })
+                    .map_err(|error| error.to_string());
+            }
+        }
+        asked
+    }
+
+    /// Whether leases are nodes'.
+    pub(super) const fn is_kubernetes(&self) -> bool {
+        matches!(self.kind, StoreKind::Kubernetes)
+    }
+}
+
+/// Whether the agent of each overlay runs.
+pub(super) fn agents(host: &Host<'_>) -> Vec<Check> {
+    let check = |overlay: &Overlay| {
+        let Some(status) = &overlay.status else {
+            return Check::warning(
+                "agent",
+                format!("none has run with the --run-dir {}", host.cli.run_dir.display()),
+                "before one does, `flannel-agent doctor --before-install` says what it will need",
+            );
+        };
+        let (name, ago) = (status.name(), time(status.written));
+        match overlay.is_running {
+            Some(true) => Check::ok("agent", format!("that of {name} runs")),
+            Some(false) => {
+                let found = format!("that of {name} does not run, and told of itself last {ago} ago");
+                Check::problem("agent", found, "start it: what it made goes on, and follows no changes")
+            }
+            None => {
+                let found = format!("whether that of {name} runs, only root and its user can tell");
+                Check::warning("agent", found, "run doctor as root")
+            }
+        }
+    };
+    host.overlays.iter().filter(|_| !host.before_install).map(check).collect()
+}
+
+pub(super) fn checks(host: &Host<'_>) -> Vec<Check> {
+    let asked = &host.store;
+    let running = host.overlays.iter().filter(|overlay| overlay.is_running != Some(false));
+    let followed = running.filter_map(|overlay| overlay.status.as_ref()).map(|status| &status.store).next();
+    let at = if asked.endpoints.is_empty() { String::new() } else { format!(" at {}", asked.endpoints.join(", ")) };
+    let kind = asked.kind;
+    let advice = "flags and variables that name it are those of the agent, and can be given to doctor, too";
+    let store = match (&asked.config, followed) {
+        (_, Some(store)) if store.following => Check::ok(
+            "store",
+            format!("the agent follows {} for {}, at revision {}", store.kind, time(store.since), store.revision),
+        ),
+        (_, Some(store)) if store.problem.is_some() => {
+            let problem = store.problem.clone().unwrap_or_default();
+            let found = format!("the agent has not followed {} for {}: {problem}", store.kind, time(store.since));
+            Check::problem("store", found, "see that it runs; the overlay stays as it was meanwhile")
+        }
+        _ if asked.has_answered => Check::ok("store", format!("{kind}{at} answers")),
+        (Err(error), _) => Check::problem("store", error.clone(), advice),
+        (Ok(_), _) => Check::problem("store", format!("{kind}{at} does not answer"), advice),
+    };
+    std::iter::once(store).chain(config(asked)).collect()
+}
+
+/// [`None`] where it can't be told.
+fn config(asked: &Asked) -> Option<Check> {
+    const NAME: &str = "network config";
+    let place = &asked.place;
+    match &asked.config {
+        Ok(config) => {
+            let remarks = unknown_keys(&asked.text);
+            let found = format!("in {place}: {} with the backend {}", config.network, config.backend.kind());
+            Some(match remarks.is_empty() {
+                true => Check::ok(NAME, found),
+                false => Check::warning(
+                    NAME,
+                    format!("{found}; {}", remarks.join("; ")),
+                    "see `flannel-agent config validate`",
+                ),
+            })
+        }
+        Err(error) if asked.has_answered => Some(Check::problem(
+            NAME,
+            error.clone(),
+            "write one that `flannel-agent config validate` accepts; the agent waits for it",
+        )),
+        Err(_) => None,
+    }
+}
