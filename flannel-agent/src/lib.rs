@@ -23,6 +23,7 @@
 //! * [`backend`] — how packets get to the other hosts: its device, its MTU, what leases announce, the way to a peer
 //! * [`last_known`] — what was last known of the store, for when it is away
 //! * [`waiting`] — what it waits for before it has an overlay
+//! * [`histogram`] — how often something took how long
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
 //! * [`atomic_file`] — files that others read
@@ -57,6 +58,7 @@ pub mod escape;
 pub mod evidence;
 pub mod go_values;
 pub mod health;
+pub mod histogram;
 pub mod inspection;
 pub mod last_known;
 pub mod lease;

@@ -17,8 +17,9 @@ use crate::{
     atomic_file::{self, WriteError},
     bypass::{BypassFlag, Kind, Restriction, Scope},
     config::BackendType,
-    dataplane::Features,
+    dataplane::{Features, ProgramRuns},
     evidence::{EvidenceStatus, Loss, LossKind},
+    histogram::Histogram,
     lease::{HoldReason, MacAddress},
     registry::StoreKind,
     routes::Choice,
@@ -108,6 +109,12 @@ pub struct Status {
     /// What the packets say of the network.
     #[serde(default)]
     pub evidence: EvidenceStatus,
+    /// From a change of the peers being seen in the store to its being in the maps.
+    #[serde(default)]
+    pub convergence: Histogram,
+    /// How often each program ran and for how long, by its name. Only where the kernel has counted it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub programs: BTreeMap<String, ProgramRuns>,
 }
 
 /// What agents had that did not say it.
@@ -302,12 +309,29 @@ pub struct LeaseStatus {
     /// Which living host has this one's address and lease, and what to do.
     #[serde(default)]
     pub contested: Option<String>,
+    /// When it ends unless it is renewed; [`None`] for one without a term, and where that is not known.
+    #[serde(default)]
+    pub expiry: Option<u64>,
+    /// For how many seconds it is renewed each time, where it ends.
+    #[serde(default)]
+    pub term: Option<u64>,
 }
 
 impl LeaseStatus {
     /// That of a lease which nothing has befallen.
     pub const fn new(subnet: Ipv4Net, vtep_mac: MacAddress, state: LeaseState) -> Self {
-        Self { subnet, vtep_mac, state, renewals: 0, losses: 0, claims: 0, last_claim: 0, contested: None }
+        Self {
+            subnet,
+            vtep_mac,
+            state,
+            renewals: 0,
+            losses: 0,
+            claims: 0,
+            last_claim: 0,
+            contested: None,
+            expiry: None,
+            term: None,
+        }
     }
 }
 
@@ -446,21 +470,31 @@ impl Status {
     /// # Errors
     /// [`ReadError`].
     pub fn read_all(run_dir: &Path) -> Result<Vec<(Vni, Self)>, ReadError> {
+        let all = Self::read_each(run_dir);
+        if all.is_empty() {
+            return Err(ReadError::None(run_dir.to_owned()));
+        }
+        all.into_iter().map(|(vni, status)| Ok((vni, status?))).collect()
+    }
+
+    /// Each that agents wrote there, ordered by VNI, or why it can't be read.
+    pub fn read_each(run_dir: &Path) -> Vec<(Vni, Result<Self, ReadError>)> {
         let mut all = Vec::new();
         for entry in fs::read_dir(run_dir).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let vni = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?.parse().ok());
             let Some(vni) = vni.and_then(|number| Vni::new_checked(number).ok()) else { continue };
-            let path = entry.path();
-            let text = atomic_file::read(&path).map_err(|source| ReadError::File { path: path.clone(), source })?;
-            let status = serde_json::from_slice(&text).map_err(|source| ReadError::Content { path, source })?;
-            all.push((vni, status));
-        }
-        if all.is_empty() {
-            return Err(ReadError::None(run_dir.to_owned()));
+            all.push((vni, Self::read(entry.path())));
         }
         all.sort_by_key(|(vni, _)| vni.get());
-        Ok(all)
+        all
+    }
+
+    fn read(path: PathBuf) -> Result<Self, ReadError> {
+        match atomic_file::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map_err(|source| ReadError::Content { path, source }),
+            Err(source) => Err(ReadError::File { path, source }),
+        }
     }
 
     /// Packets that get lost on this host, in words.

@@ -17,6 +17,7 @@ use crate::{
     control::{Reply, Request},
     evidence::Evidence,
     health,
+    histogram::Histogram,
     lease::PeerChange,
     registry::ResyncCause,
     status::Status,
@@ -31,6 +32,8 @@ pub(super) struct Agent<'a> {
     pub(super) datapath: Datapath<'a>,
     pub(super) reporter: Reporter,
     pub(super) evidence: Evidence,
+    /// From a change of the peers being seen in the store to its being in the maps.
+    pub(super) convergence: Histogram,
 }
 
 /// What is missed need not be caught up on.
@@ -61,7 +64,10 @@ impl Agent<'_> {
                 }
                 incoming = self.leases.next() => match self.leases.take(incoming, |subnet| self.datapath.is_heard(subnet)) {
                     ControlFlow::Break(()) => break,
-                    ControlFlow::Continue(Change::Peers(changes)) => self.apply(changes).await,
+                    ControlFlow::Continue(Change::Peers(changes)) => {
+                        self.apply(changes).await;
+                        self.leases.take_seen().iter().for_each(|seen| self.convergence.observe(seen.elapsed()));
+                    }
                     ControlFlow::Continue(Change::Lease(lease)) => {
                         self.datapath.move_to(lease, self.leases.table()).await;
                     }
@@ -160,6 +166,7 @@ impl Agent<'_> {
         self.leases.tell(&mut status);
         self.datapath.tell(&mut status);
         status.evidence = self.evidence.take();
+        status.convergence.clone_from(&self.convergence);
         status
     }
 }

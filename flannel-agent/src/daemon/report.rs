@@ -18,6 +18,7 @@ use crate::{
     device::external::External,
     evidence::EvidenceStatus,
     health::{Health, Heartbeat},
+    histogram::Histogram,
     last_known::LastKnown,
     registry::StoreKind,
     status::{
@@ -61,6 +62,8 @@ pub(super) fn status(
         other_backends: Default::default(),
         drift: DriftStatus::default(),
         evidence: EvidenceStatus::default(),
+        convergence: Histogram::default(),
+        programs: Default::default(),
     }
 }
 

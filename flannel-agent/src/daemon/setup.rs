@@ -25,6 +25,7 @@ use crate::{
     device::{DeviceEvent, Netlink},
     evidence::{self, Evidence},
     health::Health,
+    histogram::Histogram,
     registry::ResyncCause,
     status::{LeaseState, LeaseStatus},
 };
@@ -133,7 +134,7 @@ async fn make<'a>(
         grace: cli.guard_grace(),
     };
     let leases = Leases::new(beginning, health.clone());
-    let mut agent = Agent { leases, datapath, reporter, evidence };
+    let mut agent = Agent { leases, datapath, reporter, evidence, convergence: Histogram::default() };
     if let Some(snapshot) = snapshot {
         agent.leases.take_peers(&snapshot, false);
     }

@@ -25,6 +25,7 @@ mod pins;
 mod pods;
 pub mod replica;
 mod restrict;
+mod runs;
 pub mod tables;
 #[cfg(feature = "generator")]
 pub mod test_run;
@@ -63,6 +64,7 @@ use ipnet::Ipv4Net;
 pub use others::has_programs;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets, Unheard};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
+pub use runs::ProgramRuns;
 pub use ways::{PeerWay, Way, pinned_ways};
 pub use xdp::XdpMode;
 

@@ -4,6 +4,7 @@
 //! * [`etcd`] — the one that does it in etcd
 //! * [`kubernetes`] — the one that does it in the nodes of a Kubernetes cluster
 //! * `announced` — what each holder of a lease said last that could be used
+//! * `updates` — what a watch reports, and when it saw it
 //! * `resync` — why the whole table was read again
 //!
 //! What only one store has is private to this room: nobody else knows which it is.
@@ -13,6 +14,7 @@ pub mod etcd;
 pub mod kubernetes;
 mod resync;
 mod store;
+mod updates;
 
 use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
@@ -23,6 +25,7 @@ pub use self::{
     announced::Announced,
     resync::ResyncCause,
     store::{Registry, RegistryError, StoreKind, StoreOptions},
+    updates::{Seen, Updates},
 };
 use crate::lease::{BackendAttributes, LeaseAttributes, LeaseKey, MacAddress};
 
@@ -160,6 +163,14 @@ impl OwnLease {
     pub fn is_as_written(&self, entry: &Entry, backend: BackendAttributes) -> bool {
         let is_same = entry.key == self.key && entry.grant == self.grant && entry.version == self.version;
         is_same && backend.announced_mac(&entry.attributes) == Some(self.vtep_mac)
+    }
+
+    /// Whether it ends unless it is renewed.
+    pub const fn has_term(&self) -> bool {
+        match &self.grant {
+            Grant::EtcdLease(lease) => *lease != 0,
+            Grant::NodeUid(_) => false,
+        }
     }
 
     /// Whether the store knows both by the same.

@@ -3,10 +3,9 @@
 use std::{fmt, net::Ipv4Addr, time::Duration};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
 
 use super::{
-    Contested, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState, ResyncCause, Snapshot, Update,
+    Contested, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState, ResyncCause, Snapshot, Updates,
     etcd::{Etcd, EtcdError, EtcdOptions},
     kubernetes::{Kubernetes, KubernetesError, KubernetesOptions},
 };
@@ -291,7 +290,7 @@ impl Registry {
 
     /// Reports the whole table and then every change to it, for ever. Each gap in the changes, whatever its cause, ends
     /// in a fresh snapshot. Returns when nobody receives any more.
-    pub async fn watch(self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
+    pub async fn watch(self, cause: ResyncCause, updates: Updates, heartbeat: Heartbeat) {
         match self.store {
             Store::Etcd(etcd) => etcd.watch(cause, updates, heartbeat).await,
             Store::Kubernetes(kubernetes) => kubernetes.watch(cause, updates, heartbeat).await,

@@ -38,7 +38,7 @@ use crate::{
     health::Health,
     last_known::LastKnown,
     lease::{BackendAttributes, LeaseTable, OwnDeletion, Peer, PeerChange},
-    registry::{Announced, HostAddresses, LeaseRequest, OwnLease, Registry, ResyncCause, Update},
+    registry::{Announced, HostAddresses, LeaseRequest, OwnLease, Registry, ResyncCause, Seen, Updates},
     status::{LeaseState, LeaseStatus, Status},
 };
 
@@ -76,7 +76,9 @@ pub(super) struct Leases {
     /// The lease that this host has, or had last.
     own: OwnLease,
     holder: HolderLink,
-    updates: mpsc::Receiver<Update>,
+    updates: mpsc::Receiver<Seen>,
+    /// When the updates were seen that changed peers, since they were asked for last.
+    seen: Vec<Clock>,
     to_keep: ToKeep,
     status: LeasesStatus,
     health: Health,
@@ -106,7 +108,7 @@ struct ToKeep {
 /// What comes from the store, or is due by the clock.
 pub(super) enum Incoming {
     Renewal(RenewalEvent),
-    Update(Update),
+    Update(Seen),
     /// After some deletions it was quiet for long enough to judge them.
     Settled,
 }
@@ -142,6 +144,7 @@ impl Leases {
                 renewal: mpsc::channel(1).1,
             },
             updates: mpsc::channel(1).1,
+            seen: Vec::new(),
             to_keep: ToKeep { host, config: String::from_utf8_lossy(&config).into_owned(), is_due: true },
             status,
             health,
@@ -153,6 +156,7 @@ impl Leases {
     pub(super) fn keep_lease(&mut self, request: LeaseRequest, renew_interval: Duration) {
         let (events, renewal) = mpsc::channel(8);
         self.holder.renewal = renewal;
+        self.status.keeps(&self.own, request.ttl);
         let holder = LeaseHolder {
             registry: self.registry.clone(),
             request,
@@ -170,7 +174,7 @@ impl Leases {
 
     /// Follows the table from a fresh snapshot on.
     pub(super) fn watch(&mut self, cause: ResyncCause) {
-        let (sender, updates) = mpsc::channel(1024);
+        let (sender, updates) = Updates::channel(1024);
         // The watch before ends when nobody receives from it.
         self.updates = updates;
         self.status.asks();
@@ -188,7 +192,7 @@ impl Leases {
         };
         tokio::select! {
             Some(event) = self.holder.renewal.recv() => Incoming::Renewal(event),
-            Some(update) = self.updates.recv() => Incoming::Update(update),
+            Some(seen) = self.updates.recv() => Incoming::Update(seen),
             () = settled => Incoming::Settled,
         }
     }
@@ -200,10 +204,15 @@ impl Leases {
                 let lease = self.take_renewal(event)?;
                 return ControlFlow::Continue(lease.map_or_else(|| Change::Peers(Vec::new()), Change::Lease));
             }
-            Incoming::Update(update) => self.take_updates(update),
+            Incoming::Update(seen) => self.take_updates(seen),
             Incoming::Settled => self.settle(is_heard),
         };
         ControlFlow::Continue(Change::Peers(self.noted(changes)))
+    }
+
+    /// When each update was seen that changed peers, of those that were taken in since this was asked for last.
+    pub(super) fn take_seen(&mut self) -> Vec<Clock> {
+        std::mem::take(&mut self.seen)
     }
 
     /// Lets go of peers that need not be held any longer.

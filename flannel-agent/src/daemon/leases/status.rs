@@ -1,6 +1,10 @@
 //! What is told of the store, of this host's lease, and of the peers.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, time::Instant};
+use std::{
+    collections::BTreeMap,
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use tracing::warn;
 
@@ -21,6 +25,8 @@ const MOST_TOLD: usize = 500;
 /// The store's part of this host's status.
 pub(super) struct LeasesStatus {
     lease: LeaseStatus,
+    /// For how long the store keeps one that has a term.
+    ttl: Duration,
     store: StoreStatus,
     config_differs: Option<String>,
     peers: usize,
@@ -48,6 +54,7 @@ impl LeasesStatus {
     pub(super) fn new(kind: StoreKind, config_place: String, lease: LeaseStatus) -> Self {
         Self {
             lease,
+            ttl: Duration::ZERO,
             store: StoreStatus { kind, since: now(), ..StoreStatus::default() },
             config_differs: None,
             peers: 0,
@@ -173,9 +180,23 @@ impl LeasesStatus {
         self.config_differs = difference;
     }
 
-    pub(super) fn renewed(&mut self) {
-        self.lease.renewals += 1;
+    /// The lease is kept from now on, for so long after each renewal. Where this host has it, that has just been one.
+    pub(super) fn keeps(&mut self, lease: &OwnLease, ttl: Duration) {
+        self.ttl = ttl;
+        self.expires(lease);
+    }
+
+    /// The lease lasts a term from now on, where it has one and is held.
+    fn expires(&mut self, lease: &OwnLease) {
+        let has_term = self.lease.state == LeaseState::Held && lease.has_term();
+        self.lease.term = has_term.then_some(self.ttl.as_secs());
+        self.lease.expiry = self.lease.term.map(|term| now() + term);
         self.is_due = true;
+    }
+
+    pub(super) fn renewed(&mut self, lease: &OwnLease) {
+        self.lease.renewals += 1;
+        self.expires(lease);
     }
 
     pub(super) fn lease(&mut self, lease: &OwnLease, state: LeaseState) {
@@ -185,7 +206,7 @@ impl LeasesStatus {
         }
         (status.subnet, status.vtep_mac, status.state) = (lease.key.subnet, lease.vtep_mac, state);
         status.contested = None;
-        self.is_due = true;
+        self.expires(lease);
     }
 
     /// Another host claimed the lease, and was told that this one lives.
@@ -209,6 +230,7 @@ impl LeasesStatus {
             warn!("{problem}");
         }
         (status.state, status.contested) = (LeaseState::Contested, Some(problem));
+        (status.expiry, status.term) = (None, None);
         self.is_due = true;
     }
 

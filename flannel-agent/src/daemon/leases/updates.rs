@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use super::{Leases, peers::NoPeer, renewal::RenewalEvent};
 use crate::{
     lease::{Credibility, HoldReason, PeerChange},
-    registry::{Entry, OwnLease, OwnLeaseState, PassedOver, ResyncCause, Snapshot, Update},
+    registry::{Entry, OwnLease, OwnLeaseState, PassedOver, ResyncCause, Seen, Snapshot, Update},
     status::LeaseState,
 };
 
@@ -21,10 +21,11 @@ const MOST_NAMED: usize = 10;
 
 impl Leases {
     /// Takes in an update and all that wait behind it.
-    pub(super) fn take_updates(&mut self, first: Update) -> Vec<PeerChange> {
+    pub(super) fn take_updates(&mut self, first: Seen) -> Vec<PeerChange> {
         let mut changes = Vec::new();
         let mut next = Some(first);
-        while let Some(update) = next {
+        while let Some(Seen { update, at }) = next {
+            let before = changes.len();
             match update {
                 Update::Snapshot(snapshot, cause) => changes.extend(self.take_snapshot(snapshot, cause)),
                 Update::Set(entry) => {
@@ -55,6 +56,9 @@ impl Leases {
                 }
                 Update::Config(config) => self.take_config(config.as_deref()),
                 Update::Away(reason) => self.status.away(reason),
+            }
+            if changes.len() > before {
+                self.seen.push(at);
             }
             next = self.updates.try_recv().ok();
         }
@@ -209,9 +213,9 @@ impl Leases {
     pub(super) fn take_renewal(&mut self, event: RenewalEvent) -> ControlFlow<(), Option<OwnLease>> {
         let store = self.registry.kind();
         match event {
-            RenewalEvent::Renewed => self.status.renewed(),
+            RenewalEvent::Renewed => self.status.renewed(&self.own),
             RenewalEvent::Claimed => {
-                self.status.renewed();
+                self.status.renewed(&self.own);
                 self.status.claimed(self.public_ip());
             }
             RenewalEvent::Lost(state) => {

@@ -193,6 +193,7 @@ impl<'a> Reconciler<'a> {
     /// Puts what is known of the datapath into this host's status.
     pub(super) fn tell(&mut self, status: &mut Status) {
         self.status.tell(status);
+        status.programs = self.dataplane.runs();
     }
 
     /// Brings the maps to what lease table and kernel say now.

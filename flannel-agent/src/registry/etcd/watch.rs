@@ -1,13 +1,12 @@
 //! Following the table: a snapshot, then its changes; a fresh snapshot after every gap.
 
 use etcd_client::{Client, EventType, KeyValue, WatchOptions, WatchResponse, WatchStream};
-use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use super::{Etcd, EtcdError, MAX_ANSWER, Read, Stored};
 use crate::{
     health::Heartbeat,
-    registry::{PassedOver, ResyncCause, Update},
+    registry::{PassedOver, ResyncCause, Update, Updates},
     retry,
 };
 
@@ -29,7 +28,7 @@ struct Position {
 impl Etcd {
     /// Reports the whole table and then every change to it, for ever. Each gap in the changes, whatever its cause, ends
     /// in a fresh snapshot. Returns when nobody receives any more.
-    pub async fn watch(mut self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
+    pub async fn watch(mut self, cause: ResyncCause, updates: Updates, heartbeat: Heartbeat) {
         let mut back_off = retry::BackOff::default();
         let mut position = None;
         // Why the next snapshot is read. The first failure after one explains the gap; those that follow only say that
@@ -54,7 +53,7 @@ impl Etcd {
 
     async fn watch_once(
         &mut self,
-        updates: &mpsc::Sender<Update>,
+        updates: &Updates,
         cause: &mut Option<ResyncCause>,
         position: &mut Option<Position>,
         back_off: &mut retry::BackOff,

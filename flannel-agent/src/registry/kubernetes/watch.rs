@@ -9,7 +9,6 @@ use std::{
 use rand::RngExt as _;
 use serde::Deserialize;
 use tokio::{
-    sync::mpsc,
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
@@ -23,7 +22,7 @@ use super::{
 };
 use crate::{
     health::Heartbeat,
-    registry::{ResyncCause, Snapshot, Update},
+    registry::{ResyncCause, Snapshot, Update, Updates},
     retry,
 };
 
@@ -110,7 +109,7 @@ impl Kubernetes {
     }
 
     /// Reports all nodes and then every change to them, for ever. Returns when nobody receives any more.
-    pub async fn watch(mut self, cause: ResyncCause, updates: mpsc::Sender<Update>, heartbeat: Heartbeat) {
+    pub async fn watch(mut self, cause: ResyncCause, updates: Updates, heartbeat: Heartbeat) {
         let mut back_off = retry::BackOff::default();
         let mut before = 0;
         // Why the next list is read. The first failure after one explains the gap.
@@ -133,7 +132,7 @@ impl Kubernetes {
 
     async fn follow(
         &mut self,
-        updates: &mpsc::Sender<Update>,
+        updates: &Updates,
         cause: &mut Option<ResyncCause>,
         before: &mut i64,
         back_off: &mut retry::BackOff,
@@ -171,7 +170,7 @@ impl Kubernetes {
 
     async fn watch_once(
         &mut self,
-        updates: &mpsc::Sender<Update>,
+        updates: &Updates,
         followed: &mut Followed,
         back_off: &mut retry::BackOff,
         heartbeat: &Heartbeat,
