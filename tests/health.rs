@@ -51,7 +51,13 @@ fn a_store_that_is_away_fails_no_probe() {
     world.wait_log(0, "trying again");
     assert_eq!(probe(&world, "/healthz"), Some((200, "flanneld is running".to_owned())));
     assert_eq!(probe(&world, "/readyz"), Some((503, "flanneld is not ready yet".to_owned())));
-    assert_eq!(probe(&world, "/metrics").map(|(code, _)| code), Some(404));
+    let (code, metrics) = probe(&world, "/metrics").unwrap();
+    assert_eq!(code, 200);
+    for line in ["flannel_agents_waiting 1", "flannel_agent_healthy 1", "flannel_agent_ready 0"] {
+        assert!(metrics.lines().any(|told| told == line), "{line}: {metrics}");
+    }
+    assert!(!metrics.contains("vni="), "{metrics}");
+    assert_eq!(probe(&world, "/elsewhere").map(|(code, _)| code), Some(404));
 
     world.store.resume().unwrap();
     world.store.put(&format!("{PREFIX}/config"), CONFIG).unwrap();
@@ -85,7 +91,7 @@ fn an_address_that_is_taken_is_said() {
     let _listener = within(&world.hosts[0].netns, move || std::net::TcpListener::bind(taken).unwrap());
     world.start(0, &[&port]);
     assert_eq!(world.hosts[0].agent.as_mut().unwrap().wait(SOON).unwrap().code(), Some(1));
-    world.wait_log(0, "listen at 0.0.0.0:8081 for health probes");
+    world.wait_log(0, "listen at 0.0.0.0:8081 for health probes and scrapes");
     world.assert_untouched(0);
 }
 

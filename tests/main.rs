@@ -60,6 +60,7 @@
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
 //! * [`rollback`] — back to flannel's daemon under traffic, with and without cleanup, and a cleanup that comes late
 //! * [`health`] — probes, and what the service manager is told
+//! * [`metrics`] — what Prometheus is told, in its formats
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
 //! * [`doctor`] — what stands in the overlay's way, each fault planted
@@ -120,6 +121,7 @@ mod large_packets;
 mod leases;
 mod lifecycle;
 mod loaded;
+mod metrics;
 mod model;
 mod netfilter;
 mod network_policy;

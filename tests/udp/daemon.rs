@@ -133,7 +133,7 @@ fn two_agents_carry_a_network() {
     let counters = output(world.agent_on(0).arg("counters")).unwrap();
     assert!(counters.contains("udp_spoofed_inner_source") && counters.contains("flannel0, VNI 1"), "{counters}");
     let metrics = output(world.agent_on(0).arg("metrics")).unwrap();
-    assert!(metrics.contains(r#"flannel_packets_total{vni="1",event="udp_sent"}"#), "{metrics}");
+    assert!(metrics.contains(r#"flannel_packets_total{vni="1",event="udp_sent",outcome="forward"}"#), "{metrics}");
 }
 
 #[test]

@@ -105,12 +105,16 @@ pub struct Cli {
     /// For how many seconds etcd keeps the lease of a host that is silent
     #[arg(long, value_name = "SECONDS", default_value = "86400", value_parser = go_values::number::<u32>(5..=u32::MAX.into()))]
     subnet_lease_ttl: u32,
-    /// Address that /healthz and /readyz are answered at
+    /// Address that /healthz, /readyz and /metrics are answered at
     #[arg(long, value_name = "IP", default_value = "0.0.0.0", value_parser = listening_address)]
     healthz_ip: IpAddr,
-    /// Port that /healthz and /readyz are answered at; 0 for none
+    /// Port that /healthz, /readyz and /metrics are answered at; 0 for none
     #[arg(long, value_name = "PORT", default_value = "0", value_parser = go_values::number::<i64>(i64::MIN..=65535))]
     healthz_port: i64,
+    /// Metrics of each peer too: some five lines for each
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, value_parser = go_values::boolean, global = true)]
+    pub metrics_per_peer: bool,
     /// Prefix that hosts of the overlay may send from, and this host receives for, beside the leases: what is behind hosts and
     /// is no pod; may be repeated
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = prefix)]
@@ -211,8 +215,12 @@ pub enum Command {
     /// Look at this host for what stands in the overlay's way: kernel, rights, UDP port, MTU, packet rules, other networks, settings,
     /// store; exit code 3 where something does. Takes the daemon's flags, too
     Doctor(doctor::Options),
-    /// Print the same as status, with the counters, as metrics for Prometheus
-    Metrics,
+    /// Print the same as status, with the counters, as metrics in Prometheus' text format; also when the agent is not running
+    Metrics {
+        /// Write them to this file in one step, for node_exporter's textfile collector, which reads names that end in .prom
+        #[arg(long, value_name = "FILE")]
+        textfile: Option<PathBuf>,
+    },
     /// What concerns leases
     #[command(subcommand)]
     Lease(LeaseCommand),

@@ -30,7 +30,7 @@ use crate::{
     docker_opts::DockerOptsError,
     health::{self, Health, ServeError},
     lock::{Lock, LockError, NamespaceLock},
-    operator::OperatorError,
+    operator::{OperatorError, metrics::Metrics},
     preflight::{self, PreflightError},
     privileges::{self, PrivilegesError},
     registry::RegistryError,
@@ -132,7 +132,7 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     let (netlink, device_events, _connection) = Netlink::open()?;
     let health = Health::default();
     if let Some(address) = cli.healthz() {
-        health::serve(address, health.clone()).await?;
+        health::serve(address, health.clone(), Metrics::of_this_agent(cli)).await?;
     }
 
     let mut prepared = tokio::select! {

@@ -22,7 +22,17 @@ pub enum LossKind {
 }
 
 impl LossKind {
-    const ALL: [Self; 3] = [Self::Tunnel, Self::Forwarding, Self::Unreached];
+    /// Each of them.
+    pub const ALL: [Self; 3] = [Self::Tunnel, Self::Forwarding, Self::Unreached];
+
+    /// Its name in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::Forwarding => "forwarding",
+            Self::Unreached => "unreached",
+        }
+    }
 }
 
 /// What each kind is known of.

@@ -1,29 +1,37 @@
-//! `/healthz` and `/readyz` (flannel: main.go, `mustRunHealthz`), with flannel's answers where all is well.
+//! `/healthz` and `/readyz` (flannel: main.go, `mustRunHealthz`), with flannel's answers where all is well; and `/metrics`.
 
 use std::{io, net::SocketAddr};
 
-use axum::{Router, extract::State, http::StatusCode, routing::any};
+use axum::{
+    Router,
+    extract::State,
+    http::StatusCode,
+    routing::{any, get},
+};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tracing::info;
 
-use super::Health;
+use super::{Health, metrics::Scrapes};
+use crate::operator::metrics::Metrics;
 
-/// Probes can't be answered.
+/// Neither probes nor scrapes can be answered.
 #[derive(Debug, thiserror::Error)]
-#[error("listen at {address} for health probes: {source}; check --healthz-ip and --healthz-port")]
+#[error("listen at {address} for health probes and scrapes: {source}; check --healthz-ip and --healthz-port")]
 pub struct ServeError {
     address: SocketAddr,
     source: io::Error,
 }
 
-/// Answers probes as long as the process lives.
+/// Answers probes and scrapes as long as the process lives.
 ///
 /// # Errors
 /// [`ServeError`] where the address can't be had.
-pub async fn serve(address: SocketAddr, health: Health) -> Result<JoinHandle<()>, ServeError> {
+pub async fn serve(address: SocketAddr, health: Health, metrics: Metrics) -> Result<JoinHandle<()>, ServeError> {
     let listener = TcpListener::bind(address).await.map_err(|source| ServeError { address, source })?;
-    info!("/healthz and /readyz are answered at {address}");
+    info!("/healthz, /readyz and /metrics are answered at {address}");
+    let scrapes = Scrapes::new(metrics, health.clone());
     let router = Router::new().route("/healthz", any(healthz)).route("/readyz", any(readyz)).with_state(health);
+    let router = router.merge(Router::new().route("/metrics", get(Scrapes::answer)).with_state(scrapes));
     Ok(tokio::spawn(async move {
         // It tries again by itself what fails.
         let _never = axum::serve(listener, router).await;

@@ -6,6 +6,7 @@
 //! store is away is none of that: the loops go on asking.
 
 mod http;
+mod metrics;
 mod notify;
 
 use std::{

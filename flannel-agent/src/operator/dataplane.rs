@@ -3,16 +3,14 @@
 use std::time::Duration;
 
 use flannel_common::vxlan::Vni;
-use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 
 use super::{
     MOST_NAMED,
     drops::{self, Reason},
-    host_settings, interface_name, pod_settings, refused, unreached,
+    hooks, host_settings, interface_name, pod_settings, refused, unreached,
 };
 use crate::{
-    backend::{At, hooks},
     cli::Cli,
     config::BackendType,
     dataplane::{
@@ -47,19 +45,7 @@ impl Dataplane {
         let (netlink, _events, _connection) = Netlink::open()?;
         let within = netlink.devices_within(status.lease.subnet).await?;
         let pods = netlink.pod_network(status.network, status.lease.subnet, &within).await?;
-        let external = || status.external_interface.clone();
-        // One that is gone, or of which nobody has heard yet, is no trouble.
-        let is_there = |name: &String| *name == status.external_interface || if_nametoindex(name.as_str()).is_ok();
-        let places = hooks(status.backend_type()).iter().flat_map(|(hook, at)| {
-            let names = match at {
-                At::External => vec![external()],
-                At::Underlay if status.underlay_interfaces.is_empty() => vec![external()],
-                At::Underlay => status.underlay_interfaces.iter().filter(|name| is_there(name)).cloned().collect(),
-                At::Device => vec![VxlanDevice::name_of(vni)],
-            };
-            names.into_iter().map(|name| (*hook, name))
-        });
-        let attachments = attachments(&pins, places, &pods.pods, &netlink).await?;
+        let attachments = attachments(&pins, hooks::places(vni, status), &pods.pods, &netlink).await?;
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);

@@ -9,12 +9,7 @@ const FULL: u64 = 95;
 
 /// What is to be looked at, in words. `interfaces` are those that the overlay's packets come in by.
 pub(super) fn troubles(interfaces: &[String]) -> Vec<String> {
-    let netfilter = Path::new("/proc/sys/net/netfilter");
-    let conntrack = ["nf_conntrack_count", "nf_conntrack_max"].map(|name| number(&netfilter.join(name)));
-    let conntrack = match conntrack {
-        [Some(count), Some(max)] => full(count, max),
-        _ => None,
-    };
+    let conntrack = conntrack().and_then(|(count, max)| full(count, max));
     not_forwarding_among(interfaces)
         .into_iter()
         .chain(conntrack)
@@ -29,6 +24,13 @@ pub(super) fn not_forwarding_among(interfaces: &[String]) -> Option<(String, Str
     let is_off = |name: &&String| number(&conf.join(name.as_str()).join("forwarding")) == Some(0);
     let off: Vec<_> = interfaces.iter().filter(is_off).map(String::as_str).collect();
     not_forwarding(&off)
+}
+
+/// How many connections are in conntrack's table, and how many fit; 0 for no limit. [`None`] where there is no conntrack.
+pub(super) fn conntrack() -> Option<(u64, u64)> {
+    let netfilter = Path::new("/proc/sys/net/netfilter");
+    let count = number(&netfilter.join("nf_conntrack_count"))?;
+    Some((count, number(&netfilter.join("nf_conntrack_max"))?))
 }
 
 fn number(path: &Path) -> Option<u64> {

@@ -4,8 +4,9 @@ mod dataplane;
 mod decode;
 pub mod doctor;
 mod drops;
+mod hooks;
 mod host_settings;
-mod metrics;
+pub mod metrics;
 mod peers;
 pub mod ping;
 mod pod_settings;
@@ -26,6 +27,7 @@ pub use self::{
     peers::print as print_peers, status::print as print_status, trace::print as print_trace,
 };
 use crate::{
+    atomic_file::WriteError,
     cli::Cli,
     control::{self, ControlError, Reply, Request},
     dataplane::{DataplaneError, PinDirectory, pinned_counters, pinned_vnis},
@@ -72,6 +74,12 @@ pub enum OperatorError {
     /// The counters were asked for where no agent ever ran.
     #[error("no dataplane is pinned below {0}; name the directory with --bpf-pin-dir")]
     NoDataplane(std::path::PathBuf),
+    /// The metrics were not written where they were asked for.
+    #[error(transparent)]
+    Textfile(#[from] WriteError),
+    /// The metrics were not printed.
+    #[error("print the metrics: {0}")]
+    Output(std::io::Error),
 }
 
 /// Prints every counter of every pinned overlay, and of every tunnel in user space, whose agent tells them every few seconds.

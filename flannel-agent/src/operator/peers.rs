@@ -30,7 +30,7 @@ const SILENT: Duration = Duration::from_secs(60);
 /// How it stands with a peer; what is worst comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
-enum State {
+pub(super) enum State {
     /// The underlay has no route to it.
     NoRoute,
     /// It is behind a router, and there is no tunnel.
@@ -48,7 +48,11 @@ enum State {
 }
 
 impl State {
-    const fn label(self) -> &'static str {
+    /// The worst first.
+    pub(super) const ALL: [Self; 7] =
+        [Self::NoRoute, Self::NotOnLink, Self::Unresolved, Self::Held, Self::Silent, Self::Direct, Self::Ok];
+
+    pub(super) const fn label(self) -> &'static str {
         match self {
             Self::NoRoute => "no route",
             Self::NotOnLink => "not on link",
@@ -65,7 +69,7 @@ impl State {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Peer {
-    state: State,
+    pub(super) state: State,
     /// Why, in words; empty where all is well.
     reason: String,
     pub(super) subnet: Ipv4Net,
@@ -80,11 +84,11 @@ pub(super) struct Peer {
     /// What the kernel knows of the next hop, as `ip neighbour` has it; [`None`] for nothing.
     neighbour: Option<&'static str>,
     /// [`None`] for never.
-    last_heard_ms: Option<u64>,
+    pub(super) last_heard_ms: Option<u64>,
     /// To it, of the pods' packets; [`None`] beyond the peers that are counted.
-    sent: Option<Count>,
+    pub(super) sent: Option<Count>,
     /// From it.
-    received: Option<Count>,
+    pub(super) received: Option<Count>,
     /// In bytes, where it is less than the overlay's.
     smaller_mtu: Option<u16>,
 }
@@ -111,11 +115,11 @@ impl Peer {
 
 /// How much went one way.
 #[derive(Clone, Copy, Serialize)]
-struct Count {
+pub(super) struct Count {
     /// What the kernel is still to segment counts once.
-    packets: u64,
+    pub(super) packets: u64,
     /// Of IPv4.
-    bytes: u64,
+    pub(super) bytes: u64,
 }
 
 impl From<Counter> for Count {
@@ -148,7 +152,7 @@ pub async fn print(cli: &Cli, output: Output) -> Result<(), OperatorError> {
     let mut overlays = Vec::new();
     for (vni, status) in Status::read_all(&cli.run_dir)? {
         let peers = match has_datapath(status.backend_type()) {
-            true => Some(read(&PinDirectory::new(&cli.bpf_pin_dir, vni), &status, &neighbours)?),
+            true => Some(peers(&PinDirectory::new(&cli.bpf_pin_dir, vni), &status, &neighbours)?),
             false => None,
         };
         let running = is_running(cli, vni);
@@ -167,8 +171,11 @@ fn overlay(vni: Vni, running: Option<bool>, peers: Option<&[Peer]>) -> serde_jso
     json!({ "vni": vni.get(), "running": running, "peers": peers })
 }
 
-/// The peers of an overlay, the worst first.
-pub(super) fn read(
+/// The peers in the maps, those with trouble first.
+///
+/// # Errors
+/// [`OperatorError::Dataplane`].
+pub(super) fn peers(
     pins: &PinDirectory,
     status: &Status,
     neighbours: &HashMap<NextHop, &'static str>,

@@ -120,7 +120,7 @@ pub async fn print(cli: &Cli, question: Question, output: Output) -> Result<bool
         if !has_datapath(status.backend_type()) {
             continue;
         }
-        let peers = peers::read(&PinDirectory::new(&cli.bpf_pin_dir, vni), &status, &neighbours)?;
+        let peers = peers::peers(&PinDirectory::new(&cli.bpf_pin_dir, vni), &status, &neighbours)?;
         let Some(peer) = peers.iter().find(|peer| is_asked_for(peer, question.target)) else { continue };
         let mut echo = Echo::open()?;
         let report = Report::of(&mut echo, peer, &status, question)?;
