@@ -61,6 +61,7 @@
 //! * [`rollback`] — back to flannel's daemon under traffic, with and without cleanup, and a cleanup that comes late
 //! * [`health`] — probes, and what the service manager is told
 //! * [`metrics`] — what Prometheus is told, in its formats
+//! * [`alerts`] — the alert rules, on what is planted
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
 //! * [`doctor`] — what stands in the overlay's way, each fault planted
@@ -79,6 +80,7 @@
 
 mod addresses;
 mod admission;
+mod alerts;
 mod alloc;
 mod api_server;
 mod attacks;

@@ -8,6 +8,7 @@ use std::{
         fd::{FromRawFd as _, OwnedFd},
         unix::fs::PermissionsExt as _,
     },
+    path::PathBuf,
     process::{Command, Stdio},
 };
 
@@ -15,7 +16,7 @@ use flannel_agent::operator::metrics::catalogue::{Kind, Metric};
 use nix::libc;
 use xtask::{
     lab::{Netns, PREFIX},
-    process::output,
+    process::{output, workspace},
     progress::wait_for,
     setup,
 };
@@ -87,6 +88,20 @@ fn assert_clean(text: &str) {
     assert!(said.status.success() && words.is_empty(), "{}", String::from_utf8_lossy(&words));
 }
 
+/// Where dashboard and alerts are.
+pub fn deploy() -> PathBuf {
+    workspace().join("flannel-agent/deploy")
+}
+
+/// The metrics that a text names.
+fn named(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let metrics = words.filter(|word| word.starts_with("flannel_") || word.starts_with("process_"));
+    metrics
+        .map(|name| ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name))
+        .collect()
+}
+
 #[test]
 fn each_reader_is_told_in_its_format() {
     let world = World::new(2).ready(&[HTTP, "--metrics-per-peer"]);
@@ -138,7 +153,7 @@ fn count_runs() -> OwnedFd {
     }
 }
 
-/// Each metric is told, as it is documented, and nothing else.
+/// Each metric is told, as it is documented, and nothing else; and only what is told is what dashboard and alerts look at.
 #[test]
 fn what_is_told_is_what_is_documented() {
     let world = World::new(2).ready(&[HTTP, "--metrics-per-peer"]);
@@ -161,6 +176,12 @@ fn what_is_told_is_what_is_documented() {
     let known: BTreeSet<_> =
         Metric::ALL.iter().map(|metric| (metric.name().to_owned(), kind(metric).to_owned())).collect();
     assert_eq!(told, known);
+    let names: BTreeSet<_> = told.iter().map(|(name, _)| name.as_str()).collect();
+    for file in ["alerts.yaml", "alerts.test.yaml", "grafana-dashboard.json"] {
+        let text = std::fs::read_to_string(deploy().join(file)).unwrap();
+        let named = named(&text);
+        assert!(!named.is_empty() && named.is_subset(&names), "{file}: {:?}", named.difference(&names));
+    }
     for (sample, _) in samples(&text) {
         let (name, labels) = sample.split_once('{').unwrap_or((&sample, ""));
         let metric = Metric::ALL.iter().find(|metric| {
