@@ -187,6 +187,68 @@ fn a_flood_is_counted_whole_and_hides_nothing_else() {
     .unwrap();
 }
 
+#[test]
+fn a_drop_is_explained_by_the_lease_and_the_peer_that_it_concerns() {
+    let mut attacked = Attacked::new();
+    let frames = attacked.bad_frames();
+    for frame in frames.values() {
+        attacked.send(&[frame]);
+    }
+    for reason in frames.keys() {
+        attacked.wait_for(reason, 1);
+    }
+    let own = attacked.drops();
+    let explain = |arguments: &[&str]| {
+        let mut command = attacked.world.agent_on(0);
+        xtask::process::output(command.arg("explain").args(arguments)).map_err(|error| error.to_string())
+    };
+    let pod = std::net::Ipv4Addr::from(attacked.pod);
+    let lease = attacked.world.lease_of(0).0.replace('-', "/");
+    for (reason, because) in [
+        (
+            "unknown_vtep",
+            "192.168.64.99 is no VTEP of the lease table, and uses 10.5.2.0/24, which 192.168.64.2 leases: is it another address of \
+             that host (--iface, --public-ip), or a second host with that lease?"
+                .to_owned(),
+        ),
+        (
+            "spoofed_inner_source",
+            "sent by 192.168.64.2 (which leases 10.5.2.0/24); its inner source 10.5.3.2 is in the Network 10.5.0.0/16, but in no lease".to_owned(),
+        ),
+        (
+            "foreign_inner_destination",
+            format!(
+                "this host leases {lease}; its inner destination 10.5.3.2 is in the Network 10.5.0.0/16, but in no lease; sent by \
+                 192.168.64.2 (which leases 10.5.2.0/24)"
+            ),
+        ),
+    ] {
+        let text = explain(&[reason]).unwrap();
+        assert!(text.contains(&because) && text.contains("\nusual cause  "), "{reason}: {text}");
+        let number = samples(&own[reason])[0]["number"].to_string();
+        let json: Value = serde_json::from_str(&explain(&[reason, "--sample", &number, "-o", "json"]).unwrap()).unwrap();
+        let sample = &json["overlays"][0]["samples"][0];
+        assert_eq!((&sample["because"], &sample["number"].to_string()), (&Value::from(because), &number), "{json:#}");
+        assert!(!json["mend"].as_str().unwrap().is_empty());
+    }
+    // Of what passes, of what there is no sample of, and of what is no reason.
+    assert!(explain(&["received"]).unwrap().contains("nothing is to be mended"));
+    let error = explain(&["unknown_vtep", "--sample", "987654321"]).unwrap_err();
+    assert!(error.contains("no sample of unknown_vtep has the number 987654321 by now"), "{error}");
+    let error = explain(&["unknwon_vtep"]).unwrap_err();
+    assert!(error.contains("did you mean unknown_vtep?"), "{error}");
+
+    // A pod's own tunnel, by the pod's veth; without an agent.
+    attacked.world.hosts[0].agent = None;
+    let netns = &attacked.world.hosts[0].pods[0].netns;
+    let sender = crate::sockets::socket_in(netns, std::net::SocketAddrV4::new(pod, 0));
+    sender.send_to(&[8; 60], ("192.168.64.2", 8472)).unwrap();
+    attacked.wait_for("pod_tunnel", 1);
+    let text = xtask::process::output(attacked.world.agent_on(0).args(["explain", "pod_tunnel"])).unwrap();
+    let because = format!("sent by the pod at pod1 with the address {pod}, to 192.168.64.2 (which leases 10.5.2.0/24)");
+    assert!(text.contains(&because), "{text}");
+}
+
 /// Samples of a reason that were ever taken, on all CPUs, as `bpftool` reads the map.
 fn taken(attacked: &Attacked, reason: &str) -> u64 {
     let path = attacked.world.hosts[0].pin_dir().join(format!("1/v{}/DROPS", flannel_common::maps::ABI_VERSION));

@@ -54,6 +54,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
             let question = Question { target: *target, size: *size, count: *count };
             return Ok(exit_code(operator::ping::print(cli, question, *output).await?));
         }
+        Some(Command::Explain(options)) => operator::print_explanation(cli, options)?,
         Some(Command::Trace(options)) => operator::print_trace(cli, options).await?,
         Some(Command::Doctor(options)) => return Ok(exit_code(operator::print_doctor(cli, options).await?)),
         Some(Command::Metrics { textfile }) => operator::print_metrics(cli, textfile.as_deref()).await?,

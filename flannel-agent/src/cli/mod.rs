@@ -209,6 +209,9 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
+    /// Explain a reason that `drops` or `counters` name: what usually causes it, where to look and what mends it, and what the latest
+    /// packets of it have to do with leases, peers and pods; also when the agent is not running
+    Explain(operator::explain::Options),
     /// Print what becomes of a packet on this host: what each program does with it and what the tables answer, and where the stack
     /// sends it. Nothing is sent, counted or noted; also when the agent is not running
     Trace(operator::trace::Options),

@@ -15,6 +15,8 @@ use super::{DataplaneError, PinDirectory};
 /// A packet that was dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dropped {
+    /// Its number among the samples of its reason: each has its own as long as the map is there, and those of one CPU grow.
+    pub number: u64,
     /// How long ago.
     pub ago: Duration,
     /// The number of the interface that it was at.
@@ -43,8 +45,11 @@ fn read(map: &PerCpuArray<MapData, Drops>) -> Result<Vec<(Event, Vec<Dropped>)>,
     reasons
         .map(|event| {
             let values = map.get(&(*event as u32), 0).map_err(DataplaneError::map("read", DROPS))?;
-            let samples = values.iter().flat_map(|drops| &drops.samples);
-            let mut dropped: Vec<_> = samples.filter_map(|sample| Dropped::new(sample, now)).collect();
+            let cpus = values.len() as u64;
+            let of_cpus = (0..).zip(values.iter());
+            let samples = of_cpus.flat_map(|(cpu, drops)| drops.samples.iter().map(move |sample| (cpu, sample)));
+            let mut dropped: Vec<_> =
+                samples.filter_map(|(cpu, sample)| Dropped::new(sample, cpu, cpus, now)).collect();
             dropped.sort_by_key(|dropped| dropped.ago);
             Ok((*event, dropped))
         })
@@ -52,8 +57,10 @@ fn read(map: &PerCpuArray<MapData, Drops>) -> Result<Vec<(Event, Vec<Dropped>)>,
 }
 
 impl Dropped {
-    fn new(sample: &Sample, now: Duration) -> Option<Self> {
+    fn new(sample: &Sample, cpu: u64, cpus: u64, now: Duration) -> Option<Self> {
         Some(Self {
+            // Numbers of a CPU begin with 1.
+            number: u64::from(sample.head.saturating_sub(1)) * cpus + cpu + 1,
             frame: sample.frame()?.to_vec(),
             // The program's clock is behind by up to a tick, never ahead.
             ago: now.saturating_sub(Duration::from_nanos(sample.time)),

@@ -37,6 +37,8 @@ pub(super) struct Reason {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Sample {
+    /// For `explain`.
+    pub(super) number: u64,
     pub(super) age_ms: u64,
     ifindex: u32,
     /// [`None`] where it is gone.
@@ -93,6 +95,7 @@ impl Sample {
     fn new(reason: Event, dropped: &Dropped) -> Self {
         let decoded = decode(reason, &dropped.frame, dropped.link_header_len);
         Self {
+            number: dropped.number,
             age_ms: dropped.ago.as_millis() as u64,
             ifindex: dropped.ifindex,
             interface: interface_name(dropped.ifindex),
@@ -122,6 +125,7 @@ fn table(vni: Vni, running: Option<bool>, reasons: &[Reason]) -> String {
     let samples = seen.iter().flat_map(|reason| {
         reason.samples.iter().map(|sample| {
             [
+                sample.number.to_string(),
                 age(Duration::from_millis(sample.age_ms)),
                 reason.reason.to_owned(),
                 sample.interface(),
@@ -131,7 +135,9 @@ fn table(vni: Vni, running: Option<bool>, reasons: &[Reason]) -> String {
         })
     });
     text.push('\n');
-    text + &rows([["age", "reason", "interface", "bytes", "packet"].map(str::to_owned)].into_iter().chain(samples))
+    text + &rows(
+        [["no.", "age", "reason", "interface", "bytes", "packet"].map(str::to_owned)].into_iter().chain(samples),
+    )
 }
 
 /// In words.

@@ -4,6 +4,7 @@ mod dataplane;
 mod decode;
 pub mod doctor;
 mod drops;
+pub mod explain;
 mod hooks;
 mod host_settings;
 pub mod metrics;
@@ -23,7 +24,8 @@ use tabled::{
 };
 
 pub use self::{
-    doctor::print as print_doctor, drops::print as print_drops, metrics::print as print_metrics,
+    doctor::print as print_doctor, drops::print as print_drops, explain::print as print_explanation,
+    metrics::print as print_metrics,
     peers::print as print_peers, status::print as print_status, trace::print as print_trace,
 };
 use crate::{
@@ -71,6 +73,22 @@ pub enum OperatorError {
     /// A packet was to be traced.
     #[error(transparent)]
     Trace(#[from] Box<trace::TraceError>),
+    /// Something is no event.
+    #[error("{reason:?} is no reason{hint}; `flannel-agent counters` lists them")]
+    UnknownReason {
+        /// As it was written.
+        reason: String,
+        /// What may have been meant.
+        hint: String,
+    },
+    /// A sample is not there, or no longer.
+    #[error("no sample of {reason} has the number {number} by now; `flannel-agent drops` lists those that are kept")]
+    NoSample {
+        /// Of what.
+        reason: &'static str,
+        /// What was asked for.
+        number: u64,
+    },
     /// The counters were asked for where no agent ever ran.
     #[error("no dataplane is pinned below {0}; name the directory with --bpf-pin-dir")]
     NoDataplane(std::path::PathBuf),
