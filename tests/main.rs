@@ -64,6 +64,7 @@
 //! * [`alerts`] — the alert rules, on what is planted
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
+//! * [`audit`] — how many objects the kernel has, whatever the number of peers
 //! * [`doctor`] — what stands in the overlay's way, each fault planted
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`restart`] — crashes and restarts under them
@@ -84,6 +85,7 @@ mod alerts;
 mod alloc;
 mod api_server;
 mod attacks;
+mod audit;
 mod bad_input;
 mod bypass;
 mod calls;

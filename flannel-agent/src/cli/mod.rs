@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// What the exit codes mean; printed by `--help`.
-const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage: a flag or a variable; 3 `status`, `ping` or `doctor` found something to look at; 77 the host lacks something (capability, \
+const EXIT_CODES: &str = "Exit codes: 0 stopped as asked; 1 failed; 2 usage: a flag or a variable; 3 `status`, `ping`, `doctor` or `audit` found something to look at; 77 the host lacks something (capability, \
                           kernel feature, bpf file system, interface); 78 bad configuration on this host.\n\
                           Flags have one dash or two; a switch has its value behind `=`. Each can be given as an environment \
                           variable, such as --etcd-prefix as FLANNELD_ETCD_PREFIX. An empty text is none.";
@@ -218,6 +218,13 @@ pub enum Command {
     /// Look at this host for what stands in the overlay's way: kernel, rights, UDP port, MTU, packet rules, other networks, settings,
     /// store; exit code 3 where something does. Takes the daemon's flags, too
     Doctor(doctor::Options),
+    /// Count the kernel's objects that are ours, against what they may be and what flannel's daemon would have; exit code 3 where there are
+    /// more
+    Audit {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
     /// Print the same as status, with the counters, as metrics in Prometheus' text format; also when the agent is not running
     Metrics {
         /// Write them to this file in one step, for node_exporter's textfile collector, which reads names that end in .prom

@@ -19,6 +19,7 @@ pub mod generator;
 mod held;
 #[cfg_attr(not(feature = "generator"), expect(unreachable_pub, reason = "exported for tests"))]
 mod noted;
+mod objects;
 mod others;
 mod peers;
 mod pins;
@@ -61,6 +62,7 @@ pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
 pub use forget::{Forgetter, Left};
 pub use held::Repaired;
 use ipnet::Ipv4Net;
+pub use objects::{BpfObject, BpfObjects, pinned_objects};
 pub use others::has_programs;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets, Unheard};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};

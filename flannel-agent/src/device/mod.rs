@@ -5,6 +5,7 @@
 
 mod addresses;
 mod blackhole;
+mod census;
 mod events;
 pub mod external;
 pub mod filters;
@@ -47,6 +48,7 @@ use tokio::{
 
 pub use self::{
     addresses::AddressKind,
+    census::Census,
     events::LinkSocket,
     pods::{PodLink, PodNetwork},
     underlay_links::UnderlayCriteria,

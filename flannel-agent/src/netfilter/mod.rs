@@ -7,6 +7,7 @@
 //! * `kernel` — what is set now, and setting it
 //! * [`keeper`] — the task that keeps it so
 //! * `listing` — everybody's rules, for who looks them through
+//! * `census` — how many are ours
 //! * `programs` — which of `nft`, `iptables-nft` and `iptables-legacy` the host has
 //! * `tool` — running them
 //!
@@ -36,6 +37,7 @@
 //! themselves, and don't speak iptables'; the crate `nftables` writes JSON for the same `nft`, with three lines of types
 //! for each word of a rule. The language of `nft` is what operators read and what flannel and kube-proxy feed to it.
 
+mod census;
 mod flags;
 mod iptables;
 pub mod keeper;
@@ -51,6 +53,7 @@ use ipnet::Ipv4Net;
 
 pub(crate) use self::programs::legacy_tables;
 pub use self::{
+    census::count,
     flags::Flags,
     kernel::{remove, remove_own},
     listing::{Lister, Listing, Saved},

@@ -175,8 +175,10 @@ pub(super) const fn explanation(event: Event) -> Explanation {
         | Event::PodSlow
         | Event::PodOther
         | Event::PodReleased
+        | Event::PodReceived
         | Event::PodUnnoted
         | Event::Received
+        | Event::ReceivedByHost
         | Event::XdpDecapsulated
         | Event::NotTunnel
         | Event::UnderlayFragment

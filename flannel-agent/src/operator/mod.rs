@@ -1,5 +1,6 @@
 //! The operator's commands. They read what the agent pinned and wrote, so that all but requests work without one.
 
+mod audit;
 mod dataplane;
 mod decode;
 pub mod doctor;
@@ -24,9 +25,9 @@ use tabled::{
 };
 
 pub use self::{
-    doctor::print as print_doctor, drops::print as print_drops, explain::print as print_explanation,
-    metrics::print as print_metrics,
-    peers::print as print_peers, status::print as print_status, trace::print as print_trace,
+    audit::print as print_audit, doctor::print as print_doctor, drops::print as print_drops,
+    explain::print as print_explanation, metrics::print as print_metrics, peers::print as print_peers,
+    status::print as print_status, trace::print as print_trace,
 };
 use crate::{
     atomic_file::WriteError,
