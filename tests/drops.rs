@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use xtask::{lab::PREFIX, progress::wait_for};
+use xtask::{lab::PREFIX, process::Process, progress::wait_for};
 
 use crate::{
     frames::*,
@@ -247,6 +247,60 @@ fn a_drop_is_explained_by_the_lease_and_the_peer_that_it_concerns() {
     let text = xtask::process::output(attacked.world.agent_on(0).args(["explain", "pod_tunnel"])).unwrap();
     let because = format!("sent by the pod at pod1 with the address {pod}, to 192.168.64.2 (which leases 10.5.2.0/24)");
     assert!(text.contains(&because), "{text}");
+}
+
+#[test]
+fn drops_are_followed_one_line_each_and_the_rest_is_counted() {
+    const FLOOD: usize = 20_000;
+    let attacked = Attacked::new();
+    let frames = attacked.bad_frames();
+    let before = &frames["inner_not_ipv4"];
+    attacked.send(&[before]);
+    attacked.wait_for("inner_not_ipv4", 1);
+    let log = attacked.world.lab.directory().join("follow.log");
+    let mut command = attacked.world.agent_on(0);
+    let mut follower = Process::start(command.args(["drops", "--follow", "-o", "json"]), &log).unwrap();
+    wait_for("the follower", SOON, || follower.log().contains("following what is dropped")).unwrap();
+    let lines = |follower: &Process| -> Vec<Value> {
+        let log = follower.log();
+        // The last one may be half there.
+        let whole = log.split_inclusive('\n').filter(|line| line.starts_with('{') && line.ends_with('\n'));
+        whole.map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+
+    attacked.send(&[&frames["spoofed_inner_source"]]);
+    wait_for("the line of a drop", SOON, || !lines(&follower).is_empty()).unwrap();
+    let [line] = &lines(&follower)[..] else { panic!("{}", follower.log()) };
+    assert_eq!((&line["kind"], &line["reason"]), (&"drop".into(), &"spoofed_inner_source".into()), "{line:#}");
+    assert!(
+        line["because"]
+            .as_str()
+            .unwrap()
+            .starts_with("sent by 192.168.64.2 (which leases 10.5.2.0/24); its inner source"),
+        "{line:#}"
+    );
+    assert_eq!(line["sample"]["interface"], "eth0");
+
+    // Of a flood, as many lines as there are samples; all the rest is counted, once.
+    attacked.send(&vec![frames["unknown_vtep"].as_slice(); FLOOD]);
+    attacked.wait_for("unknown_vtep", FLOOD as u64);
+    let sum = |lines: &[Value]| {
+        let of_flood = lines.iter().filter(|line| line["reason"] == "unknown_vtep");
+        of_flood.map(|line| if line["kind"] == "drop" { 1 } else { line["packets"].as_u64().unwrap() }).sum::<u64>()
+    };
+    wait_for("all of the flood", SOON, || sum(&lines(&follower)) >= FLOOD as u64).unwrap();
+    follower.signal(Signal::SIGINT).unwrap();
+    let status = follower.wait(SOON).unwrap();
+    assert!(status.success(), "{status:?}");
+    let all = lines(&follower);
+    assert_eq!(sum(&all), FLOOD as u64);
+    let end = all.last().unwrap();
+    assert_eq!((&end["kind"], end["packets"].as_u64()), (&"end".into(), Some(FLOOD as u64 + 1)), "{end:#}");
+    let drops = all.iter().filter(|line| line["kind"] == "drop");
+    let numbers: Vec<_> = drops.map(|line| (line["reason"].to_string(), line["sample"]["number"].as_u64())).collect();
+    let different: std::collections::BTreeSet<_> = numbers.iter().collect();
+    assert_eq!(different.len(), numbers.len(), "a sample was shown twice");
+    assert!(!follower.log().contains("inner_not_ipv4"), "what was dropped before is shown");
 }
 
 /// Samples of a reason that were ever taken, on all CPUs, as `bpftool` reads the map.

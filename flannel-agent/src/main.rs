@@ -45,7 +45,8 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         None => daemon::run(cli).await?,
         Some(Command::Cleanup) => cleanup::run(cli).await?,
         Some(Command::Counters) => operator::print_counters(cli)?,
-        Some(Command::Drops { output, samples }) => operator::print_drops(cli, *output, *samples)?,
+        Some(Command::Drops { output, follow: true, .. }) => operator::follow_drops(cli, *output).await?,
+        Some(Command::Drops { output, samples, .. }) => operator::print_drops(cli, *output, *samples)?,
         Some(Command::Status { output }) => {
             return Ok(exit_code(operator::print_status(cli, *output).await?));
         }

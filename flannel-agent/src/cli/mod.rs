@@ -179,6 +179,9 @@ pub enum Command {
         /// How many packets of each reason are shown
         #[arg(long, value_name = "COUNT", default_value_t = 8)]
         samples: usize,
+        /// Print each packet as it is dropped from now on, and why, until Ctrl-C; with -o json a line each
+        #[arg(long, conflicts_with = "samples")]
+        follow: bool,
     },
     /// Print what this host leases, how it stands with etcd, and what is to be looked at; exit code 3 where something is
     Status {

@@ -1,5 +1,7 @@
 //! `flannel-agent drops`: what was dropped, how often, and what it was.
 
+mod follow;
+
 use std::time::Duration;
 
 use flannel_common::{
@@ -10,6 +12,7 @@ use flannel_common::{
 use serde::Serialize;
 use serde_json::json;
 
+pub use self::follow::print as follow;
 use super::{
     OperatorError, agent_note,
     decode::{Decoded, decode},

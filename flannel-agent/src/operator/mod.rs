@@ -25,9 +25,14 @@ use tabled::{
 };
 
 pub use self::{
-    audit::print as print_audit, doctor::print as print_doctor, drops::print as print_drops,
-    explain::print as print_explanation, metrics::print as print_metrics, peers::print as print_peers,
-    status::print as print_status, trace::print as print_trace,
+    audit::print as print_audit,
+    doctor::print as print_doctor,
+    drops::{follow as follow_drops, print as print_drops},
+    explain::print as print_explanation,
+    metrics::print as print_metrics,
+    peers::print as print_peers,
+    status::print as print_status,
+    trace::print as print_trace,
 };
 use crate::{
     atomic_file::WriteError,
