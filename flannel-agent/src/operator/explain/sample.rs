@@ -235,6 +235,7 @@ mod tests {
             vtep_mac: [2, 0, 0, 0, 0, address[3]],
             ifindex: 7,
             heard: None,
+            traffic: None,
         };
         let peers = vec![
             peer("10.5.2.0/24", [192, 168, 64, 2], Way::Encapsulated),
