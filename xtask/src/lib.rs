@@ -4,6 +4,7 @@
 //!
 //! * [`lab`] — an underlay, hosts, pods, a store; made of other people's tools
 //! * [`transfer`] — bulk TCP between two of them
+//! * [`package`] — packages that are unpacked and not installed
 //! * [`variants`] — agents as a later version may be, to be upgraded to
 //! * one module for each command
 //!
@@ -15,6 +16,7 @@ pub mod chaos;
 pub mod check;
 pub mod fuzz;
 pub mod lab;
+pub mod package;
 pub mod process;
 pub mod progress;
 pub mod run;

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     lab::cni,
+    package,
     process::{cargo, inherit, output},
 };
 
@@ -68,6 +69,9 @@ pub(crate) const KUBECTL: (&str, &str) = ("kubectl", "kubernetes-client");
 /// What is in a container, and needs no libraries there. (The file tells it from the package `busybox`, which does.)
 const BUSYBOX: (&str, &str) = ("/usr/share/doc/busybox-static", "busybox-static");
 
+/// What reads metrics, alerts and rules. It is unpacked only: its package starts a server on port 9090 where there is a service manager.
+const PROMETHEUS: &str = "prometheus";
+
 /// The well-known types that etcd's interface files import.
 const PROTO_INCLUDE: (&str, &str) = ("google/protobuf/descriptor.proto", "libprotobuf-dev");
 /// The plugins that ours delegates to.
@@ -85,6 +89,8 @@ const BPF_LINKER: [&str; 4] = ["install", "bpf-linker", "--version", "0.13.0"];
 enum Missing {
     /// A package.
     Package(&'static str),
+    /// A package that is unpacked, and not installed.
+    Unpacked(&'static str),
     /// A compiler for the eBPF programs.
     Compiler,
     /// The linker for them.
@@ -97,7 +103,7 @@ enum Missing {
 /// With `--check` where something is missing, else where it can't be installed.
 pub fn run(options: &Options) -> Result<()> {
     let mut missing = missing();
-    missing.extend(packages_of_tests().into_iter().map(Missing::Package));
+    missing.extend(missing_for_tests());
     if missing.is_empty() {
         println!("nothing is missing");
         return Ok(());
@@ -127,7 +133,7 @@ pub fn ensure() -> Result<()> {
 /// # Errors
 /// Where something can't be installed.
 pub(crate) fn ensure_all() -> Result<()> {
-    ensure_packages(packages_of_tests())
+    ensure_further(missing_for_tests())
 }
 
 /// The same, and for further programs, each with its package.
@@ -135,25 +141,30 @@ pub(crate) fn ensure_all() -> Result<()> {
 /// # Errors
 /// Where something can't be installed.
 pub(crate) fn ensure_programs(programs: &[(&str, &'static str)]) -> Result<()> {
-    ensure_packages(packages_of(programs))
+    ensure_further(packages_of(programs).into_iter().map(Missing::Package).collect())
 }
 
-fn ensure_packages(further: Vec<&'static str>) -> Result<()> {
+fn ensure_further(further: Vec<Missing>) -> Result<()> {
     ensure()?;
-    if further.is_empty() {
-        return Ok(());
-    }
-    install(&further.into_iter().map(Missing::Package).collect::<Vec<_>>())
+    if further.is_empty() { Ok(()) } else { install(&further) }
+}
+
+/// A program of Prometheus' package, as `promtool`: that which is installed, or the one that was unpacked.
+pub fn prometheus(program: &str) -> PathBuf {
+    which::which(program).unwrap_or_else(|_| package::directory().join(PROMETHEUS).join("usr/bin").join(program))
 }
 
 /// Those of what only the tests call that are not there.
-fn packages_of_tests() -> Vec<&'static str> {
+fn missing_for_tests() -> Vec<Missing> {
     let mut packages = packages_of(&DOCKER);
     packages.extend(packages_of(&[KUBECTL]));
     if !Path::new(BUSYBOX.0).exists() {
         packages.push(BUSYBOX.1);
     }
-    packages
+    let mut missing: Vec<_> = packages.into_iter().map(Missing::Package).collect();
+    let is_missing = ["promtool", "prometheus"].into_iter().any(|program| !prometheus(program).exists());
+    missing.extend(is_missing.then_some(Missing::Unpacked(PROMETHEUS)));
+    missing
 }
 
 /// A command of the toolchain that builds the eBPF programs, and whether it has to build `core` itself.
@@ -197,6 +208,7 @@ fn packages_of(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
 fn describe(item: &Missing) -> String {
     match item {
         Missing::Package(name) => format!("package {name}"),
+        Missing::Unpacked(name) => format!("package {name}, unpacked below target/packages"),
         Missing::Compiler => format!(
             "a compiler for the eBPF programs: packages {}, or a rustup nightly with rust-src",
             COMPILER_PACKAGES.join(" ")
@@ -255,12 +267,18 @@ fn install(missing: &[Missing]) -> Result<()> {
         .iter()
         .filter_map(|item| match item {
             Missing::Package(name) => Some(*name),
-            Missing::Compiler | Missing::Linker => None,
+            Missing::Unpacked(_) | Missing::Compiler | Missing::Linker => None,
         })
         .collect();
     apt(&["update", "-q"])?;
     if !packages.is_empty() {
         apt_install(&packages)?;
+    }
+    for item in missing {
+        if let Missing::Unpacked(name) = item {
+            println!("+ apt-get download {name}");
+            package::unpacked(name, &package::directory())?;
+        }
     }
     if missing.contains(&Missing::Compiler) {
         install_compiler()?;

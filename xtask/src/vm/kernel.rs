@@ -2,14 +2,13 @@
 //! drivers of NICs that are not found in clouds.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context as _, Result};
 
-use crate::process::output;
+use crate::{package, process::output};
 
 /// An unpacked kernel image.
 pub(super) struct Kernel {
@@ -61,15 +60,7 @@ impl Kernel {
                  of them in /etc/apt/sources.list and run apt-get update"
             )
         })?;
-        let unpacked = directory.join(&package);
-        if !unpacked.exists() {
-            // Under another name until it is whole.
-            let partial = directory.join(format!("{package}.partial"));
-            let _rest = fs::remove_dir_all(&partial);
-            fs::create_dir_all(&partial).with_context(|| format!("create {partial:?}"))?;
-            download(&package, &partial)?;
-            fs::rename(&partial, &unpacked).with_context(|| format!("rename {partial:?}"))?;
-        }
+        let unpacked = package::unpacked(&package, directory)?;
         let release = package.trim_start_matches(PREFIX).to_owned();
         let kernel = Self {
             image: unpacked.join("boot").join(format!("vmlinuz-{release}")),
@@ -122,21 +113,6 @@ fn newest(packages: &[String], name: &str) -> Option<String> {
 /// The numbers in a package's name, for which a longer one is the greater.
 fn numbers(package: &str) -> Vec<u32> {
     package.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
-}
-
-fn download(package: &str, directory: &Path) -> Result<()> {
-    let get = || output(Command::new("apt-get").args(["download", "-q", package]).current_dir(directory));
-    // Lists may be older than what the archive has.
-    if get().is_err() {
-        println!("+ apt-get update");
-        output(Command::new("apt-get").args(["update", "-q"]))?;
-        get()?;
-    }
-    let files = fs::read_dir(directory)?.flatten().map(|entry| entry.path());
-    let archive = files.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "deb"));
-    let archive = archive.with_context(|| format!("apt-get downloaded no {package}"))?;
-    output(Command::new("dpkg-deb").arg("--extract").arg(&archive).arg(directory))?;
-    fs::remove_file(&archive).with_context(|| format!("remove {archive:?}"))
 }
 
 #[cfg(test)]
