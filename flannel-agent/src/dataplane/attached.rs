@@ -3,14 +3,18 @@
 use std::collections::BTreeSet;
 
 use aya::programs::{
-    SchedClassifier, TcAttachType,
+    TcAttachType,
     links::{FdLink, PinnedLink},
 };
-use nix::net::if_::{if_indextoname, if_nametoindex};
+use nix::{
+    libc::EINVAL,
+    net::if_::{if_indextoname, if_nametoindex},
+};
 
 use super::{
     DataplaneError, Hook,
-    attach::{filter_handle, lacks_tcx},
+    attach::filter_handle,
+    others,
     pins::PinDirectory,
     xdp::{self, XdpMode},
 };
@@ -95,18 +99,26 @@ pub fn attached_xdp(pins: &PinDirectory) -> Result<Option<XdpMode>, DataplaneErr
 async fn state(pins: &PinDirectory, hook: Hook, interface: &str, netlink: &Netlink) -> AttachmentState {
     let Ok(ifindex) = if_nametoindex(interface) else { return AttachmentState::Missing };
     let pinned = PinnedLink::from_pin(pins.link(hook.program(), ifindex)).and_then(|link| FdLink::from(link).info());
-    let programs = match SchedClassifier::query_tcx(interface, hook.attach_type()) {
-        Ok((_, programs)) => programs,
-        Err(error) if lacks_tcx(&error) => Vec::new(),
-        Err(error) => return AttachmentState::Unknown(super::chain(&error)),
+    let programs = match others::programs(ifindex, side(hook)) {
+        Ok(programs) => programs,
+        // No TCX here.
+        Err(error) if error.raw_os_error() == Some(EINVAL) => Vec::new(),
+        Err(error) => return AttachmentState::Unknown(error.to_string()),
     };
-    if pinned.is_ok_and(|link| programs.iter().any(|program| program.id() == link.program_id())) {
+    if pinned.is_ok_and(|link| programs.contains(&link.program_id())) {
         return AttachmentState::Attached;
     }
     match has_filter(pins, hook, ifindex, netlink).await {
         Ok(true) => AttachmentState::Attached,
         Ok(false) => AttachmentState::Missing,
         Err(error) => AttachmentState::Unknown(error.to_string()),
+    }
+}
+
+const fn side(hook: Hook) -> Side {
+    match hook.attach_type() {
+        TcAttachType::Egress => Side::Egress,
+        TcAttachType::Ingress | TcAttachType::Custom(_) => Side::Ingress,
     }
 }
 
@@ -121,11 +133,7 @@ pub(super) async fn filter_of(
     ifindex: u32,
     netlink: &Netlink,
 ) -> Result<Option<u32>, DeviceError> {
-    let side = match hook.attach_type() {
-        TcAttachType::Egress => Side::Egress,
-        TcAttachType::Ingress | TcAttachType::Custom(_) => Side::Ingress,
-    };
-    let filters = netlink.program_filters(ifindex, side).await?;
+    let filters = netlink.program_filters(ifindex, side(hook)).await?;
     let handle = filter_handle(pins.vni());
     let ours = filters.iter().find(|filter| filter.handle == handle && filter.program == hook.program());
     Ok(ours.map(|filter| filter.id))

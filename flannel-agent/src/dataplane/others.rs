@@ -43,11 +43,10 @@ impl Dataplane {
     pub fn foreign_programs(&mut self, devices: impl IntoIterator<Item = u32>) -> Vec<(u32, Side, u32)> {
         let mut found = Vec::new();
         for ifindex in devices {
-            for (side, attach_type) in [(Side::Ingress, TCX_INGRESS), (Side::Egress, TCX_EGRESS)] {
-                let mut programs = [0; MOST];
-                let Ok(count) = query(ifindex, attach_type, &mut programs) else { continue };
-                let programs = programs.iter().take(count).filter(|id| self.is_foreign(**id, ifindex));
-                found.extend(programs.map(|id| (ifindex, side, *id)));
+            for side in [Side::Ingress, Side::Egress] {
+                let Ok(programs) = programs(ifindex, side) else { continue };
+                let programs = programs.into_iter().filter(|id| self.is_foreign(*id, ifindex));
+                found.extend(programs.map(|id| (ifindex, side, id)));
             }
         }
         found
@@ -87,8 +86,22 @@ impl PinDirectory {
 
 /// Whether programs are at the TCX hooks of a device. `false` on kernels without TCX.
 pub fn has_programs(ifindex: u32) -> bool {
-    let count = |attach_type| query(ifindex, attach_type, &mut [0; MOST]).unwrap_or(0);
-    [TCX_INGRESS, TCX_EGRESS].into_iter().any(|attach_type| count(attach_type) > 0)
+    [Side::Ingress, Side::Egress].into_iter().any(|side| programs(ifindex, side).is_ok_and(|ids| !ids.is_empty()))
+}
+
+/// The numbers of the programs at a TCX hook of a device, no more than [`MOST`]. To be told more of them, a process needs
+/// CAP_SYS_ADMIN (kernel/bpf/syscall.c, `bpf_prog_get_fd_by_id`).
+///
+/// # Errors
+/// EINVAL on kernels without TCX.
+pub(super) fn programs(ifindex: u32, side: Side) -> io::Result<Vec<u32>> {
+    let attach_type = match side {
+        Side::Ingress => TCX_INGRESS,
+        Side::Egress => TCX_EGRESS,
+    };
+    let mut programs = [0; MOST];
+    let count = query(ifindex, attach_type, &mut programs)?;
+    Ok(programs[..count].to_vec())
 }
 
 fn pinned_program(pin: &PathBuf) -> Option<u32> {
