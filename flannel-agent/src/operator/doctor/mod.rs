@@ -1,6 +1,6 @@
 //! `flannel-agent doctor`: what of this host stands in the way of the overlay, before an agent runs here and beside one.
 //!
-//! * [`Check`] — what one look found; [`Host`](facts::Host) — what the looks have in common
+//! * `Check` — what one look found; `facts` — what the looks have in common
 //! * `facts` — the overlays of this host, or the one that it is going to have
 //! * `kernel` — kernel, capabilities, bpf file system; `clock` — whether the clock is set by others
 //! * `link` — the external interface: MTU, driver, offloads, XDP
