@@ -57,8 +57,14 @@ impl Losses {
         Self { sees_pods, stretches: [const { None }; LossKind::ALL.len()] }
     }
 
-    /// Takes the counters at some time.
-    pub(super) fn take(&mut self, counters: &[(Event, Counter)], at: Instant, clock: u64) -> Vec<Loss> {
+    /// Takes the counters at some time, and whether there are peers then that the underlay does not reach.
+    pub(super) fn take(
+        &mut self,
+        counters: &[(Event, Counter)],
+        are_unreached: bool,
+        at: Instant,
+        clock: u64,
+    ) -> Vec<Loss> {
         let count = |events: &[Event]| -> u64 {
             counters.iter().filter(|(event, _)| events.contains(event)).map(|(_, counter)| counter.packets).sum()
         };
@@ -84,7 +90,9 @@ impl Losses {
                 known.latest = (gone_in, at);
             }
             let packets = gone_in.saturating_sub(known.gone_in);
-            let is_over = come_out > known.come_out || at.duration_since(known.latest.1) > FORGOTTEN;
+            let is_over = kind == LossKind::Unreached && !are_unreached
+                || come_out > known.come_out
+                || at.duration_since(known.latest.1) > FORGOTTEN;
             // The maps may be others.
             if is_over || gone_in < known.gone_in || packets == 0 {
                 *known = fresh();
@@ -119,7 +127,7 @@ mod tests {
         let mut take = |second, counters: [u64; 4]| {
             let [admitted, handed_in, received, reached] = counters;
             let counters = counters_of(admitted, handed_in, received, reached);
-            let lost = losses.take(&counters, begun + Duration::from_secs(second), second);
+            let lost = losses.take(&counters, false, begun + Duration::from_secs(second), second);
             lost.into_iter().map(|loss| (loss.kind, loss.since, loss.packets)).collect::<Vec<_>>()
         };
         assert_eq!(take(0, [10, 10, 18, 18]), []);
@@ -138,13 +146,25 @@ mod tests {
         let begun = Instant::now();
         let mut losses = Losses::new(true);
         let mut take = |second, received| {
-            losses.take(&counters_of(0, received, received, 0), begun + Duration::from_secs(second), second).len()
+            losses.take(&counters_of(0, received, received, 0), true, begun + Duration::from_secs(second), second).len()
         };
         assert_eq!([take(0, 0), take(2, 2), take(20, 4), take(22, 5), take(60, 5), take(83, 5)], [0, 0, 0, 1, 1, 0]);
         let mut unseen = Losses::new(false);
         for second in 0..20 {
             let counters = counters_of(0, second, second, 0);
-            assert_eq!(unseen.take(&counters, begun + Duration::from_secs(second), second), []);
+            assert_eq!(unseen.take(&counters, true, begun + Duration::from_secs(second), second), []);
         }
+    }
+
+    #[test]
+    fn what_was_for_peers_without_a_route_is_over_when_they_have_one() {
+        let begun = Instant::now();
+        let mut losses = Losses::new(true);
+        let mut take = |second, packets, are_unreached| {
+            let counters = [(Event::EncapNoRoute, Counter { packets, bytes: 0 })];
+            losses.take(&counters, are_unreached, begun + Duration::from_secs(second), second).len()
+        };
+        assert_eq!([take(0, 0, true), take(2, 9, true), take(4, 20, true), take(6, 30, true)], [0, 0, 1, 1]);
+        assert_eq!([take(8, 31, false), take(10, 31, false)], [0, 0]);
     }
 }

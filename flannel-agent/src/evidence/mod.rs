@@ -23,7 +23,7 @@ use tracing::debug;
 pub use self::losses::LossKind;
 use self::{losses::Losses, probe::Prober, silence::Silence};
 use crate::{
-    dataplane::{DataplaneError, PeerWay, PinDirectory, pinned_counters, pinned_ways},
+    dataplane::{DataplaneError, PeerWay, PinDirectory, Way, pinned_counters, pinned_ways},
     status::now,
 };
 
@@ -143,10 +143,11 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
             Err(_) => continue,
         };
         let (at, clock) = (Instant::now(), now());
+        let are_unreached = ways.iter().any(|peer| matches!(peer.way, Way::NoRoute | Way::NotOnLink));
         let (silent, to_ask) = silence.take(&ways, at, clock);
         let asked = to_ask.into_iter().filter(|subnet| prober.ask(*subnet));
         silence.asked(asked.collect::<Vec<_>>());
-        let found = EvidenceStatus { silent, lost: losses.take(&counters, at, clock) };
+        let found = EvidenceStatus { silent, lost: losses.take(&counters, are_unreached, at, clock) };
         sender.send_if_modified(|known| {
             let is_new = *known != found;
             *known = found;
