@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
     task::{JoinHandle, spawn_blocking},
-    time::{Instant, MissedTickBehavior, interval},
+    time::{Instant, sleep},
 };
 use tracing::debug;
 
@@ -27,8 +27,11 @@ use crate::{
     status::now,
 };
 
-/// How often the counters are looked at.
+/// How often the counters are looked at; less often where that takes long, as with thousands of peers.
 const PERIOD: Duration = Duration::from_secs(2);
+const LONGEST_PERIOD: Duration = Duration::from_secs(4);
+/// How much longer than a look took it rests, within these.
+const REST: u32 = 1000;
 /// For how long something has to go on before it is evidence.
 const LASTING: Duration = Duration::from_secs(4);
 /// When no packet has followed for so long, what was seen before is no evidence any more.
@@ -126,12 +129,13 @@ impl Drop for Evidence {
 }
 
 async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
-    let mut period = interval(PERIOD);
-    period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut rest = Duration::ZERO;
     let (mut silence, mut losses) = (Silence::default(), Losses::new(source.sees_pods));
     let prober = Prober::open();
     loop {
-        period.tick().await;
+        sleep(rest).await;
+        let begun = Instant::now();
+        rest = PERIOD;
         let source = source.clone();
         // The maps may be made anew just now; the next look finds them.
         let (ways, counters) = match spawn_blocking(move || read(&source)).await {
@@ -143,6 +147,7 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
             Err(_) => continue,
         };
         let (at, clock) = (Instant::now(), now());
+        rest = (REST * (at - begun)).clamp(PERIOD, LONGEST_PERIOD);
         let are_unreached = ways.iter().any(|peer| matches!(peer.way, Way::NoRoute | Way::NotOnLink));
         let (silent, to_ask) = silence.take(&ways, at, clock);
         let asked = to_ask.into_iter().filter(|subnet| prober.ask(*subnet));
