@@ -70,22 +70,19 @@ const BY_ITSELF: [&str; 2] = ["FLOWS", "PODS"];
 /// These events also happen to packets of the kernel's own (ARP, IPv6), and of the agent to its store.
 const OF_OTHERS: [&str; 5] = ["encap_not_ipv4", "not_tunnel", "pod_other", "pod_unnoted", "routed_other"];
 
-/// That a trace leaves everything as it was. What also changes by itself is compared around several traces, of which each would
-/// change it.
+/// That a trace leaves everything as it was, compared around several traces, of which each would change it: others change it too.
 fn assert_untouched(world: &World, arguments: &str) -> Traced {
-    let by_traffic = written(world, &BY_TRAFFIC);
+    let maps = [&BY_TRAFFIC[..], &BY_ITSELF].concat();
     let mut differing = Vec::new();
     for _ in 0..5 {
-        let before = written(world, &BY_ITSELF);
+        let before = written(world, &maps);
         let mut traced = None;
         let mut grown = counted(world, || traced = Some(Traced::of(world, arguments)));
         grown.retain(|(label, _)| !OF_OTHERS.contains(label));
-        assert_eq!(grown, [], "trace {arguments} counts");
-        let after = written(world, &BY_ITSELF);
-        for map in BY_TRAFFIC {
-            assert_eq!(written(world, &[map])[map], by_traffic[map], "trace {arguments} changed {map}");
-        }
-        differing = BY_ITSELF.into_iter().filter(|map| before[map] != after[map]).collect();
+        // The agent asks a peer that is silent, now and then; a trace that counts, or writes, does so each time.
+        let after = written(world, &maps);
+        let changed = maps.iter().copied().filter(|map| before[map] != after[map]);
+        differing = grown.into_iter().map(|(label, _)| label).chain(changed).collect();
         if differing.is_empty() {
             return traced.unwrap();
         }
