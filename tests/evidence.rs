@@ -98,15 +98,7 @@ fn a_policy_that_forwards_nothing_is_named() {
 /// What goes one way only is no fault of a peer that lives, whether an agent serves it or flannel.
 #[test]
 fn datagrams_that_nobody_answers_are_no_trouble() {
-    let mut world = World::new(2).ready(&[]);
-    let flannels = world.lab.host("node3", 3).unwrap();
-    world.hosts.push(flannels);
-    let kernel = world.hosts[2].become_kernel_vxlan(&world.store, 200).unwrap();
-    world.hosts[2].add_pod_in(&kernel.subnet).unwrap();
-    let own: u8 = world.lease_of(0).0.split('.').nth(2).unwrap().parse().unwrap();
-    world.hosts[2].add_kernel_peer_from(&world.store, own).unwrap();
-    world.wait_connected(0, 1);
-    world.wait_connected(0, 2);
+    let world = World::beside_flannels();
     let pod = |host: usize| &world.hosts[host].pods[0];
     let streams = [(1, 7001), (2, 7002)].map(|(to, port)| Stream::start_on(pod(0), pod(to), port));
     let since = Instant::now();

@@ -106,7 +106,7 @@ fn is_counted_once(arguments: &[&str]) {
             assert_eq!(counted, [PACKETS, bytes, PACKETS, bytes], "{payload}");
         }
     }
-    // A flow that passes the stack by.
+    // A flow that bypasses the stack.
     let [sent, ..] = traffic(&world, 0);
     let bypassed = || world.counter(0, "pod_encapsulated") + world.counter(0, "pod_direct");
     let before = bypassed();

@@ -30,23 +30,9 @@ fn rows(expected: &[(&str, u64, u64)]) -> Vec<(String, u64, u64)> {
     expected.iter().map(|(by, size, answered)| ((*by).to_owned(), *size, *answered)).collect()
 }
 
-/// Two hosts of ours, and one of flannel's that the first knows.
-fn world() -> World {
-    let mut world = World::new(2).ready(&[]);
-    let flannels = world.lab.host("node3", 3).unwrap();
-    world.hosts.push(flannels);
-    let kernel = world.hosts[2].become_kernel_vxlan(&world.store, 200).unwrap();
-    world.hosts[2].add_pod_in(&kernel.subnet).unwrap();
-    let own: u8 = world.lease_of(0).0.split('.').nth(2).unwrap().parse().unwrap();
-    world.hosts[2].add_kernel_peer_from(&world.store, own).unwrap();
-    world.wait_connected(0, 1);
-    world.wait_connected(0, 2);
-    world
-}
-
 #[test]
 fn peers_of_both_kinds_answer_past_the_tunnel_and_through_it() {
-    let world = world();
+    let world = World::beside_flannels();
     let all = rows(&[("underlay", 84, 2), ("overlay", 84, 2), ("overlay", 1450, 2)]);
     let subnet = world.lease_of(1).0.replace('-', "/");
     for target in ["192.168.64.2", &subnet, "192.168.64.3", "10.5.200.0/24"] {
@@ -78,7 +64,7 @@ fn peers_of_both_kinds_answer_past_the_tunnel_and_through_it() {
 
 #[test]
 fn what_is_between_is_told_from_who_answers() {
-    let world = world();
+    let world = World::beside_flannels();
     // That a rule is about tunnel packets is found within a second.
     let assert_said = |target: &str, words: &str| {
         let mut said = Value::Null;

@@ -160,7 +160,10 @@ fn marks_and_priorities_are_on_each_packet_that_leaves() {
                 wait_forgotten(&world);
             }
             let fast = || if whose == "ours" { world.counter(0, "pod_encapsulated") } else { 0 };
-            rules.iter().for_each(|rule| drop(netns.exec(&format!("iptables -t {rule}")).unwrap()));
+            // The agent asks a peer by UDP that is sent to and not heard.
+            let stream_only = format!("-p udp --dport {}", Stream::PORT);
+            let set = |rule: &str| netns.exec(&format!("iptables -t {}", rule.replace("-p udp", &stream_only)));
+            rules.iter().for_each(|rule| drop(set(rule).unwrap()));
             let (before, fast_before) = (of_classes(netns), fast());
             let stream = Stream::start(from, to);
             wait_for("many", SOON, || stream.count() > 1500).unwrap();

@@ -67,6 +67,20 @@ impl World {
         Self::new(hosts).ready(&[])
     }
 
+    /// Two hosts of ours, and one of flannel's that the first knows.
+    pub fn beside_flannels() -> Self {
+        let mut world = Self::new(2).ready(&[]);
+        let flannels = world.lab.host("node3", 3).unwrap();
+        world.hosts.push(flannels);
+        let kernel = world.hosts[2].become_kernel_vxlan(&world.store, 200).unwrap();
+        world.hosts[2].add_pod_in(&kernel.subnet).unwrap();
+        let [_, _, own, _] = world.hosts[0].subnet().unwrap().gateway.octets();
+        world.hosts[2].add_kernel_peer_from(&world.store, own).unwrap();
+        world.wait_connected(0, 1);
+        world.wait_connected(0, 2);
+        world
+    }
+
     /// The third octets of two subnets of 10.5.0.0/16 that none has leased.
     pub fn free_octets(&self) -> [u8; 2] {
         let leases = self.store.list(&format!("{PREFIX}/subnets/")).unwrap();

@@ -106,6 +106,9 @@ pub struct Status {
     /// What somebody else changed.
     #[serde(default)]
     pub drift: DriftStatus,
+    /// Rules and policies of others that may stop packets.
+    #[serde(default)]
+    pub may_stop: MayStop,
     /// What the packets say of the network.
     #[serde(default)]
     pub evidence: EvidenceStatus,
@@ -261,8 +264,6 @@ pub struct RulesStatus {
     pub repairs: u64,
     /// Why they are not as they should be.
     pub problem: Option<String>,
-    /// Rules and policies of others that may stop packets.
-    pub may_stop: MayStop,
 }
 
 /// Rules and policies of others that may stop packets, as an operator finds them, the surest first.
@@ -506,7 +507,7 @@ impl Status {
                     "{packets} tunnel packets were admitted in {time}, and none of them came out of {name}: this host's firewall \
                      drops them (INPUT, UDP port of the tunnel), or a filter or program of others takes them"
                 ),
-                &self.rules.may_stop.tunnel,
+                &self.may_stop.tunnel,
                 format!("`tc filter show dev {} ingress`", self.external_interface),
             ),
             LossKind::Unreached => {
@@ -517,7 +518,7 @@ impl Status {
                     "{packets} packets for pods came from the overlay in {time}, and none reached a pod: they are not forwarded, \
                      or there are no such pods"
                 ),
-                &self.rules.may_stop.forwarding,
+                &self.may_stop.forwarding,
                 "`ip neighbour` for the pods".to_owned(),
             ),
         };

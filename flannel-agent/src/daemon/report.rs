@@ -22,8 +22,8 @@ use crate::{
     last_known::LastKnown,
     registry::StoreKind,
     status::{
-        API_VERSION, BypassStatus, DriftStatus, LeaseStatus, RoutesStatus, RulesStatus, Status, StoreStatus, XdpStatus,
-        now,
+        API_VERSION, BypassStatus, DriftStatus, LeaseStatus, MayStop, RoutesStatus, RulesStatus, Status, StoreStatus,
+        XdpStatus, now,
     },
 };
 
@@ -61,6 +61,7 @@ pub(super) fn status(
         held_total: Default::default(),
         other_backends: Default::default(),
         drift: DriftStatus::default(),
+        may_stop: MayStop::default(),
         evidence: EvidenceStatus::default(),
         convergence: Histogram::default(),
         programs: Default::default(),

@@ -1,6 +1,6 @@
 //! The dataplane as the kernel has it, for `status`: what is attached, what passes the stack by, and what was dropped.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use flannel_common::vxlan::Vni;
 use serde_json::{Value, json};
@@ -54,7 +54,11 @@ impl Dataplane {
                 (status.lease.subnet.prefix_len(), status.backend_type() == BackendType::Vxlan);
             pinned_ways(&pins, status.network, subnet_len, status.direct_routing, has_tunnel)?
         };
-        let neighbours = netlink.neighbour_states().await?;
+        // Of thousands of neighbours, where somebody is asked about.
+        let neighbours = match status.evidence.silent.is_empty() {
+            true => HashMap::new(),
+            false => netlink.neighbour_states().await?,
+        };
         let unreached = unreached::troubles(status, &ways, &neighbours);
         let refused = refused::troubles(&pins, status.network)?;
         let of_pods = within.iter().filter_map(|link| interface_name(*link));

@@ -27,6 +27,7 @@ pub(super) struct DatapathStatus {
     xdp: XdpStatus,
     routes: RoutesStatus,
     rules: RulesStatus,
+    may_stop: MayStop,
     tunnel: Option<TunnelStatus>,
     drift: DriftStatus,
     /// Whether it is another than it was when it was told last.
@@ -45,6 +46,7 @@ impl DatapathStatus {
             xdp: XdpStatus::default(),
             routes: RoutesStatus::default(),
             rules: RulesStatus::default(),
+            may_stop: MayStop::default(),
             tunnel: None,
             drift: DriftStatus::default(),
             is_due: true,
@@ -65,6 +67,7 @@ impl DatapathStatus {
         status.xdp.clone_from(&self.xdp);
         status.routes.clone_from(&self.routes);
         status.rules.clone_from(&self.rules);
+        status.may_stop.clone_from(&self.may_stop);
         status.tunnel.clone_from(&self.tunnel);
         status.drift.clone_from(&self.drift);
     }
@@ -141,15 +144,14 @@ impl DatapathStatus {
     }
 
     pub(super) fn rules(&mut self, rules: RulesStatus) {
-        let rules = RulesStatus { may_stop: self.rules.may_stop.clone(), ..rules };
         self.is_due |= self.rules != rules;
         self.rules = rules;
     }
 
     /// Which of others' packet rules may stop packets.
     pub(super) fn may_stop(&mut self, may_stop: MayStop) {
-        self.is_due |= self.rules.may_stop != may_stop;
-        self.rules.may_stop = may_stop;
+        self.is_due |= self.may_stop != may_stop;
+        self.may_stop = may_stop;
     }
 
     pub(super) fn tunnel(&mut self, tunnel: TunnelStatus) {

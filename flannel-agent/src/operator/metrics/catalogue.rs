@@ -126,9 +126,9 @@ metrics! {
     Packets = "flannel_packets_total", Counter ["vni", "event", "outcome"];
     /// Bytes of these packets, from the Ethernet header on.
     Bytes = "flannel_bytes_total", Counter ["vni", "event", "outcome"];
-    /// Packets that passed the host's stack by.
+    /// Packets that bypassed the host's stack.
     BypassPackets = "flannel_bypass_packets_total", Counter ["vni", "direction"];
-    /// Flows that pass the host's stack by.
+    /// Flows that bypass the host's stack.
     Flows = "flannel_flows", Gauge ["vni", "direction", "kind"];
     /// What has to see each packet and keeps packets off the bypass, by kind.
     BypassRestrictions = "flannel_bypass_restrictions", Gauge ["vni", "kind"];
