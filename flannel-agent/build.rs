@@ -17,6 +17,12 @@ fn main() -> anyhow::Result<()> {
             .into_iter()
             .filter_map(|(variable, feature)| std::env::var_os(variable).map(|_| feature))
             .collect();
+    // What `flannel-agent version` says: the same for the same source and compiler.
+    let profile = std::env::var("PROFILE").context("cargo names the profile")?;
+    println!("cargo:rustc-env=FLANNEL_AGENT_PROFILE={profile}");
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let version = Command::new(&rustc).arg("--version").output().context("ask the compiler for its version")?;
+    println!("cargo:rustc-env=FLANNEL_AGENT_RUSTC={}", String::from_utf8_lossy(&version.stdout).trim());
     let programs = Package { name: "flannel-ebpf", root_dir: manifest, features: &features, ..Package::default() };
     build_ebpf([programs], toolchain())
         .context("the eBPF programs were not built; `cargo xtask setup` installs what that needs")

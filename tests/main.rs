@@ -59,12 +59,16 @@
 //! * [`store_faults`] — etcd restarted, wiped, rolled back, compacted, full, without a leader, and away at the start
 //! * [`lifecycle`] — what is made, what stays after the end, what cleanup takes away
 //! * [`rollback`] — back to flannel's daemon under traffic, with and without cleanup, and a cleanup that comes late
+//! * [`logs`] — the log as text, JSON and for the journal
 //! * [`health`] — probes, and what the service manager is told
 //! * [`metrics`] — what Prometheus is told, in its formats
 //! * [`alerts`] — the alert rules, on what is planted
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
 //! * [`audit`] — how many objects the kernel has, whatever the number of peers
+//! * [`bundle`] — what support is given, and what not
+//! * [`commands`] — what the agent goes by: config, version, lease, manuals
+//! * [`condition`] — an agent that does not answer; status as a probe
 //! * [`doctor`] — what stands in the overlay's way, each fault planted
 //! * [`chaos`] — all of that at once for a moment, with what must hold checked throughout
 //! * [`restart`] — crashes and restarts under them
@@ -87,13 +91,16 @@ mod api_server;
 mod attacks;
 mod audit;
 mod bad_input;
+mod bundle;
 mod bypass;
 mod calls;
 mod certificates;
 mod chaos;
 mod cni;
+mod commands;
 #[path = "fuzz/comparison.rs"]
 mod comparison;
+mod condition;
 mod counted;
 mod direct_routing;
 mod docker;
@@ -125,6 +132,7 @@ mod large_packets;
 mod leases;
 mod lifecycle;
 mod loaded;
+mod logs;
 mod metrics;
 mod model;
 mod netfilter;

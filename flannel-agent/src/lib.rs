@@ -63,6 +63,7 @@ pub mod inspection;
 pub mod last_known;
 pub mod lease;
 pub mod lock;
+pub mod log;
 pub mod netfilter;
 pub mod operator;
 pub mod ownership;

@@ -4,9 +4,9 @@ use std::{io::IsTerminal as _, process::ExitCode};
 
 use flannel_agent::{
     cleanup,
-    cli::{Cli, Command, LeaseCommand},
+    cli::{Cli, Command, ConfigCommand, LeaseCommand},
     daemon::{self, DaemonError},
-    docker_opts, escape,
+    docker_opts, log,
     operator::{self, ping::Question},
 };
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -47,9 +47,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         Some(Command::Counters) => operator::print_counters(cli)?,
         Some(Command::Drops { output, follow: true, .. }) => operator::follow_drops(cli, *output).await?,
         Some(Command::Drops { output, samples, .. }) => operator::print_drops(cli, *output, *samples)?,
-        Some(Command::Status { output }) => {
-            return Ok(exit_code(operator::print_status(cli, *output).await?));
-        }
+        Some(Command::Status(options)) => return Ok(exit_code(operator::print_status(cli, options).await?)),
         Some(Command::Peers { output }) => operator::print_peers(cli, *output).await?,
         Some(Command::Ping { target, size, count, output }) => {
             let question = Question { target: *target, size: *size, count: *count };
@@ -60,7 +58,16 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         Some(Command::Doctor(options)) => return Ok(exit_code(operator::print_doctor(cli, options).await?)),
         Some(Command::Audit { output }) => return Ok(exit_code(operator::print_audit(cli, *output).await?)),
         Some(Command::Metrics { textfile }) => operator::print_metrics(cli, textfile.as_deref()).await?,
-        Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli)?,
+        Some(Command::Config(ConfigCommand::Show { origin, output })) => {
+            operator::print_config(cli, *origin, *output).await?;
+        }
+        Some(Command::Config(ConfigCommand::Validate { file })) => operator::validate(cli, file.as_deref()).await?,
+        Some(Command::Version { output }) => operator::print_version(*output),
+        Some(Command::Bundle(options)) => operator::make_bundle(cli, options).await?,
+        Some(Command::Completions { shell }) => operator::print_completions(*shell),
+        Some(Command::Man { directory }) => operator::manual(directory.as_deref())?,
+        Some(Command::Lease(LeaseCommand::Show { output })) => operator::print_lease(cli, *output).await?,
+        Some(Command::Lease(LeaseCommand::ReleaseGuard)) => operator::release_guard(cli).await?,
         Some(Command::DockerOpts(options)) => docker_opts::run(options)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -87,14 +94,5 @@ fn start_log(cli: &Cli) {
     };
     // The programs' records come at the level that they were asked for.
     let level = if cli.bpf_log_level == Default::default() { level } else { LevelFilter::TRACE };
-    let filter = tracing_subscriber::EnvFilter::builder()
-        .with_default_directive(LevelFilter::WARN.into())
-        .parse_lossy(format!("flannel_agent={level},flannel_ebpf={level},flannel={level}"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .fmt_fields(escape::log_fields())
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    log::start(cli.log_format, level, std::io::stderr().is_terminal());
 }

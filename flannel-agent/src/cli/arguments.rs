@@ -15,7 +15,7 @@ use clap::{
     error::{ContextKind, ContextValue},
 };
 
-use super::UsageError;
+use super::{UsageError, flannels};
 use crate::{go_values, suggestion};
 
 /// Commands that ask of the store what the daemon would, and look at what the daemon is told.
@@ -117,7 +117,7 @@ pub(super) fn variables(
         if given.iter().any(|flag| flag.name == name) {
             continue;
         }
-        let written = format!("FLANNELD_{}", name.to_uppercase().replace(['-', '.'], "_"));
+        let written = self::variable(name);
         let Some(value) = variable(&written).filter(|value| !value.is_empty()) else { continue };
         let flag = Given { name: name.to_owned(), written, value };
         match check(definition, &flag) {
@@ -126,6 +126,11 @@ pub(super) fn variables(
         }
     }
     (found, notices)
+}
+
+/// The name of a flag's variable.
+pub(super) fn variable(flag: &str) -> String {
+    format!("FLANNELD_{}", flag.to_uppercase().replace(['-', '.'], "_"))
 }
 
 /// For clap: of a flag that is given again the last, unless it is one that may be repeated; of what is left, empty texts are
@@ -219,6 +224,9 @@ fn check(definition: &Command, given: &Given) -> Result<(), UsageError> {
 
 fn unknown<'a>(written: String, known: impl Iterator<Item = &'a Arg>) -> UsageError {
     let name = written.trim_start_matches('-');
+    if let Some(what) = flannels::former(name) {
+        return UsageError::Unsupported { written, what };
+    }
     let dashes = &written[..written.len() - name.len()];
     let meant = suggestion::closest(name, known.filter_map(Arg::get_long));
     UsageError::Unknown { meant: meant.map(|meant| format!("{dashes}{meant}")), written }
@@ -245,13 +253,20 @@ fn command_line(
         let own = || command.get_arguments().chain(root.get_arguments().filter(|known| known.is_global_set()));
         let short = flag.written.strip_prefix('-').filter(|rest| !rest.starts_with('-'));
         let short = short.and_then(|rest| rest.chars().next());
-        if let Some(known) = own().find(|known| known.get_long() == Some(&flag.name)) {
+        let of_root = root.get_arguments().find(|known| known.get_long() == Some(&flag.name));
+        if let Some(known) = command.get_arguments().find(|known| known.get_long() == Some(&flag.name)) {
             if known.get_action().takes_values() {
                 let given = flag.with_value(known, &mut args)?;
                 line.extend((!given.value.is_empty()).then(|| given.for_clap()));
             } else {
                 line.push(format!("--{}", flag.name).into());
             }
+        } else if let Some(known) =
+            of_root.filter(|known| known.is_global_set() || TAKING_ALL.contains(&command.get_name()))
+        {
+            let given = flag.with_value(known, &mut args)?;
+            check(root, &given)?;
+            flags.push(given);
         } else if let Some(known) = own().find(|known| short.is_some() && known.get_short() == short) {
             let is_alone = arg.len() == 2;
             line.push(arg);
@@ -260,13 +275,7 @@ fn command_line(
             }
         } else if flag.is_help() {
             line.push("--help".into());
-        } else if let Some(known) = root.get_arguments().find(|known| known.get_long() == Some(&flag.name)) {
-            if TAKING_ALL.contains(&command.get_name()) {
-                let given = flag.with_value(known, &mut args)?;
-                check(root, &given)?;
-                flags.push(given);
-                continue;
-            }
+        } else if of_root.is_some() {
             return Err(UsageError::NotOfCommand { written: flag.written, command: command.get_name().to_owned() });
         } else {
             return Err(unknown(flag.written, own()));

@@ -1,6 +1,43 @@
 //! Flags of flannel's for what this agent does not have. Each is taken where it asks for nothing of it, so that unit
 //! files, manifests and templates need no change.
 
+/// Flags that flannel had once, with what to do without. Today's refuses them too, and says that they are not defined.
+const FORMER: [(&[&str], &str); 4] = [
+    (
+        &["listen", "remote", "remote-keyfile", "remote-certfile", "remote-cafile"],
+        "flannel's server for hosts that do not reach etcd, which it had until 0.7, is not supported by this agent; give each host --etcd-endpoints",
+    ),
+    (
+        &["networks", "subnet-dir"],
+        "several networks in one process, which flannel had until 0.6, are not supported by this agent; run one agent for each, with its own \
+         --etcd-prefix and --subnet-file",
+    ),
+    (
+        &["auto-detect-ipv4", "auto-detect-ipv6"],
+        "is none of flannel's any more, and not supported by this agent; name the interface with --iface or --iface-can-reach, or leave it out",
+    ),
+    (
+        &[
+            "logtostderr",
+            "alsologtostderr",
+            "stderrthreshold",
+            "log_dir",
+            "log_file",
+            "log_file_max_size",
+            "one_output",
+            "skip_headers",
+            "skip_log_headers",
+            "add_dir_header",
+        ],
+        "is none of flannel's since 0.8, and not supported by this agent, whose log always goes to stderr; leave it out",
+    ),
+];
+
+/// What to do without a flag that flannel had once; [`None`] for one that it never had.
+pub(super) fn former(name: &str) -> Option<&'static str> {
+    FORMER.iter().find(|(names, _)| names.contains(&name)).map(|(_, what)| *what)
+}
+
 /// Known, and without effect.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Flags of flannel's for what this agent does not have")]

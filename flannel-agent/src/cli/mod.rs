@@ -3,12 +3,14 @@
 //! * `arguments` — from Go's form of flags, and from variables, to clap's
 //! * `kubernetes` — flags of leases from Kubernetes
 //! * `flannels` — flags of flannel's for what this agent does not have
+//! * `settings` — each flag with the value that counts
 //! * `error` — what is wrong with a command line
 
 mod arguments;
 mod error;
 mod flannels;
 mod kubernetes;
+mod settings;
 
 use std::{
     ffi::OsString,
@@ -23,13 +25,18 @@ use ipnet::Ipv4Net;
 use regex::Regex;
 
 use self::arguments::{Arguments, Given};
-pub use self::error::UsageError;
+pub use self::{
+    error::UsageError,
+    settings::{Origin, Setting},
+};
 use crate::{
     bypass::BypassFlag,
     dataplane::BpfLogLevel,
     device::external::Selection,
-    docker_opts, go_values, netfilter,
-    operator::{self, doctor, ping::Target},
+    docker_opts, go_values,
+    log::LogFormat,
+    netfilter,
+    operator::{self, bundle, doctor, ping::Target},
     registry::{
         StoreOptions,
         etcd::{EtcdOptions, address::Endpoints},
@@ -66,6 +73,9 @@ pub struct Cli {
     #[arg(long = "v", default_value = "0", value_name = "LEVEL", global = true)]
     #[arg(value_parser = go_values::number::<i32>(i32::MIN.into()..=i32::MAX.into()))]
     pub verbosity: i32,
+    /// Form of the log
+    #[arg(long, value_enum, default_value_t, global = true)]
+    pub log_format: LogFormat,
     /// Comma-separated etcd endpoints; without a scheme: TLS where there is a client certificate
     #[arg(long, value_name = "URL,...", default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379")]
     etcd_endpoints: Endpoints,
@@ -160,6 +170,9 @@ pub struct Cli {
     /// What is to be said of the command line, once there is a log.
     #[arg(skip)]
     pub notices: Vec<String>,
+    /// As they were given: variables, then flags.
+    #[arg(skip)]
+    given: Vec<Given>,
 }
 
 /// What the agent does besides being the daemon.
@@ -184,11 +197,7 @@ pub enum Command {
         follow: bool,
     },
     /// Print what this host leases, how it stands with etcd, and what is to be looked at; exit code 3 where something is
-    Status {
-        /// Form of the output
-        #[arg(short, long, value_enum, default_value_t)]
-        output: Output,
-    },
+    Status(operator::status::Options),
     /// Print each peer, how it is reached, when it was last heard, and what is wrong with it, trouble first; also when the agent
     /// is not running
     Peers {
@@ -234,6 +243,27 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         textfile: Option<PathBuf>,
     },
+    /// What the agent goes by: flags, variables and the network config
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print version, build, kernel, the layout of the maps, and what the kernel has of what the programs need
+    Version {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Put what support needs into one archive, without secrets. Takes the daemon's flags, too
+    Bundle(bundle::Options),
+    /// Print completions for a shell
+    Completions {
+        /// Which
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, or write one for each command into a directory
+    Man {
+        /// The directory
+        directory: Option<PathBuf>,
+    },
     /// What concerns leases
     #[command(subcommand)]
     Lease(LeaseCommand),
@@ -246,6 +276,33 @@ pub enum Command {
 pub enum LeaseCommand {
     /// Have the running agent remove the peers that etcd no longer names and that it holds back
     ReleaseGuard,
+    /// Print this host's lease: until when it is, by which key the store has it, and how many other hosts have one. Takes the daemon's
+    /// flags, too
+    Show {
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+}
+
+/// What the agent goes by.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print each flag with the value that counts, and the network config. Takes the daemon's flags, too
+    Show {
+        /// With where each value is from
+        #[arg(long)]
+        origin: bool,
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Say what a network config means, and what is wrong with it; exit code 1 where the agent would refuse it. Takes the daemon's flags,
+    /// too
+    Validate {
+        /// A file with one, or with a ConfigMap in JSON that has one; `-` for the standard input. Without: the one that is in the store
+        file: Option<PathBuf>,
+    },
 }
 
 /// Form of a command's output.
@@ -289,9 +346,17 @@ impl Cli {
         line.extend(help.then(|| OsString::from("--help")));
         let mut cli = Self::from_arg_matches(&definition.try_get_matches_from(line)?)?;
         cli.notices = bad;
-        if cli.command.is_none() && !cli.version {
-            cli.review(&given)?;
+        match &cli.command {
+            None if !cli.version => cli.review(&given)?,
+            // It shows what a daemon would go by, and what it would refuse.
+            Some(Command::Config(ConfigCommand::Show { .. })) => {
+                if let Err(error) = cli.review(&given) {
+                    cli.notices.push(error.to_string());
+                }
+            }
+            _ => {}
         }
+        cli.given = given;
         Ok(cli)
     }
 
@@ -365,6 +430,11 @@ impl Cli {
         } else {
             StoreOptions::Etcd(self.etcd())
         }
+    }
+
+    /// Whether leases are from Kubernetes.
+    pub const fn is_of_kubernetes(&self) -> bool {
+        self.kubernetes.kube_subnet_mgr
     }
 
     /// The term of the lease.

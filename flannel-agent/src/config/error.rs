@@ -11,6 +11,18 @@ pub(super) const NETWORK_EXAMPLE: &str = r#""Network": "10.5.0.0/16""#;
 /// What a Backend looks like.
 pub(super) const BACKEND_EXAMPLE: &str = r#""Backend": {"Type": "vxlan"}"#;
 
+/// Those of flannel's that this agent does not have, on all platforms (flannel: pkg/backend; the clouds' own until 0.26).
+const OF_FLANNEL: [&str; 8] = ["aws-vpc", "ali-vpc", "extension", "gce", "ipip", "ipsec", "tencent-vpc", "wireguard"];
+
+/// Whose a backend is, where it is flannel's.
+fn whose(kind: &str) -> String {
+    let kind = kind.to_lowercase();
+    match OF_FLANNEL.contains(&kind.as_str()) {
+        true => format!("; {kind} is flannel's, and this agent does not have it"),
+        false => String::new(),
+    }
+}
+
 /// Why a configuration can't be used. Where flannel has a message for the case, it is in it word for word, with the key, its
 /// value and what is expected beside it.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -99,7 +111,7 @@ pub enum ConfigError {
     #[error("error decoding Backend property of config: {0}")]
     Backend(String),
     /// A backend that is none of ours.
-    #[error("unknown backend type: {0} (Backend.Type; this agent has {labels}: {BACKEND_EXAMPLE})", labels = BackendType::labels())]
+    #[error("unknown backend type: {0} (Backend.Type{whose}; this agent has {labels}: {BACKEND_EXAMPLE})", whose = whose(.0), labels = BackendType::labels())]
     UnknownBackend(String),
     /// VNI, Port or MTU out of range.
     #[error("{key}: {value} is out of range, expected {expected}")]

@@ -195,7 +195,7 @@ fn backend_errors() {
     let cases = [
         (
             r#"{"Type": "ipip"}"#,
-            r#"unknown backend type: ipip (Backend.Type; this agent has vxlan, host-gw, udp, alloc: "Backend": {"Type": "vxlan"})"#,
+            r#"unknown backend type: ipip (Backend.Type; ipip is flannel's, and this agent does not have it; this agent has vxlan, host-gw, udp, alloc: "Backend": {"Type": "vxlan"})"#,
         ),
         (
             r#"{}"#,
@@ -239,8 +239,9 @@ fn backend_errors() {
     // Flannel's others, by name, and with what there is.
     for kind in ["wireguard", "ipip", "ipsec", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce", "WireGuard"] {
         let message = backend(&format!(r#"{{"Type": "{kind}"}}"#)).expect_err(kind).to_string();
+        let whose = format!("{} is flannel's, and this agent does not have it", kind.to_lowercase());
         let expected =
-            format!("unknown backend type: {kind} (Backend.Type; this agent has vxlan, host-gw, udp, alloc: ");
+            format!("unknown backend type: {kind} (Backend.Type; {whose}; this agent has vxlan, host-gw, udp, alloc: ");
         assert!(message.starts_with(&expected), "{message}");
     }
 }

@@ -14,7 +14,7 @@ use super::{
     report::{Due, Reporter},
 };
 use crate::{
-    control::{Reply, Request},
+    control::{Reply, Task},
     evidence::Evidence,
     health,
     histogram::Histogram,
@@ -112,9 +112,9 @@ impl Agent<'_> {
         self.datapath.apply(changes, self.leases.table()).await;
     }
 
-    async fn serve(&mut self, request: Request) -> Reply {
-        match request {
-            Request::ReleaseGuard => {
+    async fn serve(&mut self, task: Task) -> Reply {
+        match task {
+            Task::ReleaseGuard => {
                 let changes = self.leases.release();
                 let peers = changes.len();
                 warn!("{peers} held peers are let go, as asked");

@@ -1,7 +1,10 @@
 //! What is told: this host's status and what its next agent is left, as files in the run directory; whether it is well;
 //! and what an operator asks.
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use flannel_common::{maps::Config, vxlan::Vni};
 use tokio::{
@@ -13,11 +16,11 @@ use tracing::warn;
 use crate::{
     backend::Backend,
     config::NetworkConfig,
-    control::{self, Pending},
+    control::{self, Condition, Pending},
     dataplane::Features,
     device::external::External,
     evidence::EvidenceStatus,
-    health::{Health, Heartbeat},
+    health::{Health, Heartbeat, Silent},
     histogram::Histogram,
     last_known::LastKnown,
     registry::StoreKind,
@@ -78,6 +81,8 @@ pub(super) struct Reporter {
     writing: Option<JoinHandle<()>>,
     health: Health,
     requests: mpsc::Receiver<Pending>,
+    /// Why the status could not be written the last time.
+    unwritten: Arc<Mutex<Option<String>>>,
 }
 
 /// What is to be written.
@@ -86,7 +91,7 @@ pub(super) struct Due {
     pub(super) known: Option<LastKnown>,
 }
 
-/// Which of the files were gone when they were looked for, and are to be written again.
+/// Which of the files were not as they should be when they were looked for, and are to be written again.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Missing {
     pub(super) status: bool,
@@ -96,11 +101,13 @@ pub(super) struct Missing {
 impl Reporter {
     pub(super) fn new(run_dir: PathBuf, vni: Vni, first: Status, health: Health) -> Self {
         // Pods do not hang on what an operator may ask.
-        let requests = control::listen(&control::path(&run_dir, vni)).unwrap_or_else(|error| {
+        let unwritten = Arc::default();
+        let condition = condition(health.clone(), Arc::clone(&unwritten));
+        let requests = control::listen(&control::path(&run_dir, vni), condition).unwrap_or_else(|error| {
             warn!("no requests can be taken: {error}");
             mpsc::channel(1).1
         });
-        Self { run_dir, vni, first, missing: Missing::default(), writing: None, health, requests }
+        Self { run_dir, vni, first, missing: Missing::default(), writing: None, health, requests, unwritten }
     }
 
     pub(super) fn heartbeat(&self, name: &'static str) -> Heartbeat {
@@ -125,9 +132,9 @@ impl Reporter {
         self.writing.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Takes note of which files are gone.
+    /// Takes note of which files are gone, or could not be written.
     pub(super) fn look_for_files(&mut self) {
-        self.missing.status |= !Status::path(&self.run_dir, self.vni).exists();
+        self.missing.status |= !Status::path(&self.run_dir, self.vni).exists() || lock(&self.unwritten).is_some();
         self.missing.known |= !LastKnown::path(&self.run_dir, self.vni).exists();
     }
 
@@ -156,13 +163,31 @@ impl Reporter {
 
     fn writer(&mut self, Due { status, known }: Due) -> impl FnOnce() + use<> {
         self.missing = Missing::default();
-        let (run_dir, vni) = (self.run_dir.clone(), self.vni);
+        let (run_dir, vni, unwritten) = (self.run_dir.clone(), self.vni, Arc::clone(&self.unwritten));
         move || {
-            let written = status.map_or(Ok(()), |status| status.write(&run_dir, vni));
+            let written = status.map_or(Ok(()), |status| {
+                let written = status.write(&run_dir, vni);
+                *lock(&unwritten) = written.as_ref().err().map(ToString::to_string);
+                written
+            });
             let kept = known.map_or(Ok(()), |known| known.write(&run_dir, vni));
             for error in [written, kept].into_iter().filter_map(Result::err) {
                 warn!("{error}");
             }
         }
     }
+}
+
+/// What is answered when somebody asks how the agent is.
+fn condition(health: Health, unwritten: Arc<Mutex<Option<String>>>) -> impl Fn() -> Condition {
+    move || Condition {
+        is_ready: health.is_ready(),
+        silent: health.silent().map(|Silent { name, silence }| (name.to_owned(), silence.as_secs())),
+        unwritten: lock(&unwritten).clone(),
+    }
+}
+
+/// One text: whole, whoever panicked.
+fn lock(unwritten: &Mutex<Option<String>>) -> MutexGuard<'_, Option<String>> {
+    unwritten.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -14,8 +14,8 @@ use crate::{
     cli::Cli,
     config::BackendType,
     dataplane::{
-        Attachment, AttachmentState, Directions, Flows, PeerWay, PinDirectory, Way, XdpMode, attached_xdp, attachments,
-        pinned_flows, pinned_ways,
+        Attachment, AttachmentState, Directions, Flows, Hook, PeerWay, PinDirectory, Way, XdpMode, attached_xdp,
+        attachments, pinned_flows, pinned_ways,
     },
     device::{Netlink, vxlan::VxlanDevice},
     operator::OperatorError,
@@ -95,7 +95,8 @@ impl Dataplane {
         troubles
     }
 
-    pub(super) fn rows(&self) -> Vec<[String; 2]> {
+    /// With each hook of the pods, or with their number.
+    pub(super) fn rows(&self, has_pods: bool) -> Vec<[String; 2]> {
         let words = |attachment: &Attachment| {
             let state = match &attachment.state {
                 AttachmentState::Attached => "attached".to_owned(),
@@ -104,8 +105,22 @@ impl Dataplane {
             };
             format!("{} at {}: {state}", attachment.hook.program(), attachment.interface)
         };
-        let mut rows: Vec<_> =
-            self.attachments.iter().map(|attachment| ["hook".to_owned(), words(attachment)]).collect();
+        let is_summed_up = |attachment: &&Attachment| {
+            !has_pods
+                && Hook::OF_PODS.contains(&attachment.hook)
+                && matches!(attachment.state, AttachmentState::Attached)
+        };
+        let each = self.attachments.iter().filter(|attachment| !is_summed_up(attachment));
+        let mut rows: Vec<_> = each.map(|attachment| ["hook".to_owned(), words(attachment)]).collect();
+        for hook in Hook::OF_PODS {
+            let of_pods = self.attachments.iter().filter(is_summed_up).filter(|attachment| attachment.hook == hook);
+            let whose = match of_pods.count() {
+                0 => continue,
+                1 => "the veth of 1 pod".to_owned(),
+                count => format!("the veths of {count} pods"),
+            };
+            rows.push(["hook".to_owned(), format!("{} at {whose}: attached", hook.program())]);
+        }
         let words = |Directions { egress, ingress }| format!("{egress} from pods, {ingress} to pods");
         let Flows { plain, translated } = self.flows;
         rows.push(["flows".to_owned(), format!("{}; translated: {}", words(plain), words(translated))]);

@@ -1,6 +1,9 @@
 //! The operator's commands. They read what the agent pinned and wrote, so that all but requests work without one.
 
+mod asked;
 mod audit;
+pub mod bundle;
+mod config;
 mod dataplane;
 mod decode;
 pub mod doctor;
@@ -8,14 +11,20 @@ mod drops;
 pub mod explain;
 mod hooks;
 mod host_settings;
+mod lease;
+mod manual;
 pub mod metrics;
 mod peers;
 pub mod ping;
 mod pod_settings;
 mod refused;
-mod status;
+mod secrets;
+pub mod status;
 pub mod trace;
 mod unreached;
+mod version;
+
+use std::time::Duration;
 
 use flannel_common::vxlan::Vni;
 use nix::net::if_::if_indextoname;
@@ -26,17 +35,23 @@ use tabled::{
 
 pub use self::{
     audit::print as print_audit,
+    bundle::make as make_bundle,
+    config::{print as print_config, validate},
     doctor::print as print_doctor,
     drops::{follow as follow_drops, print as print_drops},
     explain::print as print_explanation,
+    lease::print as print_lease,
+    manual::{manual, print_completions},
     metrics::print as print_metrics,
     peers::print as print_peers,
     status::print as print_status,
     trace::print as print_trace,
+    version::print as print_version,
 };
 use crate::{
     atomic_file::WriteError,
     cli::Cli,
+    config::ConfigError,
     control::{self, ControlError, Reply, Request},
     dataplane::{DataplaneError, PinDirectory, pinned_counters, pinned_vnis},
     device::DeviceError,
@@ -44,6 +59,9 @@ use crate::{
     status::{ReadError, Status, TunnelStatus},
     udp,
 };
+
+/// How long an agent is waited for that is to do something.
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// A command could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +86,31 @@ pub enum OperatorError {
     /// The kernel was not asked what is attached.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A network config can't be read.
+    #[error("read the network config of {place}: {source}")]
+    NoConfig {
+        /// Where it should be.
+        place: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The store has none that can be used, or does not answer.
+    #[error("{0}")]
+    Asked(String),
+    /// A network config that the agent would refuse.
+    #[error("{place}: {source}")]
+    Config {
+        /// Where it is.
+        place: String,
+        /// What is wrong with it.
+        source: Box<ConfigError>,
+    },
+    /// The archive could not be made.
+    #[error(transparent)]
+    Bundle(#[from] bundle::BundleError),
+    /// A manual page could not be written.
+    #[error("write the manual: {0}")]
+    Manual(std::io::Error),
     /// Nobody leases what is asked for.
     #[error(
         "no peer of this host's overlays has {0}: neither as VTEP address nor in its lease; `flannel-agent peers` lists them"
@@ -144,11 +187,14 @@ fn tunnels(cli: &Cli) -> Result<Vec<(Vni, TunnelStatus)>, ReadError> {
 ///
 /// # Errors
 /// [`OperatorError`].
-pub fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
+pub async fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
     for (vni, _) in Status::read_all(&cli.run_dir)? {
-        match control::ask(&control::path(&cli.run_dir, vni), Request::ReleaseGuard)? {
+        match control::ask(&control::path(&cli.run_dir, vni), Request::ReleaseGuard, Duration::ZERO, LIMIT).await? {
             Reply::Released { peers } => println!("flannel.{vni}: {peers} peers let go"),
             Reply::Refused { reason } => return Err(OperatorError::Refused { vni, reason }),
+            reply @ Reply::Condition(_) => {
+                return Err(OperatorError::Refused { vni, reason: format!("it answers something else: {reply:?}") });
+            }
         }
     }
     Ok(())

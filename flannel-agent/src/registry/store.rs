@@ -5,7 +5,7 @@ use std::{fmt, net::Ipv4Addr, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Contested, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState, ResyncCause, Snapshot, Updates,
+    Contested, Entry, HostAddresses, LeaseRequest, OwnLease, OwnLeaseState, ResyncCause, Snapshot, Updates,
     etcd::{Etcd, EtcdError, EtcdOptions},
     kubernetes::{Kubernetes, KubernetesError, KubernetesOptions},
 };
@@ -275,6 +275,25 @@ impl Registry {
             Store::Etcd(etcd) => etcd.announce(lease, request, public_ip).await?,
             Store::Kubernetes(kubernetes) => kubernetes.announce(lease, request, public_ip).await?,
         })
+    }
+
+    /// In how long a lease ends unless it is renewed; [`None`] where it has no end.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub async fn remaining(&mut self, entry: &Entry) -> Result<Option<Duration>, RegistryError> {
+        Ok(match &mut self.store {
+            Store::Etcd(etcd) => etcd.remaining(entry).await?,
+            Store::Kubernetes(_) => None,
+        })
+    }
+
+    /// Where a lease is in the store, in its words: a key, or a node.
+    pub fn key_of(&self, entry: &Entry) -> String {
+        match &self.store {
+            Store::Etcd(etcd) => etcd.key_of(entry),
+            Store::Kubernetes(_) => format!("nodes/{}", entry.name),
+        }
     }
 
     /// Network configuration and leases at one moment.

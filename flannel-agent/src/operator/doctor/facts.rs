@@ -8,7 +8,7 @@ use flannel_common::{
 };
 use ipnet::Ipv4Net;
 
-use super::{Check, store::Asked};
+use super::Check;
 use crate::{
     cli::Cli,
     config::{BackendConfig, BackendType, NetworkConfig, UDP_PORT, VxlanConfig},
@@ -17,7 +17,7 @@ use crate::{
         external::{External, Selection},
         vxlan::VxlanDevice,
     },
-    operator::is_running,
+    operator::{asked::Asked, is_running},
     status::Status,
 };
 

@@ -1,86 +1,10 @@
-//! The store: whether it answers, and what its network config comes to.
-
-use std::{net::Ipv4Addr, time::Duration};
-
-use tokio::time::timeout;
+//! The agents, their store, and what its network config comes to.
 
 use super::{
     Check,
     facts::{Host, Overlay},
 };
-use crate::{
-    cli::Cli,
-    config::{NetworkConfig, unknown_keys},
-    registry::{Registry, RegistryError, StoreKind},
-    status::time,
-};
-
-/// For so long it may take to answer.
-const LIMIT: Duration = Duration::from_secs(3);
-
-/// What became of asking it with the flags of this command.
-pub(super) struct Asked {
-    pub(super) kind: StoreKind,
-    pub(super) endpoints: Vec<String>,
-    /// The network config; or what is wrong, in words.
-    pub(super) config: Result<NetworkConfig, String>,
-    /// As the store has it.
-    text: String,
-    /// Where it is, in words.
-    place: String,
-    /// Whether it answered, whatever it said.
-    has_answered: bool,
-    /// The address that it says this host is published with.
-    pub(super) published: Option<Ipv4Addr>,
-}
-
-impl Asked {
-    pub(super) async fn ask(cli: &Cli) -> Self {
-        let mut asked = Self {
-            kind: if matches!(cli.store(), crate::registry::StoreOptions::Etcd(_)) {
-                StoreKind::Etcd
-            } else {
-                StoreKind::Kubernetes
-            },
-            endpoints: Vec::new(),
-            config: Err(String::new()),
-            text: String::new(),
-            place: String::new(),
-            has_answered: false,
-            published: None,
-        };
-        let mut registry = match Registry::new(cli.store()) {
-            Ok(registry) => registry,
-            Err(error) => return Self { config: Err(error.to_string()), ..asked },
-        };
-        (asked.endpoints, asked.place) = (registry.endpoints(), registry.config_place());
-        let answer = timeout(LIMIT, async {
-            // Of Kubernetes the config is a file, and this is what asks.
-            let addresses = registry.host_addresses().await?;
-            Ok::<_, RegistryError>((addresses, registry.network_config().await))
-        });
-        match answer.await {
-            Err(_) => asked.config = Err(format!("{} does not answer within {LIMIT:?}", asked.endpoints.join(", "))),
-            Ok(Err(error)) => asked.config = Err(error.to_string()),
-            Ok(Ok((addresses, config))) => {
-                asked.published = addresses.published.or(addresses.public_ip);
-                asked.has_answered = config.as_ref().err().is_none_or(RegistryError::is_about_config);
-                asked.config = config
-                    .map(|(config, text)| {
-                        asked.text = String::from_utf8_lossy(&text).into_owned();
-                        config
-                    })
-                    .map_err(|error| error.to_string());
-            }
-        }
-        asked
-    }
-
-    /// Whether leases are nodes'.
-    pub(super) const fn is_kubernetes(&self) -> bool {
-        matches!(self.kind, StoreKind::Kubernetes)
-    }
-}
+use crate::{config::unknown_keys, operator::asked::Asked, status::time};
 
 /// Whether the agent of each overlay runs.
 pub(super) fn agents(host: &Host<'_>) -> Vec<Check> {

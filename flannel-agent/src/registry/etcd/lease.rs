@@ -33,7 +33,7 @@ use super::{Etcd, EtcdError, Read, Stored, Table};
 use crate::{
     config::NetworkConfig,
     lease::{LeaseKey, MacAddress, allocate, is_allocatable},
-    registry::{Contested, Grant, LeaseRequest, OwnLease, OwnLeaseState},
+    registry::{Contested, Entry, Grant, LeaseRequest, OwnLease, OwnLeaseState},
 };
 
 /// For how long an answer to a claim is waited for, ...
@@ -325,6 +325,26 @@ impl Etcd {
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
         let granted = self.client().await?.lease_grant(seconds, None).await;
         Ok(granted.map_err(|error| self.failed("grant an etcd lease", &error))?.id())
+    }
+
+    /// In how long a lease ends; [`None`] for a reservation.
+    ///
+    /// # Errors
+    /// [`EtcdError::Call`].
+    pub async fn remaining(&mut self, entry: &Entry) -> Result<Option<Duration>, EtcdError> {
+        let etcd_lease = entry.grant.etcd_lease();
+        if etcd_lease == 0 {
+            return Ok(None);
+        }
+        let answer = self.client().await?.lease_time_to_live(etcd_lease, None).await;
+        let answer = answer.map_err(|error| self.failed("read how long the lease lasts", &error))?;
+        // Below 0 it is over.
+        Ok(Some(Duration::from_secs(u64::try_from(answer.ttl()).unwrap_or(0))))
+    }
+
+    /// The key of a lease.
+    pub fn key_of(&self, entry: &Entry) -> String {
+        self.prefix.key(&format!("subnets/{}", entry.key))
     }
 
     /// The term of an etcd lease.

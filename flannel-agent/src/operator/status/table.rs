@@ -1,86 +1,32 @@
-//! `flannel-agent status`.
+//! What `status` prints for people.
 
-use serde_json::json;
-
-use super::{OperatorError, dataplane::Dataplane, is_running, rows};
+use super::Overlay;
 use crate::{
     backend::{has_datapath, is_in_user_space},
-    cli::{Cli, Output},
-    status::{API_VERSION, ReadError, Status, TunnelStatus, time},
+    operator::rows,
+    status::{Status, TunnelStatus, time},
     udp::Event,
     waiting::Waiting,
 };
 
-/// What is known of an overlay.
-struct Overlay {
-    status: Status,
-    /// [`None`] where it can't be told.
-    is_running: Option<bool>,
-    /// [`None`] where it can't be read, or there is none.
-    dataplane: Option<Dataplane>,
-    /// In words.
-    troubles: Vec<String>,
-}
-
-/// Prints the state of every overlay of this host, and what agents wait for that have none yet. `false` where something is to be
-/// looked at.
-///
-/// # Errors
-/// [`OperatorError::Status`].
-pub async fn print(cli: &Cli, output: Output) -> Result<bool, OperatorError> {
-    let mut all = Vec::new();
-    let waiting = Waiting::read_all(&cli.run_dir);
-    let statuses = match Status::read_all(&cli.run_dir) {
-        Err(ReadError::None(_)) if !waiting.is_empty() => Vec::new(),
-        statuses => statuses?,
+/// An overlay in a line.
+pub(super) fn brief(overlay: &Overlay) -> String {
+    let Overlay { status, troubles, .. } = overlay;
+    let state = match troubles.as_slice() {
+        [] => "all is well".to_owned(),
+        [trouble] => format!("look at: {trouble}"),
+        [first, others @ ..] => format!("{} things to look at, first: {first}", others.len() + 1),
     };
-    for (vni, status) in statuses {
-        let is_running = is_running(cli, vni);
-        let mut troubles = status.troubles();
-        // What it wrote last may be over.
-        let doubt = match is_running {
-            Some(true) => None,
-            Some(false) if !waiting.is_empty() => Some("no agent serves it, and one waits, as said above"),
-            Some(false) => Some("no agent is running"),
-            None => Some("whether an agent is running, only root and the agent's user can tell"),
-        };
-        if let Some(doubt) = doubt {
-            troubles.insert(0, format!("{doubt}; this is from {} ago", time(status.written)));
-        }
-        let dataplane = match has_datapath(status.backend_type()) {
-            true => Some(Dataplane::read(cli, vni, &status).await),
-            false => None,
-        };
-        match &dataplane {
-            Some(Ok(dataplane)) => troubles.extend(dataplane.troubles(&status)),
-            Some(Err(error)) => troubles.push(format!("the dataplane can't be read: {error}")),
-            None => {}
-        }
-        all.push(Overlay { status, is_running, dataplane: dataplane.and_then(Result::ok), troubles });
-    }
-    match output {
-        Output::Table => {
-            waiting.iter().for_each(|waiting| print!("{}", waiting_table(waiting)));
-            all.iter().for_each(|overlay| print!("{}", table(overlay)));
-        }
-        Output::Json => {
-            let overlays = all.iter().map(|Overlay { status, is_running, dataplane, troubles }| {
-                let dataplane = dataplane.as_ref().map(Dataplane::json);
-                json!({ "running": is_running, "troubles": troubles, "status": status, "dataplane": dataplane })
-            });
-            let overlays: Vec<_> = overlays.collect();
-            println!("{:#}", json!({ "apiVersion": API_VERSION, "overlays": overlays, "waiting": waiting }));
-        }
-    }
-    Ok(waiting.is_empty() && all.iter().all(|overlay| overlay.troubles.is_empty()))
+    let Status { lease, peers, external_interface, .. } = status;
+    format!("{}: {} by {external_interface}, {peers} peers: {state}\n", status.name(), lease.subnet)
 }
 
-fn waiting_table(Waiting { pid, since, reason }: &Waiting) -> String {
+pub(super) fn of_waiting(Waiting { pid, since, reason }: &Waiting) -> String {
     let waits = format!("the agent (process {pid}) has no lease yet, and has waited for {}", time(*since));
     rows([["waiting", waits.as_str()], ["look at", reason]].map(|row| row.map(str::to_owned)))
 }
 
-fn table(overlay: &Overlay) -> String {
+pub(super) fn of_overlay(overlay: &Overlay, has_pods: bool) -> String {
     let Overlay { status, dataplane, troubles, .. } = overlay;
     let Status { lease, store, held, .. } = status;
     let mut lines = vec![[
@@ -128,7 +74,7 @@ fn table(overlay: &Overlay) -> String {
         let reason = format!("{} at {}, {} for {}", peer.subnet, peer.public_ip, peer.reason.label(), time(peer.since));
         lines.push(["held".to_owned(), reason]);
     }
-    lines.extend(dataplane.iter().flat_map(Dataplane::rows));
+    lines.extend(dataplane.iter().flat_map(|dataplane| dataplane.rows(has_pods)));
     if troubles.is_empty() {
         lines.push(["state".to_owned(), "all is well".to_owned()]);
     }
