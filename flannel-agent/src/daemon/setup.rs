@@ -21,7 +21,7 @@ use crate::{
     cleanup,
     cli::Cli,
     config::BackendType,
-    dataplane::{Features, PinDirectory},
+    dataplane::{Features, PinDirectory, PinnedPeers},
     device::{DeviceEvent, Netlink},
     evidence::{self, Evidence},
     health::Health,
@@ -110,14 +110,15 @@ async fn make<'a>(
         backend,
         registry: &registry,
     };
-    let source = has_datapath(beginning.backend.kind()).then(|| evidence::Source {
+    let peers = PinnedPeers {
         pins: PinDirectory::new(&cli.bpf_pin_dir, vni),
         network: network.network,
         subnet_len: lease.key.subnet.prefix_len(),
         is_direct: beginning.backend.flags() & Config::DIRECT != 0,
         has_tunnel: beginning.backend.kind() == BackendType::Vxlan,
-        sees_pods: cli.bypass != BypassFlag::Off,
-    });
+    };
+    let source = has_datapath(beginning.backend.kind())
+        .then(|| evidence::Source { peers, sees_pods: cli.bypass != BypassFlag::Off });
     let datapath = Datapath::new(cli, beginning).await?;
     let evidence = Evidence::new(source);
     let reporter = Reporter::new(cli.run_dir.clone(), vni, first, health.clone());

@@ -67,7 +67,7 @@ pub use others::has_programs;
 pub use peers::{DesiredPeers, PeerMaps, PinnedSubnets, Unheard};
 pub use pins::{PinDirectory, pinned_vnis, require_bpffs};
 pub use runs::ProgramRuns;
-pub use ways::{PeerWay, Way, pinned_ways};
+pub use ways::{PeerWatch, PeerWay, PinnedPeers, Way};
 pub use xdp::XdpMode;
 
 use self::{held::Place, restrict::Variant};

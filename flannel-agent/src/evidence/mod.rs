@@ -23,7 +23,7 @@ use tracing::debug;
 pub use self::losses::LossKind;
 use self::{losses::Losses, probe::Prober, silence::Silence};
 use crate::{
-    dataplane::{DataplaneError, PeerWay, PinDirectory, Way, pinned_counters, pinned_ways},
+    dataplane::{PeerWatch, PinnedPeers, Way, pinned_counters},
     status::now,
 };
 
@@ -76,18 +76,9 @@ pub struct Loss {
 }
 
 /// Where the counters are, and how they are read.
-#[derive(Clone)]
 pub struct Source {
     /// The maps.
-    pub pins: PinDirectory,
-    /// The overlay's Network.
-    pub network: Ipv4Net,
-    /// The length of its leases.
-    pub subnet_len: u8,
-    /// Whether peers on the link are sent packets without encapsulation.
-    pub is_direct: bool,
-    /// Whether others get a tunnel.
-    pub has_tunnel: bool,
+    pub peers: PinnedPeers,
     /// Whether the programs see what reaches pods: where nothing bypasses the stack they do not look.
     pub sees_pods: bool,
 }
@@ -129,22 +120,28 @@ impl Drop for Evidence {
 }
 
 async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
+    let Source { peers, sees_pods } = source;
     let mut rest = Duration::ZERO;
-    let (mut silence, mut losses) = (Silence::default(), Losses::new(source.sees_pods));
+    let (mut silence, mut losses) = (Silence::default(), Losses::new(sees_pods));
+    let mut watch = PeerWatch::new(peers);
     let prober = Prober::open();
     loop {
         sleep(rest).await;
         let begun = Instant::now();
         rest = PERIOD;
-        let source = source.clone();
-        // The maps may be made anew just now; the next look finds them.
-        let (ways, counters) = match spawn_blocking(move || read(&source)).await {
-            Ok(Ok(read)) => read,
-            Ok(Err(error)) => {
+        let look = move || {
+            let looked = watch.look().and_then(|ways| Ok((ways, pinned_counters(&watch.maps().pins)?)));
+            (watch, looked)
+        };
+        let Ok((watched, looked)) = spawn_blocking(look).await else { return };
+        watch = watched;
+        let (ways, counters) = match looked {
+            Ok(looked) => looked,
+            // The maps may be made anew just now; the next look finds them.
+            Err(error) => {
                 debug!("the counters can't be looked at: {error}");
                 continue;
             }
-            Err(_) => continue,
         };
         let (at, clock) = (Instant::now(), now());
         rest = (REST * (at - begun)).clamp(PERIOD, LONGEST_PERIOD);
@@ -159,11 +156,4 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
             is_new
         });
     }
-}
-
-type Counters = Vec<(flannel_common::event::Event, flannel_common::maps::Counter)>;
-
-fn read(source: &Source) -> Result<(Vec<PeerWay>, Counters), DataplaneError> {
-    let Source { pins, network, subnet_len, is_direct, has_tunnel, sees_pods: _ } = source;
-    Ok((pinned_ways(pins, *network, *subnet_len, *is_direct, *has_tunnel)?, pinned_counters(pins)?))
 }

@@ -7,12 +7,12 @@ use ipnet::Ipv4Net;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{OperatorError, agent_note, is_running, named, rows};
+use super::{OperatorError, agent_note, is_running, named, pinned_peers, rows};
 use crate::{
     backend::{has_datapath, is_in_user_space},
     cli::{Cli, Output},
     config::BackendType,
-    dataplane::{BpfObjects, PinDirectory, pinned_objects, pinned_ways},
+    dataplane::{BpfObjects, PinDirectory, pinned_objects},
     device::{Census, Netlink, vxlan::VxlanDevice},
     netfilter,
     routes::Routing,
@@ -79,11 +79,7 @@ async fn overlay(cli: &Cli, netlink: &Netlink, vni: Vni, status: &Status) -> Res
     };
     let census = netlink.census(status.network, device.as_deref()).await?;
     let peers = match has_datapath(backend) {
-        true => {
-            let len = status.lease.subnet.prefix_len();
-            let has_tunnel = backend == BackendType::Vxlan;
-            pinned_ways(&pins, status.network, len, status.direct_routing, has_tunnel)?.len()
-        }
+        true => pinned_peers(&pins, &status).read()?.len(),
         false => status.peers,
     };
     let mut kinds = kinds(&census, status, peers);

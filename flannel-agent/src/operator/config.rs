@@ -111,7 +111,8 @@ pub async fn validate(cli: &Cli, file: Option<&Path>) -> Result<(), OperatorErro
         }
     };
     let parse = if is_assigned { NetworkConfig::parse_assigned } else { NetworkConfig::parse };
-    let config = parse(&text).map_err(|source| OperatorError::Config { place: place.clone(), source: Box::new(source) })?;
+    let config =
+        parse(&text).map_err(|source| OperatorError::Config { place: place.clone(), source: Box::new(source) })?;
     let lines = words(&config, is_assigned).into_iter().chain(warnings(&text));
     print!("{}", rows(std::iter::once(["config".to_owned(), place]).chain(lines).map(escaped)));
     Ok(())

@@ -8,14 +8,14 @@ use serde_json::{Value, json};
 use super::{
     MOST_NAMED,
     drops::{self, Reason},
-    hooks, host_settings, interface_name, pod_settings, refused, unreached,
+    hooks, host_settings, interface_name, pinned_peers, pod_settings, refused, unreached,
 };
 use crate::{
     cli::Cli,
     config::BackendType,
     dataplane::{
         Attachment, AttachmentState, Directions, Flows, Hook, PeerWay, PinDirectory, Way, XdpMode, attached_xdp,
-        attachments, pinned_flows, pinned_ways,
+        attachments, pinned_flows,
     },
     device::{Netlink, vxlan::VxlanDevice},
     operator::OperatorError,
@@ -49,11 +49,7 @@ impl Dataplane {
         let xdp = attached_xdp(&pins)?;
         let mut drops = drops::reasons(&pins, 1)?;
         drops.retain(|reason| reason.packets > 0);
-        let ways = {
-            let (subnet_len, has_tunnel) =
-                (status.lease.subnet.prefix_len(), status.backend_type() == BackendType::Vxlan);
-            pinned_ways(&pins, status.network, subnet_len, status.direct_routing, has_tunnel)?
-        };
+        let ways = pinned_peers(&pins, status).read()?;
         // Of thousands of neighbours, where somebody is asked about.
         let neighbours = match status.evidence.silent.is_empty() {
             true => HashMap::new(),

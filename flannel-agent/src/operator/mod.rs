@@ -51,9 +51,9 @@ pub use self::{
 use crate::{
     atomic_file::WriteError,
     cli::Cli,
-    config::ConfigError,
+    config::{BackendType, ConfigError},
     control::{self, ControlError, Reply, Request},
-    dataplane::{DataplaneError, PinDirectory, pinned_counters, pinned_vnis},
+    dataplane::{DataplaneError, PinDirectory, PinnedPeers, pinned_counters, pinned_vnis},
     device::DeviceError,
     lock::Lock,
     status::{ReadError, Status, TunnelStatus},
@@ -210,6 +210,17 @@ const fn agent_note(is_running: Option<bool>) -> &'static str {
     match is_running {
         Some(false) => " (no agent is running; the programs go on without one)",
         Some(true) | None => "",
+    }
+}
+
+/// Where an overlay's peers are.
+fn pinned_peers(pins: &PinDirectory, status: &Status) -> PinnedPeers {
+    PinnedPeers {
+        pins: pins.clone(),
+        network: status.network,
+        subnet_len: status.lease.subnet.prefix_len(),
+        is_direct: status.direct_routing,
+        has_tunnel: status.backend_type() == BackendType::Vxlan,
     }
 }
 

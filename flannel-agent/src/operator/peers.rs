@@ -13,12 +13,11 @@ use ipnet::Ipv4Net;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{OperatorError, agent_note, drops::age, interface_name, is_running, rows};
+use super::{OperatorError, agent_note, drops::age, interface_name, is_running, pinned_peers, rows};
 use crate::{
     backend::has_datapath,
     cli::{Cli, Output},
-    config::BackendType,
-    dataplane::{PeerWay, PinDirectory, Way, pinned_ways},
+    dataplane::{PeerWay, PinDirectory, Way},
     device::{Netlink, next_hop::NextHop},
     lease::MacAddress,
     status::{API_VERSION, HeldPeer, Status, time},
@@ -180,8 +179,7 @@ pub(super) fn peers(
     status: &Status,
     neighbours: &HashMap<NextHop, &'static str>,
 ) -> Result<Vec<Peer>, OperatorError> {
-    let (subnet_len, has_tunnel) = (status.lease.subnet.prefix_len(), status.backend_type() == BackendType::Vxlan);
-    let ways = pinned_ways(pins, status.network, subnet_len, status.direct_routing, has_tunnel)?;
+    let ways = pinned_peers(pins, status).read()?;
     let held = status.held.iter().map(|held| (held.subnet, held)).collect();
     let numbers: BTreeSet<_> = ways.iter().map(|way| way.ifindex).collect();
     let interfaces = numbers.into_iter().filter_map(|number| Some((number, interface_name(number)?))).collect();

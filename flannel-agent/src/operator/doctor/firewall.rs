@@ -8,10 +8,10 @@ use super::{
 };
 use crate::{
     config::BackendType,
-    dataplane::{PeerWay, PinDirectory, pinned_ways},
+    dataplane::{PeerWay, PinDirectory},
     inspection::{Pod, RuleSets, Stop, Stopped, Surroundings, stops},
     netfilter::Lister,
-    operator::named,
+    operator::{named, pinned_peers},
 };
 
 const NAME: &str = "firewall";
@@ -130,6 +130,5 @@ async fn around(host: &Host<'_>, overlay: &Overlay) -> Surroundings {
 pub(super) fn ways(host: &Host<'_>, overlay: &Overlay) -> Vec<PeerWay> {
     let Some(status) = &overlay.status else { return Vec::new() };
     let pins = PinDirectory::new(&host.cli.bpf_pin_dir, overlay.vni);
-    let (len, has_tunnel) = (overlay.subnet.prefix_len(), overlay.backend == BackendType::Vxlan);
-    pinned_ways(&pins, overlay.network, len, status.direct_routing, has_tunnel).unwrap_or_default()
+    pinned_peers(&pins, status).read().unwrap_or_default()
 }

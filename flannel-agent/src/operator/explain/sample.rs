@@ -6,13 +6,12 @@ use flannel_common::{event::Event, packet::Mac};
 use ipnet::Ipv4Net;
 
 use crate::{
-    config::BackendType,
-    dataplane::{Dropped, PeerWay, PinDirectory, Way, pinned_ways},
+    dataplane::{Dropped, PeerWay, PinDirectory, Way},
     lease::MacAddress,
     operator::{
         OperatorError,
         decode::{Decoded, decode},
-        interface_name,
+        interface_name, pinned_peers,
     },
     status::Status,
 };
@@ -61,11 +60,7 @@ impl Known {
     /// [`OperatorError::Dataplane`].
     pub(in crate::operator) fn read(pins: &PinDirectory, status: Option<Status>) -> Result<Self, OperatorError> {
         let peers = match &status {
-            Some(status) => {
-                let has_tunnel = status.backend_type() == BackendType::Vxlan;
-                let len = status.lease.subnet.prefix_len();
-                pinned_ways(pins, status.network, len, status.direct_routing, has_tunnel)?
-            }
+            Some(status) => pinned_peers(pins, status).read()?,
             None => Vec::new(),
         };
         Ok(Self { status, peers })
