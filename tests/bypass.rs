@@ -273,7 +273,7 @@ fn without_the_bypass_everything_takes_the_stack() {
         // Every packet that from_pod left to the stack came out of it at to_overlay. How many these are depends on how much
         // the kernel aggregates.
         let encapsulated = world.counter(host, "encapsulated");
-        let slow = world.counter(host, "pod_slow");
+        let slow = world.counter(host, "pod_via_stack");
         assert!(slow > 10 && encapsulated >= slow, "host {host}: {slow} from pods, {encapsulated} encapsulated");
     }
 }
@@ -342,8 +342,8 @@ fn packets_of_pods_that_take_the_stack() {
     };
     with_programs(|programs| {
         for (what, frame, event) in [
-            ("UDP to a peer's pod, the first", from_pod(udp(POD_ONE, POD_TWO)), Event::PodSlow),
-            ("TCP to a peer's pod, the first", from_pod(tcp(POD_ONE, POD_TWO)), Event::PodSlow),
+            ("UDP to a peer's pod, the first", from_pod(udp(POD_ONE, POD_TWO)), Event::PodViaStack),
+            ("TCP to a peer's pod, the first", from_pod(tcp(POD_ONE, POD_TWO)), Event::PodViaStack),
             ("ICMP", from_pod(icmp(POD_ONE, POD_TWO)), Event::PodOther),
             ("to a pod of this host", from_pod(udp(POD_ONE, [10, 5, 1, 3])), Event::PodOther),
             ("from an address that is none of this host's", from_pod(udp(POD_THREE, POD_TWO)), Event::PodOther),
@@ -354,8 +354,8 @@ fn packets_of_pods_that_take_the_stack() {
             ("the tunnel port of a peer", to_port(NODE_TWO, 8472), Event::PodTunnel),
             ("the tunnel port of this host", to_port(NODE_ONE, 8472), Event::PodTunnel),
             ("the tunnel port behind options", tunnel_with_options, Event::PodTunnel),
-            ("another port of a peer", to_port(NODE_TWO, 8473), Event::PodSlow),
-            ("the tunnel port of no VTEP", to_port(STRANGER, 8472), Event::PodSlow),
+            ("another port of a peer", to_port(NODE_TWO, 8473), Event::PodViaStack),
+            ("the tunnel port of no VTEP", to_port(STRANGER, 8472), Event::PodViaStack),
         ] {
             programs.expect_unchanged(Hook::FromPod, what, &frame, event);
         }

@@ -115,15 +115,15 @@ fn a_flow_keeps_its_source_port_and_flows_differ() {
 #[test]
 fn what_is_not_handled_is_handed_on_unmodified() {
     let table = [
-        ("a subnet that nobody leases", on_overlay(&udp(POD_ONE, [10, 5, 9, 1])), Event::EncapNoPeer),
-        ("this host's own subnet", on_overlay(&udp(POD_ONE, [10, 5, 1, 9])), Event::EncapNoPeer),
-        ("beside a lease longer than the grid's", on_overlay(&udp(POD_ONE, [10, 5, 4, 127])), Event::EncapNoPeer),
-        ("outside the Network", on_overlay(&udp(POD_ONE, [10, 6, 2, 2])), Event::EncapNoPeer),
-        ("below the Network", on_overlay(&udp(POD_ONE, [10, 4, 255, 255])), Event::EncapNoPeer),
+        ("a subnet that nobody leases", on_overlay(&udp(POD_ONE, [10, 5, 9, 1])), Event::EncapHandedOn),
+        ("this host's own subnet", on_overlay(&udp(POD_ONE, [10, 5, 1, 9])), Event::EncapHandedOn),
+        ("beside a lease longer than the grid's", on_overlay(&udp(POD_ONE, [10, 5, 4, 127])), Event::EncapHandedOn),
+        ("outside the Network", on_overlay(&udp(POD_ONE, [10, 6, 2, 2])), Event::EncapHandedOn),
+        ("below the Network", on_overlay(&udp(POD_ONE, [10, 4, 255, 255])), Event::EncapHandedOn),
         (
             "larger than the MTU",
             on_overlay(&ipv4(POD_ONE, POD_TWO, IpNumber::UDP, &vec![7; MTU as usize - 19])),
-            Event::EncapTooBig,
+            Event::EncapHandedOn,
         ),
         (
             "to another next hop, as somebody else's route leads it",
@@ -146,7 +146,7 @@ fn a_packet_that_the_kernel_makes_no_room_in_is_handed_on_unmodified() {
         // To be segmented, but neither TCP nor UDP to the kernel: only a test can make such a packet.
         let frame = on_overlay(&ipv4(POD_ONE, POD_TWO, IpNumber::UDP, &[7; 3000]));
         let run = programs.run_gso(Hook::ToOverlay, &frame, 1000);
-        let event = Event::EncapNoRoom;
+        let event = Event::EncapHandedOn;
         assert_eq!(run, Run { verdict: verdict(event), frame: frame.clone(), counted: counted(event, &frame) });
     });
 }

@@ -130,11 +130,11 @@ fn what_a_known_flow_leaves_to_the_stack() {
     let whole = udp(POD_ONE, POD_TWO);
     with_programs(|programs| {
         for (what, packet, ago, event) in [
-            ("larger than the MTU", &too_big, A_MOMENT, Event::PodSlow),
-            ("TTL 1", &old, A_MOMENT, Event::PodSlow),
+            ("larger than the MTU", &too_big, A_MOMENT, Event::PodViaStack),
+            ("TTL 1", &old, A_MOMENT, Event::PodViaStack),
             ("a fragment", &fragment, A_MOMENT, Event::PodOther),
-            ("to a subnet that nobody leases any more", &to_nobody, A_MOMENT, Event::PodSlow),
-            ("released too long ago", &whole, TOO_LONG, Event::PodSlow),
+            ("to a subnet that nobody leases any more", &to_nobody, A_MOMENT, Event::PodViaStack),
+            ("released too long ago", &whole, TOO_LONG, Event::PodViaStack),
         ] {
             know(programs, packet, ago);
             programs.expect_unchanged(Hook::FromPod, what, &from_pod(packet), event);
@@ -152,8 +152,8 @@ fn what_begins_or_ends_a_connection_ends_the_bypass() {
         for (what, set) in set {
             know(programs, &data, A_MOMENT);
             let turn = from_pod(&tcp_with(POD_ONE, POD_TWO, set));
-            programs.expect_unchanged(Hook::FromPod, what, &turn, Event::PodSlow);
-            programs.expect_unchanged(Hook::FromPod, &format!("data after {what}"), &from_pod(&data), Event::PodSlow);
+            programs.expect_unchanged(Hook::FromPod, what, &turn, Event::PodViaStack);
+            programs.expect_unchanged(Hook::FromPod, &format!("data after {what}"), &from_pod(&data), Event::PodViaStack);
 
             know(programs, &data, A_MOMENT);
             let inwards = tcp_with(POD_TWO, POD_ONE, |tcp| {
@@ -166,7 +166,7 @@ fn what_begins_or_ends_a_connection_ends_the_bypass() {
                 Hook::FromPod,
                 &format!("data after {what} from there"),
                 &from_pod(&data),
-                Event::PodSlow,
+                Event::PodViaStack,
             );
         }
     });

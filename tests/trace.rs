@@ -68,7 +68,7 @@ const BY_TRAFFIC: [&str; 3] = ["DROPS", "HEARD", "ORIGINALS"];
 /// These also change when flows end, and by ARP of pods.
 const BY_ITSELF: [&str; 2] = ["FLOWS", "PODS"];
 /// These events also happen to packets of the kernel's own (ARP, IPv6), and of the agent to its store.
-const OF_OTHERS: [&str; 5] = ["encap_not_ipv4", "not_tunnel", "pod_other", "pod_unnoted", "routed_other"];
+const OF_OTHERS: [&str; 5] = ["encap_not_ipv4", "not_tunnel", "pod_other", "pod_not_from_overlay", "routed_other"];
 
 /// That a trace leaves everything as it was, compared around several traces, of which each would change it: others change it too.
 fn assert_untouched(world: &World, arguments: &str) -> Traced {
@@ -148,10 +148,10 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     let (fate, conclusion) = traced.fate();
     assert_eq!(fate, "sent", "{:#}", traced.0);
     assert!(conclusion.contains("in the tunnel to 192.168.64.2 by eth0, by the stack"), "{conclusion}");
-    assert_eq!(traced.events()[0], "pod_slow");
+    assert_eq!(traced.events()[0], "pod_via_stack");
     assert!(traced.events()[1].starts_with("encapsulated"), "{:?}", traced.events());
     let grown = counted(&world, send);
-    assert_counted(&grown, &["pod_slow"], "slow");
+    assert_counted(&grown, &["pod_via_stack"], "slow");
     assert!(grown.iter().any(|(label, _)| label.starts_with("encapsulated")), "{grown:?}");
 
     // Kept alive meanwhile, it bypasses the stack; and what is put on the wire is shown.
@@ -178,9 +178,9 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     let [free, unresolved, unroutable] = free_octets(&world);
     let nobody: Ipv4Addr = [10, 5, free, 2].into();
     let traced = assert_untouched(&world, &between(nobody));
-    assert_eq!(traced.events(), ["pod_slow", "encap_no_peer", "encap_impossible"], "{:#}", traced.0);
+    assert_eq!(traced.events(), ["pod_via_stack", "encap_handed_on", "encap_no_peer"], "{:#}", traced.0);
     assert_eq!(traced.fate().0, "dropped");
-    assert!(traced.fate().1.contains("no host leases the destination's subnet"), "{:?}", traced.fate());
+    assert!(traced.fate().1.contains("dropped at flannel.1: encap_no_peer; "), "{:?}", traced.fate());
     let subnets = &traced.step("to_overlay")["tables"];
     let is_empty = |table: &Value| table["table"] == "SUBNETS" && table["answer"] == "nobody";
     assert!(subnets.as_array().unwrap().iter().any(is_empty), "{subnets:#}");
@@ -191,7 +191,7 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     let absent = add_absent_peer(&world, unresolved, "192.168.64.77");
     world.wait_status(0, "the peer", |status| status["peers"] == 2);
     let traced = assert_untouched(&world, &between(absent));
-    assert_eq!(traced.events(), ["pod_slow", "encapsulated_neighbour"], "{:#}", traced.0);
+    assert_eq!(traced.events(), ["pod_via_stack", "encapsulated_neighbour"], "{:#}", traced.0);
     assert!(traced.fate().1.contains("the kernel finds out the next hop's MAC first"), "{:?}", traced.fate());
     let grown = counted(&world, || assert!(sender.send_to(&[7; 50], (absent, PORT)).is_ok()));
     assert_counted(&grown, &traced.events(), "unresolved");
@@ -201,7 +201,7 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     let absent = add_absent_peer(&world, unroutable, "192.0.2.9");
     world.wait_status(0, "the peer", |status| status["peers"] == 3);
     let traced = assert_untouched(&world, &between(absent));
-    assert_eq!(traced.events(), ["pod_slow", "encap_no_route", "encap_impossible"], "{:#}", traced.0);
+    assert_eq!(traced.events(), ["pod_via_stack", "encap_handed_on", "encap_no_route"], "{:#}", traced.0);
 
     // Too large for the overlay: the stack answers, and no program of the overlay's device sees it.
     let traced = assert_untouched(&world, &format!("{arguments} --size 1451"));
@@ -317,7 +317,7 @@ fn it_follows_packets_without_a_tunnel() {
     world.wait_connected(0, 1);
     let [pod, peers] = [0, 1].map(|host| world.hosts[host].pods[0].address);
     let out = assert_untouched(&world, &format!("{pod} {peers} --udp"));
-    assert_eq!(out.events()[0], "pod_slow", "{:#}", out.0);
+    assert_eq!(out.events()[0], "pod_via_stack", "{:#}", out.0);
     assert!(out.events()[1].starts_with("routed"), "{:#}", out.0);
     assert!(out.fate().1.starts_with("sent without encapsulation to 192.168.64.2 by eth0"), "{:?}", out.fate());
     let back = assert_untouched(&world, &format!("{peers} {pod} --udp"));

@@ -66,16 +66,8 @@ events! {
     EncapOtherNextHop = "encap_other_next_hop", Pass;
     /// to_overlay: shorter than its headers.
     EncapTruncated = "encap_truncated", Pass;
-    /// to_overlay: no host leases the destination's subnet.
-    EncapNoPeer = "encap_no_peer", Pass;
-    /// to_overlay: the underlay has no route to the peer.
-    EncapNoRoute = "encap_no_route", Pass;
-    /// to_overlay: larger than the overlay's MTU and not segmentable.
-    EncapTooBig = "encap_too_big", Pass;
-    /// to_overlay: a tunnel packet that the kernel has still to segment, and can't note a second tunnel on.
-    EncapNested = "encap_nested", Pass;
-    /// to_overlay: the kernel had no room for the outer header.
-    EncapNoRoom = "encap_no_room", Pass;
+    /// to_overlay: can't be encapsulated as it is; handed to the kernel's vxlan device, which segments it where that helps, and gives it back to from_overlay.
+    EncapHandedOn = "encap_handed_on", Pass;
     /// to_overlay: the outer header could not be written into the room made for it.
     EncapFailed = "encap_failed", Drop;
 
@@ -100,8 +92,8 @@ events! {
     PodTranslated = "pod_translated", Forward;
     /// from_pod: a packet of a flow that the stack let out a moment ago, unchanged or translated; sent past the stack without encapsulation to a peer on the same link.
     PodDirect = "pod_direct", Forward;
-    /// from_pod: a packet that may become one of a flow past the stack; left to the stack.
-    PodSlow = "pod_slow", Pass;
+    /// from_pod: a packet of no flow that bypasses the stack by now, and that may become one; left to the stack.
+    PodViaStack = "pod_via_stack", Pass;
     /// from_pod: a packet that always takes the stack: not TCP or UDP, a fragment, with options, with a mark or a priority, not to the overlay, ...
     PodOther = "pod_other", Pass;
     /// from_pod: the headers could not be written into the room made for them.
@@ -115,8 +107,8 @@ events! {
     PodChanged = "pod_changed", Pass;
     /// to_pod: came in by the overlay; nothing is noted of it: it begins or ends a connection, is not TCP or UDP, or is a copy that a bridge sent to every pod.
     PodReceived = "pod_received", Pass;
-    /// to_pod: any other packet.
-    PodUnnoted = "pod_unnoted", Pass;
+    /// to_pod: a packet that did not come in by the overlay: from this host, from another pod of it, or from elsewhere.
+    PodNotFromOverlay = "pod_not_from_overlay", Pass;
 
     /// from_overlay: admitted by from_underlay, for a pod; on to the host's stack.
     Received = "received", Pass;
@@ -124,8 +116,16 @@ events! {
     ReceivedByHost = "received_by_host", Pass;
     /// from_overlay: came out of the tunnel past from_underlay: by a link that is none of the underlay's, from a pod, to another address of this host.
     NotAdmitted = "not_admitted", Drop;
-    /// from_overlay: handed on by to_overlay, back from the kernel's vxlan device, and still not to be encapsulated.
-    EncapImpossible = "encap_impossible", Drop;
+    /// from_overlay: handed on by to_overlay, and no host leases the destination's subnet.
+    EncapNoPeer = "encap_no_peer", Drop;
+    /// from_overlay: handed on by to_overlay, and the underlay has no route to the peer.
+    EncapNoRoute = "encap_no_route", Drop;
+    /// from_overlay: handed on by to_overlay, and larger than the overlay's MTU and not segmentable.
+    EncapTooBig = "encap_too_big", Drop;
+    /// from_overlay: handed on by to_overlay, and still a tunnel packet that the kernel has to segment, and can't note a second tunnel on.
+    EncapNested = "encap_nested", Drop;
+    /// from_overlay: handed on by to_overlay, and the kernel has no room for the outer header.
+    EncapNoRoom = "encap_no_room", Drop;
 
     /// xdp_decap: taken out of the tunnel before the kernel aggregates; from_underlay goes on with it.
     XdpDecapsulated = "xdp_decapsulated", Forward;

@@ -6,7 +6,8 @@
 //!
 //! What it can't encapsulate it hands on to the kernel's vxlan device, which sends it back: the one forwarding entry of
 //! that device leads to this host itself (`encap_bypass_if_local`, drivers/net/vxlan/vxlan_core.c). On the way the kernel
-//! segments what has to be, and forgets that a pod put it into a tunnel already. `from_overlay` then tries again.
+//! segments what has to be, and forgets that a pod put it into a tunnel already. `from_overlay` then tries again, and drops
+//! what still can't be, by its cause.
 
 use flannel_common::{
     event::{Event, Outcome},
@@ -41,6 +42,10 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
     let mut is_changed = false;
     let released = flows::released(packet, &config, &mut is_changed);
     let event = try_encapsulate(packet, &config, Shown::of(&config));
+    if is_tried_again(event) {
+        packet.write_note(Note::HandedOn(config.vni));
+        return Event::EncapHandedOn;
+    }
     match event.outcome() {
         Outcome::Forward if is_changed => return Event::EncapsulatedChanged,
         Outcome::Forward => {
@@ -48,9 +53,9 @@ pub(crate) fn to_overlay(packet: &Packet<'_>) -> Event {
                 released.note(packet);
             }
         }
-        // The kernel sends it to that next hop, and it does not come back.
-        Outcome::Pass if event == Event::EncapOtherNextHop => packet.forget_note(),
-        Outcome::Pass => packet.write_note(Note::HandedOn(config.vni)),
+        Outcome::Pass if event == Event::EncapQueued => packet.write_note(Note::HandedOn(config.vni)),
+        // The kernel's own, or what it sends to another's next hop.
+        Outcome::Pass => packet.forget_note(),
         Outcome::Drop => {}
     }
     event
@@ -63,8 +68,8 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
         packet.forget_note();
         let event = try_encapsulate(packet, &config, Shown::Never);
         return match event.outcome() {
-            // The host's stack would send it to the overlay again and again.
-            Outcome::Pass => Event::EncapImpossible,
+            // It was for a peer, and is by now for nobody.
+            Outcome::Pass => Event::NotAdmitted,
             Outcome::Forward | Outcome::Drop => event,
         };
     }
@@ -81,6 +86,16 @@ pub(crate) fn from_overlay(packet: &Packet<'_>) -> Event {
         originals::leave(packet, &ip, &place, tag, Direction::Ingress);
     }
     if config.is_pod(u32::from_be_bytes(ip.dst_addr)) { Event::Received } else { Event::ReceivedByHost }
+}
+
+/// Whether a packet may be encapsulated once it has been through the kernel's vxlan device, or be dropped there: the host's stack would
+/// send it to the overlay again and again.
+#[inline(always)]
+const fn is_tried_again(event: Event) -> bool {
+    matches!(
+        event,
+        Event::EncapNoPeer | Event::EncapNoRoute | Event::EncapTooBig | Event::EncapNested | Event::EncapNoRoom
+    )
 }
 
 /// Whether a packet at egress of `flannel.<VNI>` was led there by a route of the agent's.
@@ -280,7 +295,7 @@ fn bypass_or_leave(packet: &Packet<'_>, config: &Config) -> Event {
             if config.bypass_time != 0 {
                 originals::leave(packet, &ip, &place, tag, Direction::Egress);
             }
-            Event::PodSlow
+            Event::PodViaStack
         }
     }
 }

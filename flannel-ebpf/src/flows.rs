@@ -300,17 +300,17 @@ pub(crate) fn to_pod(packet: &Packet<'_>) -> Event {
     let config = CONFIG.load();
     if config.bypass_time == 0 || !packet.is_ipv4() {
         packet.forget_note();
-        return Event::PodUnnoted;
+        return Event::PodNotFromOverlay;
     }
     let Some(ip) = packet.header::<Ipv4Hdr>(EthHdr::LEN) else {
-        return Event::PodUnnoted;
+        return Event::PodNotFromOverlay;
     };
     let place = place(packet, &ip, EthHdr::LEN, Direction::Ingress);
     let tag = packet.noted(Note::Received);
     // The note has served: the pod may send the packet on.
     packet.forget_note();
     let Some(tag) = tag else {
-        return Event::PodUnnoted;
+        return Event::PodNotFromOverlay;
     };
     if place.kind == Kind::Turn {
         forget(&place.key);

@@ -234,7 +234,7 @@ fn cases(peers: u32) -> Vec<Case> {
         case(Program::Xdp, Event::SpoofedInnerSource, frames(&forged), false),
         case(Program::Tc(Hook::ToOverlay), Event::Encapsulated, frames(&outwards), false),
         case(Program::Tc(Hook::FromOverlay), Event::NotAdmitted, frames(&outwards), false),
-        case(Program::Tc(Hook::ToPod), Event::PodUnnoted, frames(&outwards), false),
+        case(Program::Tc(Hook::ToPod), Event::PodNotFromOverlay, frames(&outwards), false),
     ]
 }
 

@@ -109,7 +109,7 @@ fn flows_of_one_tag_stay_apart_under_load() {
         is_over.store(true, Ordering::Relaxed);
         assert!(answered.iter().all(|answered| *answered > 100), "{answered:?}");
     });
-    for label in ["pod_translated", "delivered_translated", "pod_encapsulated", "delivered", "pod_slow"] {
+    for label in ["pod_translated", "delivered_translated", "pod_encapsulated", "delivered", "pod_via_stack"] {
         let count = world.counter(0, label);
         assert!(count > 100, "{label}: {count}");
     }

@@ -67,12 +67,6 @@ pub(super) const fn explanation(event: Event) -> Explanation {
             look: "flannel-agent status; ip route get SENDER",
             mend: "name the interface that other hosts reach this one by with --iface, and the address with --public-ip",
         },
-        Event::EncapImpossible => Explanation {
-            cause: "a packet that the stack routed to the overlay can't be sent to anybody: nobody leases the destination, the underlay \
-                    has no route to its host, or the packet is too large; encap_no_peer, encap_no_route and encap_too_big count which",
-            look: "flannel-agent trace SRC DST; flannel-agent counters",
-            mend: "what mends that one: flannel-agent explain encap_no_peer, encap_no_route or encap_too_big",
-        },
         Event::DirectForeignMac => Explanation {
             cause: "a host sends from several MACs on this link (bonding modes 5 and 6, two NICs), or somebody forges a pod's address",
             look: "ip neighbour show; flannel-agent drops",
@@ -129,9 +123,10 @@ pub(super) const fn explanation(event: Event) -> Explanation {
             look: "flannel-agent status; ip link show VETH",
             mend: "give pods the MTU of subnet.env (FLANNEL_MTU)",
         },
-        Event::EncapNested => Explanation {
-            cause: "a pod runs a tunnel of its own whose packets the kernel has still to segment; it is segmented, and tried again",
-            look: "flannel-agent counters",
+        Event::EncapHandedOn => Explanation {
+            cause: "a packet of a tunnel of a pod's own is segmented, and then encapsulated; or it is dropped a moment later, as encap_no_peer, \
+                    encap_no_route, encap_too_big or encap_no_room",
+            look: "flannel-agent counters; flannel-agent drops",
             mend: "",
         },
         Event::EncapNotIpv4 => Explanation {
@@ -144,7 +139,7 @@ pub(super) const fn explanation(event: Event) -> Explanation {
             look: "ip route show dev flannel.VNI",
             mend: "where nobody wants it, remove that route",
         },
-        Event::EncapNoRoom | Event::EncapTruncated => KERNEL,
+        Event::EncapNoRoom | Event::EncapNested | Event::EncapTruncated => KERNEL,
         Event::ForeignVni => Explanation {
             cause: "another VXLAN uses the same UDP port",
             look: "ip -d link show type vxlan",
@@ -172,11 +167,11 @@ pub(super) const fn explanation(event: Event) -> Explanation {
         | Event::PodEncapsulatedNeighbour
         | Event::PodTranslated
         | Event::PodDirect
-        | Event::PodSlow
+        | Event::PodViaStack
         | Event::PodOther
         | Event::PodReleased
         | Event::PodReceived
-        | Event::PodUnnoted
+        | Event::PodNotFromOverlay
         | Event::Received
         | Event::ReceivedByHost
         | Event::XdpDecapsulated

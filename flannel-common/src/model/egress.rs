@@ -32,13 +32,16 @@ impl World {
             }
             _ => (fate.event, FlowChange::Unchanged),
         };
-        let note = match outcome {
+        match (event, outcome) {
+            // The kernel gives it back, segmented or as it is.
+            (Some(failed), Some(Outcome::Drop)) if failed != Event::EncapFailed => {
+                Fate { event: Some(Event::EncapHandedOn), flow, note: self.note(Note::HandedOn), ..fate }
+            }
+            (Some(Event::EncapQueued), _) => Fate { event, flow, note: self.note(Note::HandedOn), ..fate },
             // The kernel sends it, and nothing of ours meets it again.
-            Some(_) if event == Some(Event::EncapOtherNextHop) => 0,
-            Some(Outcome::Pass) => self.note(Note::HandedOn),
-            _ => fate.note,
-        };
-        Fate { event, flow, note, ..fate }
+            (_, Some(Outcome::Pass)) => Fate { event, flow, note: 0, ..fate },
+            _ => Fate { event, flow, ..fate },
+        }
     }
 
     /// The stack sends it out on the link: where that is to a peer, by the route that all share, it is given the peer's MAC.
@@ -105,7 +108,7 @@ impl World {
         if packet.note == self.note(Note::HandedOn) {
             let fate = self.encapsulated(packet, false);
             let event = match fate.event {
-                Some(event) if event.outcome() == Outcome::Pass => Some(Event::EncapImpossible),
+                Some(event) if event.outcome() == Outcome::Pass => Some(Event::NotAdmitted),
                 other => other,
             };
             return Fate { event, note: 0, ..fate };
@@ -196,7 +199,7 @@ impl World {
             return other;
         }
         let slow = Fate {
-            event: Some(Event::PodSlow),
+            event: Some(Event::PodViaStack),
             note: self.note(Note::FromPod(key)),
             original: self.left(packet, kind, key),
             ..other

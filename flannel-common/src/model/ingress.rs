@@ -307,7 +307,7 @@ impl World {
     /// The stack hands it to a pod: it may have come by the overlay.
     pub(super) fn to_pod(&self, packet: Packet<'_>) -> Fate {
         let frame = packet.frame;
-        let unnoted = Fate { note: 0, ..Fate::unchanged(Event::PodUnnoted, packet) };
+        let unnoted = Fate { note: 0, ..Fate::unchanged(Event::PodNotFromOverlay, packet) };
         let ip = Ipv4::at(frame, ETHERNET).filter(|_| is_ipv4(frame) && self.may_bypass());
         let (Some(ip), Some(pod_mac), Some(gateway_mac)) = (ip, bytes(frame, 0), bytes(frame, 6)) else {
             return unnoted;

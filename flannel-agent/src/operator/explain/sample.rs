@@ -166,7 +166,7 @@ impl Known {
                 whose(source),
                 whose(destination)
             ),
-            Event::EncapImpossible => self.why_not_sent(destination, dropped.len),
+            Event::EncapNoPeer | Event::EncapNoRoute | Event::EncapTooBig => self.why_not_sent(destination, dropped.len),
             Event::RoutedNoPeer | Event::RoutedNotOnLink => whose(destination),
             Event::DirectForeignMac => {
                 let from =
@@ -176,7 +176,12 @@ impl Known {
                     whose(source)
                 )
             }
-            Event::DecapForeignVlan | Event::DecapFailed | Event::EncapFailed | Event::PodEncapFailed => {
+            Event::DecapForeignVlan
+            | Event::DecapFailed
+            | Event::EncapFailed
+            | Event::EncapNested
+            | Event::EncapNoRoom
+            | Event::PodEncapFailed => {
                 format!("at {interface}, from {} to {}", whose(source), whose(destination))
             }
             // Nothing of this is dropped.

@@ -257,11 +257,7 @@ impl<'a> Way<'a> {
                 let again = self.run(program, link, &ran.frame, ran.note, tables).await?;
                 match again.event {
                     Some(last) if last.outcome() == Outcome::Forward => self.sent(last, "by the stack"),
-                    Some(last) => {
-                        let (fate, conclusion) = dropped(last, link);
-                        let why = event.description().trim().trim_start_matches("to_overlay: ");
-                        Ok((fate, format!("{conclusion}; the cause is {}: {why}", event.label())))
-                    }
+                    Some(last) => Ok(dropped(last, link)),
                     None => Ok(elsewhere(link)),
                 }
             }
