@@ -79,7 +79,7 @@ async fn overlay(cli: &Cli, netlink: &Netlink, vni: Vni, status: &Status) -> Res
     };
     let census = netlink.census(status.network, device.as_deref()).await?;
     let peers = match has_datapath(backend) {
-        true => pinned_peers(&pins, &status).read()?.len(),
+        true => pinned_peers(&pins, status).read()?.len(),
         false => status.peers,
     };
     let mut kinds = kinds(&census, status, peers);

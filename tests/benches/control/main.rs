@@ -1,6 +1,7 @@
 //! `cargo xtask bench control`: how fast and how large the agent is with many leases, and for etcd beside it what it takes to
 //! program the same peers by flannel's scheme: an RPC and three netlink objects for each.
 
+mod commands;
 mod cost;
 mod etcd;
 mod kubernetes;
@@ -153,7 +154,7 @@ fn agent(host: &mut Host, leases: &mut dyn Leases) -> Vec<Row> {
     let pins = PinDirectory::new(host.pin_dir(), Vni::DEFAULT);
     let calls = leases.calls();
     let start = Instant::now();
-    host.start_agent(&binary, leases.store(), &[]).unwrap();
+    host.start_agent(&binary, leases.store(), &commands::ARGUMENTS).unwrap();
     let mut map = None;
     let mut missing = leases.slots();
     let complete = wait_for("all peers in the map", LIMIT, || {
@@ -199,6 +200,8 @@ fn agent(host: &mut Host, leases: &mut dyn Leases) -> Vec<Row> {
     let objects: usize = host.overlay_tables().unwrap().iter().map(|(_, lines)| lines.len()).sum();
     let [resident, peak] = ["VmRSS:", "VmHWM:"].map(|field| memory(pid, field));
 
+    let of_commands = commands::measure(host, &binary);
+
     // As it was before, for the next round.
     leases.withdraw(slots);
     host.agent = None;
@@ -219,6 +222,7 @@ fn agent(host: &mut Host, leases: &mut dyn Leases) -> Vec<Row> {
         ("agent: kernel objects for the peers", (objects - OWN_OBJECTS) as f64),
     ];
     rows.extend(seen);
+    rows.extend(of_commands);
     rows
 }
 
