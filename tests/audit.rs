@@ -31,6 +31,7 @@ fn fifty_more_peers_cost_no_object_and_what_is_more_is_named() {
     world.wait_connected(0, 1);
     let (code, before) = audit(&world);
     assert_eq!((code, &before["peers"]), (Some(0), &1.into()), "{before:#}");
+    world.assert_shown(0, "flannel.1: 1 peer", &[]);
     let leased = [0, 1].map(|host| world.lease_of(host).0);
     let free: Vec<_> = (9..=254).filter(|third| !leased.contains(&format!("10.5.{third}.0-24"))).take(MORE).collect();
     for number in &free {

@@ -36,6 +36,7 @@ fn an_agent_that_hangs_is_asked_and_what_it_wrote_is_not_told_as_of_now() {
     let said = "look at    the agent runs and does not answer within 2s: it was stopped (SIGSTOP";
     assert!(code == Some(3) && text.contains(said) && text.contains("; this is from "), "{text}");
     assert!(!text.contains("all is well"), "{text}");
+    world.assert_shown(0, "the agent runs and does not answer within 2s", &[]);
     let shown = world.status(0);
     assert_eq!((&shown["running"], &shown["answers"]), (&json!(true), &json!(false)));
     assert_eq!(probes(&world), [Some(0), Some(3), Some(3)]);
@@ -83,6 +84,7 @@ fn a_status_that_cant_be_written_is_not_told_as_of_now() {
             && text.contains("; this is from ")
     })
     .unwrap();
+    world.assert_shown(0, "the agent can't write its status", &[]);
     assert_eq!(probes(&world), [Some(0); 3], "pods are served");
     drop(disk);
     let (code, text) = status(&world, &["--wait"]);

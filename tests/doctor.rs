@@ -119,6 +119,9 @@ fn a_host_before_its_agent_and_with_each_fault_of_its_network() {
     ] {
         netns.exec(plant).unwrap();
         assert_only(&before(&world, &[]), check, verdict, words);
+        if check == "offloads" {
+            world.assert_shown(0, "ethtool -K eth0 tx-udp_tnl-segmentation on", &[]);
+        }
         netns.exec(remove).unwrap();
     }
     // One of another VNI shares the port.
@@ -300,8 +303,9 @@ fn beside_an_agent_and_where_it_ended() {
         &look(&world).1,
         "rp_filter",
         "warning",
-        "it is strict on eth0, and 1 peers are reached by other interfaces",
+        "it is strict on eth0, and 1 peer is reached by another interface",
     );
+    world.assert_shown(0, "it is strict on eth0", &[]);
     set(&world, "ip link del eth9");
     wait_for("the way back", SOON, || look(&world).0 == Some(0)).unwrap();
 
@@ -310,6 +314,7 @@ fn beside_an_agent_and_where_it_ended() {
     agent.wait(SOON).unwrap();
     let ended = look(&world);
     assert_only(&ended, "agent", "problem", "that of flannel.1 does not run");
+    world.assert_shown(0, "that of flannel.1 does not run", &[]);
     set(&world, "ip link set eth0 mtu 1400");
     let smaller = look(&world).1;
     assert_says(&smaller, "MTU", "problem", "but flannel.1 has 1450: larger packets are lost");
@@ -317,6 +322,8 @@ fn beside_an_agent_and_where_it_ended() {
     set(&world, "ip neigh add 10.5.9.0 lladdr 0a:00:00:00:00:09 dev flannel.1 nud permanent");
     set(&world, "ip route add 10.5.9.0/24 via 10.5.9.0 dev flannel.1 onlink");
     assert_says(&look(&world).1, "flannel", "problem", "flanneld has routes into flannel.1 for 10.5.9.0/24");
+    world.assert_shown(0, "flanneld has routes into flannel.1 for 10.5.9.0/24", &[]);
     set(&world, "sysctl -qw net.ipv4.ip_forward=0");
     assert_says(&look(&world).1, "forwarding", "problem", "net.ipv4.ip_forward is 0");
+    world.assert_shown(0, "net.ipv4.ip_forward is 0", &[]);
 }

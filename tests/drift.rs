@@ -275,6 +275,7 @@ fn the_device() {
     let damage = format!("ip address delete {address} dev flannel.1");
     // With its last address a device loses its neighbours.
     talk.heals(&damage, "device_address", &["route", "neighbour"], |world| world.in_host(&damage));
+    talk.world.assert_shown(0, "repaired ... route", &[]);
 }
 
 #[test]

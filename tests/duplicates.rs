@@ -89,6 +89,7 @@ fn the_second_waits_until_the_first_is_gone_and_both_say_so() {
     world.wait_log(0, "another host claims this host's address 192.168.64.1");
     world.wait_status(0, "the claim", |status| status["lease"]["claims"].as_u64() >= Some(1));
     assert!(troubles(&world, 0).contains("another host claims this host's address 192.168.64.1"));
+    world.assert_shown(0, "another host claims this host's address 192.168.64.1", &[]);
     let lease = &world.status(0)["status"]["lease"];
     assert_eq!((lease["state"].as_str(), lease["losses"].as_u64()), (Some("held"), Some(0)));
     assert_eq!(world.lease_of(0), before);

@@ -62,6 +62,7 @@ fn a_peer_that_is_cut_off_is_named_by_those_that_send_to_it() {
     let subnet = world.lease_of(1).0.replace('-', "/");
     let cut = || world.lab.underlay.ip("link set node2 nomaster").map(drop).unwrap();
     world.assert_named(cut, &[(0, &[subnet.as_str(), "by 192.168.64.2 does not answer", "last heard"])]);
+    world.assert_shown(0, "does not answer ARP on eth0", &[("10.5.2.0/24", &subnet)]);
     world.lab.underlay.ip("link set node2 master br0").unwrap();
     world.wait_well();
 }
@@ -75,6 +76,9 @@ fn a_filter_for_the_tunnels_port_is_named_by_both_sides() {
     let subnet = world.lease_of(1).0.replace('-', "/");
     let here: &[&str] = &["none of them came out of flannel.1", "INPUT rule 1"];
     world.assert_named(filter, &[(1, here), (0, &[subnet.as_str(), "does not answer"])]);
+    world.assert_shown(1, "INPUT rule 1", &[]);
+    world.assert_shown(0, "tunnel's UDP port let through?", &[("10.5.2.0/24", &subnet)]);
+    world.assert_shown(0, "silent", &[("10.5.2.0/24", &subnet)]);
     netns.exec("iptables -D INPUT 1").unwrap();
     world.wait_well();
 }
@@ -87,10 +91,12 @@ fn a_policy_that_forwards_nothing_is_named() {
     let policy = "table inet corporate { chain forward { type filter hook forward priority 10; policy drop; }; }";
     let words: &[&str] = &["none reached a pod", "nft inet corporate forward: its policy is drop"];
     world.assert_named(|| netns.feed("nft -f -", policy).map(drop).unwrap(), &[(1, words)]);
+    world.assert_shown(1, "forward: its policy is drop", &[]);
     netns.exec("nft delete table inet corporate").unwrap();
     world.wait_well();
     let reject = || netns.exec("iptables -I FORWARD -i flannel.1 -j REJECT").map(drop).unwrap();
     world.assert_named(reject, &[(1, &["none reached a pod", "FORWARD rule 1"])]);
+    world.assert_shown(1, "FORWARD rule 1", &[]);
     netns.exec("iptables -D FORWARD 1").unwrap();
     world.wait_well();
 }
@@ -127,4 +133,5 @@ fn packets_for_a_peer_without_a_route_are_told_of_and_its_lease_alone_is_not() {
         words.iter().all(|word| troubles.iter().any(|trouble| trouble.contains(word)))
     });
     assert!(waited.is_ok(), "{:#?}", world.troubles(0));
+    world.assert_shown(0, "were for peers that the underlay does not reach", &[]);
 }

@@ -153,7 +153,12 @@ fn what_begins_or_ends_a_connection_ends_the_bypass() {
             know(programs, &data, A_MOMENT);
             let turn = from_pod(&tcp_with(POD_ONE, POD_TWO, set));
             programs.expect_unchanged(Hook::FromPod, what, &turn, Event::PodViaStack);
-            programs.expect_unchanged(Hook::FromPod, &format!("data after {what}"), &from_pod(&data), Event::PodViaStack);
+            programs.expect_unchanged(
+                Hook::FromPod,
+                &format!("data after {what}"),
+                &from_pod(&data),
+                Event::PodViaStack,
+            );
 
             know(programs, &data, A_MOMENT);
             let inwards = tcp_with(POD_TWO, POD_ONE, |tcp| {

@@ -65,6 +65,7 @@ fn a_few_deletions_are_believed_and_many_are_held_until_released() {
     assert!(metrics.contains(r#"flannel_peers_held{vni="1",reason="mass_removal"} 11"#), "{metrics}");
     let troubles = world.status(0)["troubles"].to_string();
     assert!(troubles.contains("etcd no longer names 11 of the 12 peers; they are held"), "{troubles}");
+    world.assert_shown(0, "etcd no longer names 11 of the 12 peers; they are held", &[]);
     assert_eq!(world.agent_on(0).arg("status").output().unwrap().status.code(), Some(3));
 
     let released = xtask::process::output(world.agent_on(0).args(["lease", "release-guard"]));

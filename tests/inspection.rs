@@ -129,6 +129,7 @@ fn assert_limited(world: &World, is_named: bool) {
     if is_named {
         let named = "nft inet limits forward handle 2: limit rate";
         world.wait_status(0, named, |status| status["bypass"]["restrictions"].to_string().contains(named));
+        world.assert_shown(0, "by the stack ... limit", &[]);
     }
     let known = Instant::now();
     wait_for("three seconds", SOON, || known.elapsed().as_secs() >= 3).unwrap();

@@ -63,6 +63,7 @@
 //! * [`health`] — probes, and what the service manager is told
 //! * [`metrics`] — what Prometheus is told, in its formats
 //! * [`alerts`] — the alert rules, on what is planted
+//! * [`troubleshooting`] — each command of that page, where its fault was planted
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
 //! * [`audit`] — how many objects the kernel has, whatever the number of peers
@@ -169,6 +170,7 @@ mod tenancy;
 mod trace;
 mod translated;
 mod treated;
+mod troubleshooting;
 mod tunnel_rules;
 mod two_hosts;
 mod udp;

@@ -59,6 +59,7 @@ fn peers_of_both_kinds_answer_past_the_tunnel_and_through_it() {
         table.starts_with(&format!("flannel.1: {subnet} by 192.168.64.2, encapsulated by 192.168.64.2 eth0")),
         "{table}"
     );
+    world.assert_shown(0, "3 of 3", &[]);
     assert!(table.contains("1 of 1") && table.contains(" ms") && !table.contains("look at"), "{table}");
 }
 
@@ -85,11 +86,13 @@ fn what_is_between_is_told_from_who_answers() {
     // A bridge leaves room for a VLAN tag (`is_skb_forwardable`).
     assert_eq!((report["pathMtu"].as_u64(), is_well), (Some(1354), false), "{report:#}");
     assert!(report["problem"].as_str().unwrap().starts_with("packets of up to 1354 bytes pass"), "{report:#}");
+    world.assert_shown(0, "packets of up to 1354 bytes pass", &[]);
     world.lab.underlay.ip("link set node2 mtu 1500").unwrap();
 
     netns.exec("iptables -I FORWARD -p icmp -j DROP").unwrap();
     let pod = world.hosts[1].pods[0].address.to_string();
     assert_said(&pod, "the host answers through the overlay, and the pod does not");
+    world.assert_shown(0, "the host answers through the overlay, and the pod does not", &[("10.5.2.7", &pod)]);
     netns.exec("iptables -D FORWARD 1").unwrap();
 
     world.lab.underlay.ip("link set node2 nomaster").unwrap();

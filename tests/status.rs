@@ -1,6 +1,9 @@
 //! `flannel-agent status`: what the kernel has, with an agent and without.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    path::Path,
+};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -17,7 +20,7 @@ use crate::{
     frames::{FROM_TWO, POD_ONE, POD_TWO, inner, udp, vxlan},
     short_frames::send,
     sockets::socket_in,
-    world::{CONFIG, SOON, World},
+    world::{CONFIG, SOON, World, lease_value},
 };
 
 /// Program, interface and state of each hook.
@@ -57,6 +60,14 @@ fn what_is_attached_and_what_was_dropped_is_shown_also_when_the_agent_is_dead() 
     send(&world.lab.underlay, "node1", &[&frame]);
     wait_for("the drop", SOON, || world.counter(0, "unknown_vtep") == 1).unwrap();
 
+    world.assert_shown(0, "unknown_vtep", &[]);
+    // It sends from a pod that another host leases by now.
+    world
+        .store
+        .put(&format!("{PREFIX}/subnets/10.5.2.0-24"), &lease_value("192.168.64.22", "0a:00:00:00:00:22"))
+        .unwrap();
+    world.assert_shown(0, "duplicate --public-ip?", &[("192.168.65.2", "192.168.64.2")]);
+
     let agent = world.hosts[0].agent.as_mut().unwrap();
     agent.signal(Signal::SIGKILL).unwrap();
     agent.wait(SOON).unwrap();
@@ -79,6 +90,8 @@ fn what_is_attached_and_what_was_dropped_is_shown_also_when_the_agent_is_dead() 
     ] {
         assert!(text.contains(line), "{line}:\n{text}");
     }
+
+    world.assert_shown(0, "no agent is running; this is from", &[]);
 
     world.start(0, &[]);
     wait_for("the repair", SOON, || hooks(&world.status(0)) == wanted("attached")).unwrap();
@@ -143,9 +156,30 @@ fn interfaces_that_do_not_forward_are_named() {
         set(0);
         let said = troubles();
         assert!(said.contains(&format!("packets that come in by {interface} are not forwarded")), "{said}");
+        world.assert_shown(0, "packets that come in by cni0 are not forwarded", &[("cni0", interface)]);
         set(1);
         assert_eq!(troubles(), "[]");
     }
+}
+
+/// The limit is the whole machine's: what is read of it is another here.
+#[test]
+fn a_full_table_of_connections_is_named() {
+    let world = World::with_agents(1);
+    let settings = Path::new("/proc/sys/net/netfilter");
+    let mounts = [("nf_conntrack_count", "250"), ("nf_conntrack_max", "256")].map(|(name, value)| {
+        let file = world.lab.directory().join(name);
+        std::fs::write(&file, value).unwrap();
+        format!("mount --bind {} {}", file.display(), settings.join(name).display())
+    });
+    let script = format!("{} && exec \"$@\"", mounts.join(" && "));
+    world.assert_shown_by("of at most ... connections", &[], || {
+        let agent = world.agent_on(0);
+        let arguments = agent.get_args().skip_while(|argument| !argument.to_string_lossy().ends_with("flannel-agent"));
+        let mut command = world.hosts[0].netns.command("unshare");
+        command.args(["--mount", "sh", "-c", &script, "sh"]).args(arguments);
+        command
+    });
 }
 
 #[test]
@@ -170,6 +204,7 @@ fn an_agent_without_a_lease_says_what_it_waits_for() {
     no_agent(&world);
     world.start(0, &[]);
     waits_for(&world, "flannel config not found in etcd store");
+    world.assert_shown(0, "flannel config not found in etcd store", &[]);
     let table = world.agent_on(0).arg("status").output().unwrap().stdout;
     let table = String::from_utf8_lossy(&table);
     let process = world.hosts[0].agent.as_ref().unwrap().id();
@@ -184,6 +219,7 @@ fn an_agent_without_a_lease_says_what_it_waits_for() {
     // Another reason takes the place of the one before.
     world.store.stop();
     waits_for(&world, "check --etcd-endpoints, and that etcd runs");
+    world.assert_shown(0, "check --etcd-endpoints, and that etcd runs", &[]);
     assert!(!said(&world).0.contains("config not found"));
     let files = |world: &World| std::fs::read_dir(world.hosts[0].run_dir()).unwrap().count();
     assert_eq!(files(&world), 1);
@@ -221,11 +257,12 @@ fn is_named(world: &World, words: &[&str]) {
 }
 
 /// Runs commands that plant a fault, and those that mend it once it is named.
-fn is_named_until_mended(world: &World, words: &str, plant: &[&str], mend: &[&str]) {
+fn is_named_until_mended(world: &World, words: &str, plant: &[&str], mend: &[&str], shown: impl FnOnce()) {
     let run = |commands: &[&str]| commands.iter().for_each(|command| drop(world.hosts[0].netns.exec(command).unwrap()));
     is_well(world);
     run(plant);
     is_named(world, &[words]);
+    shown();
     run(mend);
     is_well(world);
 }
@@ -241,12 +278,14 @@ fn pods_that_are_not_as_the_lease_are_named_with_both_values() {
         &format!("the bridge cni0 has 10.5.7.1/24, and this host's lease is {lease}"),
         &[&format!("ip address delete {gateway}/24 dev cni0"), "ip address add 10.5.7.1/24 dev cni0"],
         &["ip address delete 10.5.7.1/24 dev cni0", &format!("ip address add {gateway}/24 dev cni0")],
+        || world.assert_shown(0, "the bridge cni0 has 10.5.7.1/24", &[]),
     );
     is_named_until_mended(
         &world,
         "the overlay's MTU is 1450, and that of pods is larger: pod2 1500; ",
         &["ip link set pod2 mtu 1500"],
         &["ip link set pod2 mtu 1450"],
+        || world.assert_shown(0, "that of pods is larger: pod2 1500", &[]),
     );
     // Less is no trouble, nor is a bridge of others.
     for command in [
@@ -296,6 +335,7 @@ fn another_vxlan_device_in_the_place_of_ours_is_named() {
         other(&world, kind).unwrap();
         world.hosts[0].agent.as_ref().unwrap().signal(Signal::SIGCONT).unwrap();
         is_named(&world, &["the vxlan device other has the UDP port 8472", "ip link delete other"]);
+        world.assert_shown(0, "the vxlan device other has the UDP port 8472", &[]);
         world.hosts[0].netns.ip("link delete dev other").unwrap();
         is_well(&world);
         assert!(world.hosts[0].netns.ip("link show flannel.1").unwrap().contains("UP"));

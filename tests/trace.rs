@@ -154,6 +154,10 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     assert_counted(&grown, &["pod_via_stack"], "slow");
     assert!(grown.iter().any(|(label, _)| label.starts_with("encapsulated")), "{grown:?}");
 
+    let addresses = [from.address, to.address].map(|address| address.to_string());
+    world.assert_shown(0, "encapsulated", &[("10.5.1.2", &addresses[0]), ("10.5.2.7", &addresses[1])]);
+    world.assert_shown(0, "the overlay has no part in it", &[("10.5.1.2", &addresses[0])]);
+
     // Kept alive meanwhile, it bypasses the stack; and what is put on the wire is shown.
     let bypassed = wait_for("a trace of a bypassed flow", SOON, || {
         send();
@@ -207,7 +211,7 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     let traced = assert_untouched(&world, &format!("{arguments} --size 1451"));
     assert_eq!(traced.events().len(), 1, "{:#}", traced.0);
     assert_eq!(traced.fate().0, "refused");
-    assert!(traced.fate().1.contains("too large by 1 bytes"), "{:?}", traced.fate());
+    assert!(traced.fate().1.contains("too large by 1 byte:"), "{:?}", traced.fate());
     from.netns.ip("link set eth0 mtu 1500").unwrap();
     world.hosts[0].netns.ip("link set pod1 mtu 1500").unwrap();
     let too_large = || {

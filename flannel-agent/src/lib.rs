@@ -67,6 +67,7 @@ pub mod log;
 pub mod netfilter;
 pub mod operator;
 pub mod ownership;
+mod plural;
 pub mod preflight;
 pub mod privileges;
 pub mod probe;

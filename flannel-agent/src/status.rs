@@ -21,6 +21,7 @@ use crate::{
     evidence::{EvidenceStatus, Loss, LossKind},
     histogram::Histogram,
     lease::{HoldReason, MacAddress},
+    plural::counted,
     registry::StoreKind,
     routes::Choice,
 };
@@ -575,9 +576,9 @@ impl Status {
         if !self.held.is_empty() {
             let count = self.held.len();
             troubles.push(format!(
-                "{store} no longer names {count} of the {} peers; they are held. If {store} is right: \
+                "{store} no longer names {count} of the {}; they are held. If {store} is right: \
                  flannel-agent lease release-guard",
-                self.peers
+                counted(self.peers, "peer")
             ));
         }
         for (key, reason) in self.store.passed_over.iter().take(MOST_NAMED) {

@@ -29,7 +29,7 @@ use crate::{
 
 /// How often the counters are looked at; less often where that takes long, as with thousands of peers.
 const PERIOD: Duration = Duration::from_secs(2);
-const LONGEST_PERIOD: Duration = Duration::from_secs(4);
+const LONGEST_PERIOD: Duration = Duration::from_secs(3);
 /// How much longer than a look took it rests, within these.
 const REST: u32 = 1000;
 /// For how long something has to go on before it is evidence.

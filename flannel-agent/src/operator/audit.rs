@@ -15,6 +15,7 @@ use crate::{
     dataplane::{BpfObjects, PinDirectory, pinned_objects},
     device::{Census, Netlink, vxlan::VxlanDevice},
     netfilter,
+    plural::counted,
     routes::Routing,
     status::{API_VERSION, Status},
 };
@@ -148,8 +149,9 @@ fn table(overlay: &Overlay) -> String {
         ["BPF links", &bpf.links.len().to_string(), ""],
     ];
     format!(
-        "{name}{}: {peers} peers\n{}{}",
+        "{name}{}: {}\n{}{}",
         agent_note(*is_running),
+        counted(*peers, "peer"),
         rows(std::iter::once(heading).chain(lines)),
         rows(of_bpf.map(|row| row.map(str::to_owned)))
     )

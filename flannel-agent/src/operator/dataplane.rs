@@ -56,7 +56,7 @@ impl Dataplane {
             false => netlink.neighbour_states().await?,
         };
         let unreached = unreached::troubles(status, &ways, &neighbours);
-        let refused = refused::troubles(&pins, status.network)?;
+        let refused = refused::troubles(&pins, status.network, &ways)?;
         let of_pods = within.iter().filter_map(|link| interface_name(*link));
         let from_others = match status.backend_type() {
             BackendType::Vxlan => vec![VxlanDevice::name_of(vni)],

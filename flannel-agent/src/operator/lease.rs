@@ -11,11 +11,13 @@ use super::{
     OperatorError, agent_note,
     asked::{Asked, LIMIT},
     is_running, rows,
+    status::lease_words,
 };
 use crate::{
     cli::{Cli, Output},
     escape,
     last_known::LastKnown,
+    plural::counted,
     registry::{Registry, StoreKind},
     status::{API_VERSION, LeaseStatus, Status},
 };
@@ -122,11 +124,11 @@ fn table(lease: &Lease) -> String {
     };
     let mut lines = vec![
         [name.clone(), format!("{}{}", lease.subnet, agent_note(*running))],
-        ["state".to_owned(), format!("{}, {} renewals, {} losses", lease.state.label(), lease.renewals, lease.losses)],
+        ["state".to_owned(), lease_words(lease)],
         ["MAC".to_owned(), lease.vtep_mac.to_string()],
         ["store".to_owned(), format!("{store}: {}", key.as_deref().unwrap_or("not known"))],
         ["ends".to_owned(), end],
-        ["others".to_owned(), others.map_or("not known".to_owned(), |others| format!("{others} other leases"))],
+        ["others".to_owned(), others.map_or("not known".to_owned(), |others| counted(others, "other lease"))],
     ];
     lines
         .extend(problem.iter().map(|problem| ["look at".to_owned(), escape::control_characters(problem).into_owned()]));

@@ -56,6 +56,7 @@ use crate::{
     dataplane::{DataplaneError, PinDirectory, PinnedPeers, pinned_counters, pinned_vnis},
     device::DeviceError,
     lock::Lock,
+    plural::counted,
     status::{ReadError, Status, TunnelStatus},
     udp,
 };
@@ -190,7 +191,7 @@ fn tunnels(cli: &Cli) -> Result<Vec<(Vni, TunnelStatus)>, ReadError> {
 pub async fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
     for (vni, _) in Status::read_all(&cli.run_dir)? {
         match control::ask(&control::path(&cli.run_dir, vni), Request::ReleaseGuard, Duration::ZERO, LIMIT).await? {
-            Reply::Released { peers } => println!("flannel.{vni}: {peers} peers let go"),
+            Reply::Released { peers } => println!("flannel.{vni}: {} let go", counted(peers, "peer")),
             Reply::Refused { reason } => return Err(OperatorError::Refused { vni, reason }),
             reply @ Reply::Condition(_) => {
                 return Err(OperatorError::Refused { vni, reason: format!("it answers something else: {reply:?}") });

@@ -1,7 +1,8 @@
-//! Packets of known hosts that were refused for their inner addresses, and what the operator can do about it.
+//! Packets that were refused and may be a host's of the overlay, and what the operator can do about it.
 //!
-//! Only what a host with a lease sends is told of, as trouble of the network's own. What strangers send is counted and
-//! listed as all that is dropped, and no trouble: that it is refused is as it should be.
+//! That is what a host with a lease sends with inner addresses that it may not use, and what a stranger sends from pods that another host
+//! leases: it may be that host by another address. What else strangers send is counted and listed as all that is dropped, and no trouble: that
+//! it is refused is as it should be.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +15,7 @@ use ipnet::Ipv4Net;
 
 use super::{OperatorError, decode::decode, drops::age};
 use crate::{
-    dataplane::{PinDirectory, pinned_accepted, pinned_counters, pinned_drops},
+    dataplane::{PeerWay, PinDirectory, pinned_accepted, pinned_counters, pinned_drops},
     lease::MacAddress,
 };
 
@@ -27,7 +28,7 @@ const MOST_LINES: usize = 4;
 type Refused = BTreeMap<(Ipv4Addr, Ipv4Addr), Duration>;
 
 /// In words, latest first.
-pub(super) fn troubles(pins: &PinDirectory, network: Ipv4Net) -> Result<Vec<String>, OperatorError> {
+pub(super) fn troubles(pins: &PinDirectory, network: Ipv4Net, peers: &[PeerWay]) -> Result<Vec<String>, OperatorError> {
     let accepted = pinned_accepted(pins)?;
     let counters = pinned_counters(pins)?;
     let mut troubles = Vec::new();
@@ -38,6 +39,17 @@ pub(super) fn troubles(pins: &PinDirectory, network: Ipv4Net) -> Result<Vec<Stri
             let recent = samples.iter().filter(|sample| sample.ago < RECENT).collect::<Vec<_>>();
             let senders = recent.iter().filter_map(|sample| Some((sender_on_link(&sample.frame)?, sample.ago)));
             troubles.extend(foreign_macs(senders, packets(event)));
+        }
+        if event == Event::UnknownVtep {
+            let recent = samples.iter().filter(|sample| sample.ago < RECENT);
+            let sources = recent.filter_map(|sample| {
+                let decoded = decode(event, &sample.frame, sample.link_header_len);
+                match (decoded.outer.source, decoded.inner?.source) {
+                    (Some(IpAddr::V4(sender)), Some(IpAddr::V4(source))) => Some((sender, source, sample.ago)),
+                    _ => None,
+                }
+            });
+            troubles.extend(strangers(sources, peers, packets(event)));
         }
         if !matches!(event, Event::SpoofedInnerSource | Event::ForeignInnerDestination) {
             continue;
@@ -62,6 +74,33 @@ pub(super) fn troubles(pins: &PinDirectory, network: Ipv4Net) -> Result<Vec<Stri
         troubles.extend(lines(event, packets(event), &refused, network));
     }
     Ok(troubles)
+}
+
+/// A line for each stranger that sends from a subnet which a host leases; latest first.
+fn strangers(
+    sources: impl Iterator<Item = (Ipv4Addr, Ipv4Addr, Duration)>,
+    peers: &[PeerWay],
+    packets: u64,
+) -> Vec<String> {
+    let mut latest: BTreeMap<(Ipv4Addr, Ipv4Net, Ipv4Addr), Duration> = BTreeMap::new();
+    for (sender, source, ago) in sources {
+        if let Some(peer) = peers.iter().find(|peer| peer.subnet.contains(&source)) {
+            let last = latest.entry((sender, peer.subnet, peer.address)).or_insert(ago);
+            *last = ago.min(*last);
+        }
+    }
+    let mut latest: Vec<_> = latest.into_iter().collect();
+    latest.sort_unstable_by_key(|(_, ago)| *ago);
+    let line = |((sender, subnet, address), ago): ((Ipv4Addr, Ipv4Net, Ipv4Addr), Duration)| {
+        format!(
+            "packets from {sender}, which no lease has as a VTEP address, come from pods of {subnet}, which the host with {address} leases; \
+             they are refused, last {} ago ({}, {packets} in all): if they are not forged, that host sends from another address than it \
+             publishes (see its --iface and --public-ip), or two hosts have one lease (duplicate --public-ip?)",
+            age(ago),
+            Event::UnknownVtep.label(),
+        )
+    };
+    latest.into_iter().take(MOST_LINES).map(line).collect()
 }
 
 /// MAC and IPv4 source of a frame.

@@ -65,9 +65,14 @@ fn strict(interface: &str, value: u64, elsewhere: usize) -> Check {
     match (value, elsewhere) {
         (STRICT, 1..) => Check::warning(
             "rp_filter",
-            format!(
-                "it is strict on {interface}, and {elsewhere} peers are reached by other interfaces: what they send to {interface} is dropped"
-            ),
+            match elsewhere {
+                1 => format!(
+                    "it is strict on {interface}, and 1 peer is reached by another interface: what it sends to {interface} is dropped"
+                ),
+                _ => format!(
+                    "it is strict on {interface}, and {elsewhere} peers are reached by other interfaces: what they send to {interface} is dropped"
+                ),
+            },
             format!("loosen it with `sysctl -w net/ipv4/conf/{interface}/rp_filter=2`"),
         ),
         (STRICT, 0) => Check::ok("rp_filter", format!("strict on {interface}, by which all peers are reached")),

@@ -15,6 +15,7 @@ use crate::{
     cli::{Cli, Output},
     dataplane::{PinDirectory, pinned_counters, pinned_drops, pinned_vnis},
     operator::{OperatorError, decode::decode, drops::age, rows},
+    plural::counted,
     status::{API_VERSION, Status},
     suggestion, udp,
 };
@@ -168,7 +169,7 @@ impl Explained {
             );
         }
         for Overlay { vni, packets, samples } in &self.overlays {
-            text += &format!("\nflannel.{vni}: {packets} packets\n");
+            text += &format!("\nflannel.{vni}: {}\n", counted(*packets, "packet"));
             for Sample { number, age_ms, summary, because } in samples {
                 let age = age(Duration::from_millis(*age_ms));
                 text += &format!("  no. {number}, {age} ago: {summary}\n    {because}\n");

@@ -166,7 +166,9 @@ impl Known {
                 whose(source),
                 whose(destination)
             ),
-            Event::EncapNoPeer | Event::EncapNoRoute | Event::EncapTooBig => self.why_not_sent(destination, dropped.len),
+            Event::EncapNoPeer | Event::EncapNoRoute | Event::EncapTooBig => {
+                self.why_not_sent(destination, dropped.len)
+            }
             Event::RoutedNoPeer | Event::RoutedNotOnLink => whose(destination),
             Event::DirectForeignMac => {
                 let from =

@@ -6,6 +6,8 @@
 mod answer;
 mod table;
 
+pub(super) use self::table::lease_words;
+
 use std::{io::IsTerminal as _, time::Duration};
 
 use serde_json::{Value, json};

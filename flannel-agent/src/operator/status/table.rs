@@ -4,7 +4,8 @@ use super::Overlay;
 use crate::{
     backend::{has_datapath, is_in_user_space},
     operator::rows,
-    status::{Status, TunnelStatus, time},
+    plural::counted,
+    status::{LeaseStatus, Status, TunnelStatus, time},
     udp::Event,
     waiting::Waiting,
 };
@@ -18,7 +19,8 @@ pub(super) fn brief(overlay: &Overlay) -> String {
         [first, others @ ..] => format!("{} things to look at, first: {first}", others.len() + 1),
     };
     let Status { lease, peers, external_interface, .. } = status;
-    format!("{}: {} by {external_interface}, {peers} peers: {state}\n", status.name(), lease.subnet)
+    let (name, peers) = (status.name(), counted(*peers, "peer"));
+    format!("{name}: {} by {external_interface}, {peers}: {state}\n", lease.subnet)
 }
 
 pub(super) fn of_waiting(Waiting { pid, since, reason }: &Waiting) -> String {
@@ -33,10 +35,7 @@ pub(super) fn of_overlay(overlay: &Overlay, has_pods: bool) -> String {
         status.name(),
         format!("{} by {} as {}, MTU {}", status.network, status.external_interface, status.public_ip, status.mtu),
     ]];
-    lines.push([
-        "lease".to_owned(),
-        format!("{} {}, {} renewals, {} losses", lease.subnet, lease.state.label(), lease.renewals, lease.losses),
-    ]);
+    lines.push(["lease".to_owned(), format!("{} {}", lease.subnet, lease_words(lease))]);
     if has_datapath(status.backend_type()) {
         lines.extend(datapath_rows(status));
     } else if is_in_user_space(status.backend_type()) {
@@ -48,11 +47,11 @@ pub(super) fn of_overlay(overlay: &Overlay, has_pods: bool) -> String {
     lines.push([
         store.kind.to_string(),
         format!(
-            "{following} for {}, cluster {}, revision {}, {} events",
+            "{following} for {}, cluster {}, revision {}, {}",
             time(store.since),
             store.cluster_id,
             store.revision,
-            store.events
+            counted(store.events, "event")
         ),
     ]);
     let resyncs: Vec<_> = store.resyncs.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
@@ -83,6 +82,15 @@ pub(super) fn of_overlay(overlay: &Overlay, has_pods: bool) -> String {
     }
     lines.push(["roll back".to_owned(), "stop the agent, run flannel-agent cleanup, start flanneld".to_owned()]);
     rows(lines)
+}
+
+/// How a lease stands.
+pub(in crate::operator) fn lease_words(lease: &LeaseStatus) -> String {
+    let losses = match lease.losses {
+        1 => "1 loss".to_owned(),
+        losses => format!("{losses} losses"),
+    };
+    format!("{}, {}, {losses}", lease.state.label(), counted(lease.renewals, "renewal"))
 }
 
 /// What the agent says of the kernel's part.
@@ -136,7 +144,7 @@ fn stack_rows(status: &Status) -> Vec<[String; 2]> {
         }
         (masquerade, false) => format!("masquerade {masquerade}"),
     };
-    lines.push(["rules".to_owned(), format!("{rules}, {} repairs", status.rules.repairs)]);
+    lines.push(["rules".to_owned(), format!("{rules}, {}", counted(status.rules.repairs, "repair"))]);
     lines.extend(status.rules.fallback.iter().map(|fallback| ["rules".to_owned(), fallback.clone()]));
     lines
 }

@@ -23,6 +23,7 @@ use crate::{
     },
     device::{Link, stack_route::StackRoute},
     operator::interface_name,
+    plural::counted,
 };
 
 /// Where a tunnel packet has its inner Ethernet header.
@@ -228,8 +229,8 @@ impl<'a> Way<'a> {
             };
             self.stack(does);
             let end = format!(
-                "it is too large by {} bytes: the stack drops it, and tells the sender that {mtu} fit",
-                u32::from(size) - mtu
+                "it is too large by {}: the stack drops it, and tells the sender that {mtu} fit",
+                counted(u32::from(size) - mtu, "byte")
             );
             return Ok((Fate::Refused, end));
         }
