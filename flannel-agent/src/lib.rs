@@ -26,6 +26,7 @@
 //! * [`histogram`] — how often something took how long
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
+//! * [`shared_reading`] — what is read for who asks over HTTP
 //! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
 //! * [`ownership`] — whether that file is still the agent's own
@@ -75,6 +76,7 @@ pub mod registry;
 pub mod repair;
 pub mod retry;
 pub mod routes;
+pub mod shared_reading;
 pub mod status;
 pub mod subnet_env;
 pub mod suggestion;

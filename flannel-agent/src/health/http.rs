@@ -41,10 +41,7 @@ pub async fn serve(address: SocketAddr, health: Health, metrics: Metrics) -> Res
 async fn healthz(State(health): State<Health>) -> (StatusCode, String) {
     match health.silent() {
         None => (StatusCode::OK, "flanneld is running".to_owned()),
-        Some(silent) => (
-            StatusCode::INTERNAL_SERVER_ERROR,
-            format!("the loop {:?} hangs: it was not heard for {} s", silent.name, silent.silence.as_secs()),
-        ),
+        Some(silent) => (StatusCode::INTERNAL_SERVER_ERROR, silent.to_string()),
     }
 }
 

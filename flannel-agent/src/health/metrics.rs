@@ -1,6 +1,6 @@
 //! `/metrics`. Reading maps and asking the kernel takes a thread that is none of the agent's loops'; one at a time, however many ask.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use axum::{
     extract::State,
@@ -10,38 +10,33 @@ use axum::{
     },
     response::{IntoResponse as _, Response},
 };
-use tokio::{
-    runtime,
-    sync::Mutex,
-    task::{JoinError, spawn_blocking},
-    time::Instant,
-};
+use tokio::task::JoinError;
 use tracing::debug;
 
 use super::Health;
-use crate::operator::metrics::{
-    Metrics,
-    catalogue::Metric,
-    exposition::{Exposition, Format},
+use crate::{
+    operator::metrics::{
+        Metrics,
+        catalogue::Metric,
+        exposition::{Exposition, Format},
+    },
+    shared_reading::{SharedReading, complete},
 };
 
-/// For so long what was read is told to others who ask: whoever floods this with requests costs no more than one who asks so often.
+/// For so long a scrape is told what the one before was.
 const FRESH: Duration = Duration::from_millis(500);
-
-/// What was read last, and when.
-type Latest = Option<(Instant, Exposition)>;
 
 /// Answers scrapes. Clones are the same.
 #[derive(Clone)]
 pub(super) struct Scrapes {
     metrics: Metrics,
     health: Health,
-    latest: Arc<Mutex<Latest>>,
+    latest: SharedReading<Exposition>,
 }
 
 impl Scrapes {
     pub(super) fn new(metrics: Metrics, health: Health) -> Self {
-        Self { metrics, health, latest: Arc::default() }
+        Self { metrics, health, latest: SharedReading::new(FRESH) }
     }
 
     /// Answers one. Several `Accept` headers are one (RFC 9110, section 5.3).
@@ -58,27 +53,15 @@ impl Scrapes {
     }
 
     async fn text(self, format: Format) -> Result<String, JoinError> {
-        let mut latest = Arc::clone(&self.latest).lock_owned().await;
-        // The lock goes with the work: a client that leaves does not let the next one begin beside it.
-        let work = move || {
-            if latest.as_ref().is_none_or(|(read, _)| read.elapsed() > FRESH) {
-                *latest = Some((Instant::now(), self.read()));
-            }
-            latest.as_ref().map(|(_, exposition)| exposition.encode(format)).unwrap_or_default()
-        };
-        spawn_blocking(work).await
+        let latest = self.latest.clone();
+        latest.tell(move || self.read(), move |exposition| exposition.encode(format)).await
     }
 
-    /// On a runtime of its own, since that of the agent's loops has one thread.
     fn read(&self) -> Exposition {
-        let runtime = runtime::Builder::new_current_thread().enable_all().build();
-        let mut exposition = match runtime {
-            Ok(runtime) => runtime.block_on(self.metrics.collect()),
-            Err(error) => {
-                debug!("read the metrics: {error}");
-                Exposition::default()
-            }
-        };
+        let mut exposition = complete(self.metrics.collect()).unwrap_or_else(|error| {
+            debug!("read the metrics: {error}");
+            Exposition::default()
+        });
         exposition.add(Metric::AgentHealthy, &[], self.health.silent().is_none());
         exposition.add(Metric::AgentReady, &[], self.health.is_ready());
         exposition

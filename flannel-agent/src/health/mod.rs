@@ -11,6 +11,7 @@ mod notify;
 
 use std::{
     collections::BTreeMap,
+    fmt,
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -58,6 +59,12 @@ pub struct Silent {
     pub name: &'static str,
     /// For how long it was not heard.
     pub silence: Duration,
+}
+
+impl fmt::Display for Silent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the loop {:?} hangs: it was not heard for {} s", self.name, self.silence.as_secs())
+    }
 }
 
 impl Health {
