@@ -20,7 +20,7 @@ use crate::{
     dataplane::{PeerWay, PinDirectory, Way},
     device::{Netlink, next_hop::NextHop},
     lease::MacAddress,
-    status::{API_VERSION, HeldPeer, Status, time},
+    status::{API_VERSION, HeldPeer, Status, now, time},
 };
 
 /// A peer that has sent nothing for so long is shown as silent. It may have nothing to send.
@@ -38,7 +38,7 @@ pub(super) enum State {
     Unresolved,
     /// The store no longer names it.
     Held,
-    /// Nothing has come from it for [`SILENT`].
+    /// Nothing has come from it for [`SILENT`], or what is sent to it is not answered.
     Silent,
     /// It is sent packets as they are, and sends.
     Direct,
@@ -137,6 +137,8 @@ impl fmt::Display for Count {
 struct Known<'a> {
     neighbours: &'a HashMap<NextHop, &'static str>,
     held: BTreeMap<Ipv4Net, &'a HeldPeer>,
+    /// Since when what is sent to them is not answered, in seconds since 1970.
+    unanswered: BTreeMap<Ipv4Net, u64>,
     /// By their numbers.
     interfaces: BTreeMap<u32, String>,
 }
@@ -180,13 +182,19 @@ pub(super) fn peers(
     neighbours: &HashMap<NextHop, &'static str>,
 ) -> Result<Vec<Peer>, OperatorError> {
     let ways = pinned_peers(pins, status).read()?;
+    Ok(judged(&ways, status, neighbours))
+}
+
+/// The same, of what was read of the maps.
+pub(super) fn judged(ways: &[PeerWay], status: &Status, neighbours: &HashMap<NextHop, &'static str>) -> Vec<Peer> {
     let held = status.held.iter().map(|held| (held.subnet, held)).collect();
     let numbers: BTreeSet<_> = ways.iter().map(|way| way.ifindex).collect();
     let interfaces = numbers.into_iter().filter_map(|number| Some((number, interface_name(number)?))).collect();
-    let known = Known { neighbours, held, interfaces };
+    let unanswered = status.evidence.silent.iter().map(|silent| (silent.subnet, silent.since)).collect();
+    let known = Known { neighbours, held, unanswered, interfaces };
     let mut peers: Vec<_> = ways.iter().map(|way| known.judge(way)).collect();
     peers.sort_by_key(|peer| (peer.state, peer.subnet));
-    Ok(peers)
+    peers
 }
 
 impl Known<'_> {
@@ -200,6 +208,11 @@ impl Known<'_> {
             None => "nothing has come from it yet".to_owned(),
             Some(ago) => format!("nothing has come from it for {}", age(ago)),
         };
+        // What the agent said of it is over once something has come from it.
+        let is_unanswered = self
+            .unanswered
+            .get(&subnet)
+            .is_some_and(|since| heard.is_none_or(|ago| now().saturating_sub(ago.as_secs()) <= *since));
         let (state, mut reason) = match (way, neighbour, self.held.get(&subnet)) {
             (Way::NoRoute, ..) => {
                 (State::NoRoute, format!("the underlay has no route to it; see `ip route get {address}`"))
@@ -215,6 +228,7 @@ impl Known<'_> {
                 let (label, since) = (held.reason.label(), time(held.since));
                 (State::Held, format!("the store has not named it for {since} ({label}); still sent to"))
             }
+            _ if is_unanswered => (State::Silent, format!("it does not answer: {}", silent())),
             _ if heard.is_none_or(|ago| ago >= SILENT) => (State::Silent, silent()),
             (Way::Direct, ..) => (State::Direct, String::new()),
             (Way::Encapsulated, ..) => (State::Ok, String::new()),
@@ -291,9 +305,24 @@ mod tests {
     fn judged(peer: &PeerWay, neighbour: &'static str, held: Option<&HeldPeer>) -> (State, String) {
         let neighbours = [(NextHop { ifindex: 7, address: [192, 0, 2, 1].into() }, neighbour)].into();
         let held = held.map(|held| (held.subnet, held)).into_iter().collect();
-        let known = Known { neighbours: &neighbours, held, interfaces: [(7, "eth0".to_owned())].into() };
+        let interfaces = [(7, "eth0".to_owned())].into();
+        let known = Known { neighbours: &neighbours, held, unanswered: BTreeMap::new(), interfaces };
         let Peer { state, reason, .. } = known.judge(peer);
         (state, reason)
+    }
+
+    #[test]
+    fn who_does_not_answer_is_silent_until_something_comes() {
+        let state = |heard: u64, since: u64| {
+            let unanswered = [("10.5.2.0/24".parse().unwrap(), now() - since)].into();
+            let interfaces = BTreeMap::new();
+            let known = Known { neighbours: &HashMap::new(), held: BTreeMap::new(), unanswered, interfaces };
+            let peer = known.judge(&PeerWay { heard: Some(Duration::from_secs(heard)), ..way(Way::Encapsulated) });
+            (peer.state, peer.reason)
+        };
+        let said = "it does not answer: nothing has come from it for 20 s".to_owned();
+        assert_eq!(state(20, 15), (State::Silent, said));
+        assert_eq!(state(5, 15), (State::Ok, String::new()));
     }
 
     #[test]
