@@ -63,6 +63,7 @@
 //! * [`health`] — probes, and what the service manager is told
 //! * [`metrics`] — what Prometheus is told, in its formats
 //! * [`alerts`] — the alert rules, on what is planted
+//! * [`page`] — the page to look at, in a [`browser`]
 //! * [`troubleshooting`] — each command of that page, where its fault was planted
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
@@ -92,6 +93,7 @@ mod api_server;
 mod attacks;
 mod audit;
 mod bad_input;
+mod browser;
 mod bundle;
 mod bypass;
 mod calls;
@@ -144,6 +146,7 @@ mod observers;
 mod originals;
 mod other_backends;
 mod overlays;
+mod page;
 mod path_mtu;
 mod peers;
 mod ping;

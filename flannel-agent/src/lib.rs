@@ -26,7 +26,7 @@
 //! * [`histogram`] — how often something took how long
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
-//! * [`shared_reading`] — what is read for who asks over HTTP
+//! * [`page`] — a page to look at, for operators; [`shared_reading`] — what is read for who asks over HTTP
 //! * [`atomic_file`] — files that others read
 //! * [`subnet_env`] — what container runtimes are told
 //! * [`ownership`] — whether that file is still the agent's own
@@ -68,6 +68,7 @@ pub mod log;
 pub mod netfilter;
 pub mod operator;
 pub mod ownership;
+pub mod page;
 mod plural;
 pub mod preflight;
 pub mod privileges;

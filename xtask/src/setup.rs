@@ -66,6 +66,8 @@ const DOCKER: [(&str, &str); 4] =
     [("dockerd", "docker.io"), ("docker", "docker.io"), ("docker-init", "docker.io"), ("containerd", "containerd")];
 /// What tests of the Kubernetes store look at the API server with, in guests too where it is there.
 pub(crate) const KUBECTL: (&str, &str) = ("kubectl", "kubernetes-client");
+/// What looks at the agent's page.
+const BROWSER: (&str, &str) = ("chromium", "chromium");
 /// What is in a container, and needs no libraries there. (The file tells it from the package `busybox`, which does.)
 const BUSYBOX: (&str, &str) = ("/usr/share/doc/busybox-static", "busybox-static");
 
@@ -157,7 +159,7 @@ pub fn prometheus(program: &str) -> PathBuf {
 /// Those of what only the tests call that are not there.
 fn missing_for_tests() -> Vec<Missing> {
     let mut packages = packages_of(&DOCKER);
-    packages.extend(packages_of(&[KUBECTL]));
+    packages.extend(packages_of(&[KUBECTL, BROWSER]));
     if !Path::new(BUSYBOX.0).exists() {
         packages.push(BUSYBOX.1);
     }

@@ -121,6 +121,9 @@ pub struct Cli {
     /// Port that /healthz, /readyz and /metrics are answered at; 0 for none
     #[arg(long, value_name = "PORT", default_value = "0", value_parser = go_values::number::<i64>(i64::MIN..=65535))]
     healthz_port: i64,
+    /// Where a page to look at is served, over HTTP and for operators: a port of 127.0.0.1, or an address with a port; nowhere without
+    #[arg(long, value_name = "PORT|ADDRESS:PORT", value_parser = page_address)]
+    pub http_ui: Option<SocketAddr>,
     /// Metrics of each peer too: some five lines for each
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     #[arg(action = ArgAction::Set, value_parser = go_values::boolean, global = true)]
@@ -521,6 +524,18 @@ fn listening_address(text: &str) -> Result<IpAddr, String> {
         "localhost" => Ok(Ipv4Addr::LOCALHOST.into()),
         text => text.parse().map_err(|_| "expected an IP address, as in 0.0.0.0".to_owned()),
     }
+}
+
+/// Where the page is served. A port alone is one of loopback, also where Go's ":8080" would be one of every address.
+fn page_address(text: &str) -> Result<SocketAddr, String> {
+    let expected = || "expected a port of 127.0.0.1, or an address with a port, as in 127.0.0.1:8471".to_owned();
+    let text = text.trim();
+    let address = match (text.parse(), text.strip_prefix("localhost:")) {
+        (Ok(port), _) => SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+        (_, Some(port)) => SocketAddr::from((Ipv4Addr::LOCALHOST, port.parse().map_err(|_| expected())?)),
+        (_, None) => text.parse().map_err(|_| expected())?,
+    };
+    if address.port() == 0 { Err(expected()) } else { Ok(address) }
 }
 
 #[cfg(test)]

@@ -44,6 +44,31 @@ fn health_probes_are_answered_at_a_port_and_anywhere() {
 }
 
 #[test]
+fn the_page_is_on_loopback_unless_another_address_is_written_out() {
+    let page = |value: &str| cli(&["-http-ui", value], &[]).http_ui.map(|address| address.to_string());
+    assert_eq!(cli(&[], &[]).http_ui, None);
+    for (value, address) in [
+        ("8471", "127.0.0.1:8471"),
+        ("localhost:8471", "127.0.0.1:8471"),
+        ("127.0.0.2:8471", "127.0.0.2:8471"),
+        ("[::1]:8471", "[::1]:8471"),
+        ("192.168.64.1:8471", "192.168.64.1:8471"),
+        ("0.0.0.0:8471", "0.0.0.0:8471"),
+    ] {
+        assert_eq!(page(value).as_deref(), Some(address), "{value}");
+    }
+    assert_eq!(page(""), None);
+    for value in ["0", "65536", ":8471", "127.0.0.1", "127.0.0.1:0", "node1:8471", "::1:8471", "localhost:", "x"] {
+        let expected = "expected a port of 127.0.0.1, or an address with a port, as in 127.0.0.1:8471";
+        assert_eq!(
+            refusal(&[&format!("--http-ui={value}")]),
+            format!("invalid value {value:?} for --http-ui: {expected}"),
+            "{value}"
+        );
+    }
+}
+
+#[test]
 fn one_dash_is_as_good_as_two() {
     let cli = cli(&["-iface=eth0", "-iface", "10.0.0.1", "--etcd-prefix", "/x", "-v=4", "-public-ip=1.2.3.4"], &[]);
     assert_eq!(cli.selection().interfaces, ["eth0", "10.0.0.1"]);

@@ -30,7 +30,8 @@ use crate::{
     docker_opts::DockerOptsError,
     health::{self, Health, ServeError},
     lock::{Lock, LockError, NamespaceLock},
-    operator::{OperatorError, metrics::Metrics},
+    operator::{OperatorError, metrics::Metrics, overview::Overviews},
+    page::{self, PageError},
     preflight::{self, PreflightError},
     privileges::{self, PrivilegesError},
     registry::RegistryError,
@@ -79,6 +80,9 @@ pub enum DaemonError {
     /// Health probes.
     #[error(transparent)]
     Health(#[from] ServeError),
+    /// The page.
+    #[error(transparent)]
+    Page(#[from] PageError),
     /// A flag that is out of range.
     #[error(transparent)]
     Margin(#[from] InvalidMargin),
@@ -133,6 +137,9 @@ pub async fn run(cli: &Cli) -> Result<(), DaemonError> {
     let health = Health::default();
     if let Some(address) = cli.healthz() {
         health::serve(address, health.clone(), Metrics::of_this_agent(cli)).await?;
+    }
+    if let Some(address) = cli.http_ui {
+        page::serve(address, Overviews::of_this_agent(cli, health.clone())).await?;
     }
 
     let mut prepared = tokio::select! {

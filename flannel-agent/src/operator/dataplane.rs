@@ -1,6 +1,6 @@
 //! The dataplane as the kernel has it, for `status`: what is attached, what passes the stack by, and what was dropped.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, path::Path, time::Duration};
 
 use flannel_common::vxlan::Vni;
 use serde_json::{Value, json};
@@ -8,16 +8,17 @@ use serde_json::{Value, json};
 use super::{
     MOST_NAMED,
     drops::{self, Reason},
-    hooks, host_settings, interface_name, pinned_peers, pod_settings, refused, unreached,
+    hooks, host_settings, interface_name,
+    peers::{self, Peer},
+    pinned_peers, pod_settings, refused, unreached,
 };
 use crate::{
-    cli::Cli,
     config::BackendType,
     dataplane::{
         Attachment, AttachmentState, Directions, Flows, Hook, PeerWay, PinDirectory, Way, XdpMode, attached_xdp,
         attachments, pinned_flows,
     },
-    device::{Netlink, vxlan::VxlanDevice},
+    device::{Netlink, next_hop::NextHop, vxlan::VxlanDevice},
     operator::OperatorError,
     status::Status,
 };
@@ -28,6 +29,8 @@ pub(super) struct Dataplane {
     xdp: Option<XdpMode>,
     flows: Flows,
     ways: Vec<PeerWay>,
+    /// What the kernel knows of next hops.
+    neighbours: HashMap<NextHop, &'static str>,
     /// Those that have dropped something.
     drops: Vec<Reason>,
     /// Which peers are not reached, or do not answer, in words.
@@ -39,8 +42,8 @@ pub(super) struct Dataplane {
 }
 
 impl Dataplane {
-    pub(super) async fn read(cli: &Cli, vni: Vni, status: &Status) -> Result<Self, OperatorError> {
-        let pins = PinDirectory::new(&cli.bpf_pin_dir, vni);
+    pub(super) async fn read(pin_dir: &Path, vni: Vni, status: &Status) -> Result<Self, OperatorError> {
+        let pins = PinDirectory::new(pin_dir, vni);
         let flows = pinned_flows(&pins, Duration::from_millis(status.bypass.revalidate_ms))?;
         let (netlink, _events, _connection) = Netlink::open()?;
         let within = netlink.devices_within(status.lease.subnet).await?;
@@ -70,7 +73,7 @@ impl Dataplane {
         let is_all_direct = !ways.is_empty() && ways.iter().all(|peer| peer.way == Way::Direct);
         let mtu = (!is_all_direct).then_some(status.mtu);
         stopped.extend(pod_settings::troubles(&pods, status.lease.subnet, mtu));
-        Ok(Self { attachments, xdp, flows, ways, drops, unreached, refused, stopped })
+        Ok(Self { attachments, xdp, flows, ways, neighbours, drops, unreached, refused, stopped })
     }
 
     /// What is not as it should be.
@@ -166,6 +169,16 @@ impl Dataplane {
             "peers": self.ways,
             "drops": self.drops,
         })
+    }
+
+    /// Those that have dropped something, each with its latest packet.
+    pub(super) fn drops(&self) -> &[Reason] {
+        &self.drops
+    }
+
+    /// The peers in the maps, those with trouble first.
+    pub(super) fn peers(&self, status: &Status) -> Vec<Peer> {
+        peers::judged(&self.ways, status, &self.neighbours)
     }
 
     fn peers_by(&self, way: Way) -> impl Iterator<Item = &PeerWay> {

@@ -29,9 +29,9 @@ use crate::{
 #[serde(rename_all = "camelCase")]
 pub(super) struct Reason {
     pub(super) reason: &'static str,
-    description: &'static str,
+    pub(super) description: &'static str,
     pub(super) packets: u64,
-    bytes: u64,
+    pub(super) bytes: u64,
     /// Latest first.
     pub(super) samples: Vec<Sample>,
 }

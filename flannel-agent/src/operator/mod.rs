@@ -14,6 +14,7 @@ mod host_settings;
 mod lease;
 mod manual;
 pub mod metrics;
+pub mod overview;
 mod peers;
 pub mod ping;
 mod pod_settings;

@@ -17,6 +17,7 @@ mod api_server;
 mod backend;
 pub mod capture;
 pub mod cni;
+mod forward;
 mod host;
 mod kernel_vxlan;
 mod lease_store;
@@ -38,6 +39,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 pub use self::{
     api_server::{ApiServer, User},
     backend::Backend,
+    forward::Forward,
     host::{Host, Pod, Subnet},
     kernel_vxlan::KernelVxlan,
     lease_store::{Kubernetes, Lease, LeaseStore, StoreKind},

@@ -8,8 +8,9 @@ mod table;
 
 pub(super) use self::table::lease_words;
 
-use std::{io::IsTerminal as _, time::Duration};
+use std::{io::IsTerminal as _, path::Path, time::Duration};
 
+use flannel_common::vxlan::Vni;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
@@ -67,16 +68,16 @@ pub enum Check {
 }
 
 /// What is known of an overlay.
-struct Overlay {
-    status: Status,
+pub(super) struct Overlay {
+    pub(super) status: Status,
     /// [`None`] where it can't be told.
     is_running: Option<bool>,
-    /// [`None`] where no agent runs, or that can't be told.
+    /// [`None`] where no agent runs, where that can't be told, or nobody asked.
     answer: Option<Answer>,
     /// [`None`] where it can't be read, or there is none.
-    dataplane: Option<Dataplane>,
+    pub(super) dataplane: Option<Dataplane>,
     /// In words.
-    troubles: Vec<String>,
+    pub(super) troubles: Vec<String>,
 }
 
 /// What is known of this host's overlays.
@@ -139,22 +140,9 @@ impl Host {
                 Some(true) => Some(Answer::ask(cli, vni, !waiting.is_empty()).await),
                 Some(false) | None => None,
             };
-            let mut overlay = Overlay { status, is_running, answer, dataplane: None, troubles: Vec::new() };
+            let mut overlay = Overlay::of(status, is_running, answer);
             if has_dataplane {
-                let status = &overlay.status;
-                let dataplane = match has_datapath(status.backend_type()) {
-                    true => Some(Dataplane::read(cli, vni, status).await),
-                    false => None,
-                };
-                let mut troubles = overlay.doubt(!waiting.is_empty()).into_iter().collect::<Vec<_>>();
-                troubles.extend(status.troubles());
-                match &dataplane {
-                    Some(Ok(dataplane)) => troubles.extend(dataplane.troubles(status)),
-                    Some(Err(error)) => troubles.push(format!("the dataplane can't be read: {error}")),
-                    None => {}
-                }
-                overlay.troubles = troubles;
-                overlay.dataplane = dataplane.and_then(Result::ok);
+                overlay.read(&cli.bpf_pin_dir, vni, !waiting.is_empty()).await;
             }
             overlays.push(overlay);
         }
@@ -219,6 +207,35 @@ impl Host {
 }
 
 impl Overlay {
+    /// Of which the kernel's part is not read yet.
+    const fn of(status: Status, is_running: Option<bool>, answer: Option<Answer>) -> Self {
+        Self { status, is_running, answer, dataplane: None, troubles: Vec::new() }
+    }
+
+    /// As the agent itself knows it, which wrote this status.
+    pub(super) async fn own(pin_dir: &Path, vni: Vni, status: Status) -> Self {
+        let mut own = Self::of(status, Some(true), None);
+        own.read(pin_dir, vni, false).await;
+        own
+    }
+
+    /// Reads the kernel's part, and judges both. `one_waits`: whether an agent waits for an overlay.
+    async fn read(&mut self, pin_dir: &Path, vni: Vni, one_waits: bool) {
+        let status = &self.status;
+        let dataplane = match has_datapath(status.backend_type()) {
+            true => Some(Dataplane::read(pin_dir, vni, status).await),
+            false => None,
+        };
+        let mut troubles: Vec<_> = self.doubt(one_waits).into_iter().chain(status.troubles()).collect();
+        match &dataplane {
+            Some(Ok(dataplane)) => troubles.extend(dataplane.troubles(status)),
+            Some(Err(error)) => troubles.push(format!("the dataplane can't be read: {error}")),
+            None => {}
+        }
+        self.troubles = troubles;
+        self.dataplane = dataplane.and_then(Result::ok);
+    }
+
     /// Why what the agent wrote last may be over.
     fn doubt(&self, one_waits: bool) -> Option<String> {
         let doubt = match (self.is_running, &self.answer) {
