@@ -1,6 +1,7 @@
 //! `cargo xtask run`: a lab of hosts with the agent on each, and a tour of it. `cargo xtask lab`: into it, and down.
 
 mod calls;
+mod page;
 mod tour;
 
 use std::{
@@ -32,6 +33,8 @@ use crate::{
 };
 
 const NAME: &str = "flannel-lab";
+/// The host whose page is shown.
+const FIRST: &str = "node1";
 /// How many each host gets.
 const PODS: usize = 2;
 
@@ -119,12 +122,15 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
     hosts.push(join(&lab, &hosts, &agent, &*store, options.backend)?);
     no_peer_state(&hosts, options.backend)?;
     tour::tables(&lab, &hosts, &*store, options.backend)?;
+    let page = page::tour(&hosts)?;
     if !options.once {
         println!(
-            "\nThe lab is up. In another terminal, for example:\n  \
+            "\nThe lab is up. The page of {} is at http://{}/. In another terminal, for example:\n  \
              cargo xtask lab exec node1 -- ip -d link show flannel.1\n  \
              cargo xtask lab exec node1-pod1 -- curl http://{}/\n  \
              cargo xtask lab exec underlay -- {}\nCtrl-C takes it down.",
+            hosts[0].name,
+            page.address(),
             hosts[1].pods[0].address,
             store.shown_by()
         );
@@ -132,6 +138,7 @@ fn run_in(options: &Options, directory: &Path, signals: &mut Signals) -> Result<
         println!();
     }
     step("take the lab down", || {
+        drop(page);
         drop(served);
         drop(hosts);
         drop(store);
@@ -187,8 +194,11 @@ fn add_host(lab: &Lab, store: &dyn LeaseStore, number: u8) -> Result<Host> {
 }
 
 fn start_agents(hosts: &mut [Host], agent: &Path, store: &dyn LeaseStore) -> Result<()> {
+    let flag = page::flag();
     for host in &mut *hosts {
-        host.start_agent(agent, store, &["--ip-masq"])?;
+        let arguments = ["--ip-masq", flag.as_str()];
+        let count = if host.name == FIRST { 2 } else { 1 };
+        host.start_agent(agent, store, &arguments[..count])?;
     }
     for host in hosts {
         host.wait_ready()?;
