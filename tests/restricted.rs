@@ -148,6 +148,12 @@ fn a_plan_is_carried_out_at_once_and_taken_back_without_a_loss() {
         wait_for("XDP", SOON, || world.counter(0, "xdp_decapsulated") > before + 200).unwrap();
         dataplane.restrict(&Plan { external_interface: true, ..Plan::default() }).unwrap();
         assert_none_passes(world, &["delivered", "xdp_decapsulated", "handed_in"], "what comes in by XDP");
+        // For who captures there, it still bypasses the stack.
+        dataplane.restrict(&Plan { xdp_passes: true, ..Plan::default() }).unwrap();
+        wait_bypass(world);
+        let before = world.counter(0, "xdp_decapsulated");
+        wait_bypass(world);
+        assert_eq!(world.counter(0, "xdp_decapsulated"), before);
         for stream in streams {
             let (sent, received) = stream.end();
             assert_eq!(received.len(), sent as usize, "datagrams");

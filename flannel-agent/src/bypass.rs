@@ -107,6 +107,8 @@ pub enum Scope {
     OverlayCapture,
     /// All that come in by the external interface, which are left in their tunnel for who looks there, or from other hosts at all.
     ExternalInterface,
+    /// None, but XDP leaves them in their tunnel for who captures on the external interface.
+    Xdp,
     /// Those that come in by another link of the underlay, by its number.
     UnderlayLink(u32),
     /// Those of the pod behind this link, by its number.
@@ -128,6 +130,7 @@ impl fmt::Display for Scope {
                 f.write_str("all packets take the stack, and are shown at the overlay's device on their way out")
             }
             Self::ExternalInterface => f.write_str("what comes in from other hosts takes the stack"),
+            Self::Xdp => f.write_str("XDP takes nothing out of the tunnel meanwhile"),
             Self::UnderlayLink(_) => f.write_str("what comes in there from other hosts takes the stack"),
             Self::Pod(_) => f.write_str("the pod's packets take the stack"),
             Self::Addresses(prefix) => write!(f, "packets from and to {prefix} take the stack"),
@@ -181,6 +184,8 @@ pub struct Plan {
     pub overlay_capture: bool,
     /// What comes in by the external interface.
     pub external_interface: bool,
+    /// XDP takes nothing out of the tunnel.
+    pub xdp_passes: bool,
     /// What comes in by these links of the underlay.
     pub underlay_links: BTreeSet<u32>,
     /// What is from or for the pods behind these links.
@@ -210,6 +215,7 @@ impl Plan {
             Scope::OverlayQueue => (self.everything, self.overlay_queue) = (true, true),
             Scope::OverlayCapture => (self.everything, self.overlay_capture) = (true, true),
             Scope::ExternalInterface => self.external_interface = true,
+            Scope::Xdp => self.xdp_passes = true,
             Scope::UnderlayLink(link) => {
                 self.underlay_links.insert(*link);
             }

@@ -58,7 +58,7 @@ impl Dataplane {
     pub(super) fn wanted(&self, place: Place, ifindex: u32) -> Variant {
         let Plan { everything, overlay_queue, overlay_capture, external_interface, underlay_links, pods, .. } =
             &self.plan;
-        let Plan { left_in_tunnel, .. } = self.plan;
+        let Plan { left_in_tunnel, xdp_passes, .. } = self.plan;
         let is_restricted = match place {
             Place::Tc(Hook::FromPod | Hook::ToPod) => *everything || pods.contains(&ifindex),
             Place::Tc(Hook::FromUnderlay) => *everything || *external_interface || underlay_links.contains(&ifindex),
@@ -71,7 +71,7 @@ impl Dataplane {
             // Where nothing bypasses the stack, nothing is taken out of the tunnel either.
             Place::Tc(Hook::FromUnderlay) => flag(left_in_tunnel && !is_restricted, Config::LEFT_IN_TUNNEL),
             Place::Tc(_) => 0,
-            Place::Xdp(_) => flag(*external_interface || left_in_tunnel, Config::LEFT_IN_TUNNEL),
+            Place::Xdp(_) => flag(*external_interface || xdp_passes || left_in_tunnel, Config::LEFT_IN_TUNNEL),
         };
         let link_header_len = match place {
             Place::Tc(Hook::FromUnderlay) => self.underlay.get(&ifindex).copied(),

@@ -108,7 +108,8 @@ impl Places {
             && (role.is_some() || socket.index == 0)
             && accepts(&Packet::of_tunnel(socket.is_raw, port))
         {
-            scopes.push(Scope::ExternalInterface);
+            // Without XDP it sees tunnel packets, those too that go on past the stack.
+            scopes.push(Scope::Xdp);
         }
         if !accepts(&Packet::of_pod(socket.is_raw)) {
             return scopes;
@@ -195,13 +196,13 @@ mod tests {
         };
         let decapsulated = Tap::Decapsulated(8472);
         assert_eq!(scopes(2, Tap::Tunnelled), []);
-        assert_eq!(scopes(2, decapsulated), [Scope::ExternalInterface]);
+        assert_eq!(scopes(2, decapsulated), [Scope::Xdp]);
         assert_eq!(scopes(3, decapsulated), [Scope::OverlayCapture]);
         assert_eq!(scopes(4, Tap::Tunnelled), [Scope::Pod(5)]);
         assert_eq!(scopes(5, Tap::Tunnelled), [Scope::Pod(5)]);
         assert_eq!(scopes(9, decapsulated), []);
         assert_eq!(scopes(0, Tap::Tunnelled), [Scope::OverlayCapture]);
-        assert_eq!(scopes(0, decapsulated), [Scope::OverlayCapture, Scope::ExternalInterface]);
+        assert_eq!(scopes(0, decapsulated), [Scope::OverlayCapture, Scope::Xdp]);
     }
 
     #[test]
