@@ -67,6 +67,7 @@
 //! * [`troubleshooting`] — each command of that page, where its fault was planted
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
+//! * [`capture`] — what the overlay carries, in a file
 //! * [`audit`] — how many objects the kernel has, whatever the number of peers
 //! * [`bundle`] — what support is given, and what not
 //! * [`commands`] — what the agent goes by: config, version, lease, manuals
@@ -97,6 +98,7 @@ mod browser;
 mod bundle;
 mod bypass;
 mod calls;
+mod capture;
 mod certificates;
 mod chaos;
 mod cni;

@@ -55,6 +55,7 @@ async fn serve(cli: &Cli) -> Result<ExitCode, DaemonError> {
         }
         Some(Command::Explain(options)) => operator::print_explanation(cli, options)?,
         Some(Command::Trace(options)) => operator::print_trace(cli, options).await?,
+        Some(Command::Capture(options)) => operator::print_capture(cli, options).await?,
         Some(Command::Doctor(options)) => return Ok(exit_code(operator::print_doctor(cli, options).await?)),
         Some(Command::Audit { output }) => return Ok(exit_code(operator::print_audit(cli, *output).await?)),
         Some(Command::Metrics { textfile }) => operator::print_metrics(cli, textfile.as_deref()).await?,

@@ -66,16 +66,16 @@ impl Served {
 }
 
 /// Datagrams back and forth between two pods.
-struct Exchange {
+pub struct Exchange {
     sockets: [UdpSocket; 2],
     addresses: [SocketAddrV4; 2],
 }
 
 impl Exchange {
     /// Of both ends.
-    const PORT: u16 = 7777;
+    pub const PORT: u16 = 7777;
 
-    fn new(one: &Pod, two: &Pod) -> Self {
+    pub fn new(one: &Pod, two: &Pod) -> Self {
         let addresses = [one, two].map(|pod| SocketAddrV4::new(pod.address, Self::PORT));
         let sockets = [(one, addresses[0]), (two, addresses[1])].map(|(pod, address)| socket_in(&pod.netns, address));
         sockets.iter().for_each(|socket| socket.set_read_timeout(Some(SOON)).unwrap());
@@ -83,7 +83,7 @@ impl Exchange {
     }
 
     /// So many each way, one after the other; all must arrive.
-    fn times(&self, count: u32) {
+    pub fn times(&self, count: u32) {
         for number in 0..count {
             for (from, to) in [(0, 1), (1, 0)] {
                 self.sockets[from].send_to(&number.to_be_bytes(), self.addresses[to]).unwrap();
@@ -96,7 +96,7 @@ impl Exchange {
     }
 
     /// Has the flow bypass the stack of a host, both ways.
-    fn wait_bypassed(&self, world: &World, host: usize) {
+    pub fn wait_bypassed(&self, world: &World, host: usize) {
         let counts = || ["pod_encapsulated", "delivered"].map(|label| world.counter(host, label));
         let waited = wait_for("the bypass", SOON, || {
             let before = counts();

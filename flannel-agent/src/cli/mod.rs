@@ -230,6 +230,9 @@ pub enum Command {
     /// Print what becomes of a packet on this host: what each program does with it and what the tables answer, and where the stack
     /// sends it. Nothing is sent, counted or noted; also when the agent is not running
     Trace(operator::trace::Options),
+    /// Write the packets between this host and its peers to a file (pcapng), as they are on the wire and as they are in the tunnel, those
+    /// that bypass the host's stack too, until one of the bounds is met; also when the agent is not running
+    Capture(operator::capture::Options),
     /// Look at this host for what stands in the overlay's way: kernel, rights, UDP port, MTU, packet rules, other networks, settings,
     /// store; exit code 3 where something does. Takes the daemon's flags, too
     Doctor(doctor::Options),

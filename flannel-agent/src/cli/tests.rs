@@ -293,7 +293,7 @@ fn what_is_refused_is_quoted_as_it_was_written() {
         ),
         (
             &["--ip-masq", "-iface=x", "eth0"],
-            "unexpected argument \"eth0\": flags begin with a dash, and the commands are cleanup, counters, drops, status, peers, ping, explain, trace, doctor, audit, metrics, config, version, bundle, completions, man, lease, docker-opts",
+            "unexpected argument \"eth0\": flags begin with a dash, and the commands are cleanup, counters, drops, status, peers, ping, explain, trace, capture, doctor, audit, metrics, config, version, bundle, completions, man, lease, docker-opts",
         ),
         (&["stauts"], "unexpected argument \"stauts\": did you mean status?"),
         (&["--ip-masq=maybe"], "invalid value \"maybe\" for --ip-masq: expected true or false"),

@@ -3,6 +3,7 @@
 mod asked;
 mod audit;
 pub mod bundle;
+pub mod capture;
 mod config;
 mod dataplane;
 mod decode;
@@ -37,6 +38,7 @@ use tabled::{
 pub use self::{
     audit::print as print_audit,
     bundle::make as make_bundle,
+    capture::print as print_capture,
     config::{print as print_config, validate},
     doctor::print as print_doctor,
     drops::{follow as follow_drops, print as print_drops},
@@ -124,6 +126,9 @@ pub enum OperatorError {
     /// A packet was to be traced.
     #[error(transparent)]
     Trace(#[from] Box<trace::TraceError>),
+    /// Packets were to be captured.
+    #[error(transparent)]
+    Capture(#[from] capture::CaptureError),
     /// Something is no event.
     #[error("{reason:?} is no reason{hint}; `flannel-agent counters` lists them")]
     UnknownReason {
