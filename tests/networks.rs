@@ -187,6 +187,31 @@ impl Networks {
         assert!(waited.is_ok(), "{:#}", Value::from(overlays()));
     }
 
+    /// `flannel-agent capture` has both networks in one file, each in its own tunnel.
+    fn assert_captured_apart(&self) {
+        let file = self.world.lab.directory().join("both.pcapng");
+        let mut command = self.world.agent_on(0);
+        // Requests and answers in each.
+        command.args(["capture", "--icmp", "--packets", "20", "-w"]).arg(&file);
+        let mut capture = Process::start(&mut command, &file.with_extension("log")).unwrap();
+        wait_for("the capture", SOON, || capture.log().contains("flannel.1 on eth0, flannel.2 on eth0")).unwrap();
+        let [here, there] = [0, 1].map(|host| &self.pods[host]);
+        for (from, to) in [(&here.first, &there.first), (&here.second, &there.second)] {
+            from.netns.exec(&format!("ping -c 5 -i 0.05 -W 10 {}", to.address)).unwrap();
+        }
+        assert!(capture.wait(SOON).unwrap().success(), "{}", capture.log());
+        let mut tshark = std::process::Command::new("tshark");
+        tshark.args(["-T", "fields", "-e", "frame.interface_name", "-e", "ip.src", "-r"]);
+        let listed = output(tshark.arg(&file)).unwrap();
+        for (interface, network, count) in
+            [("flannel.1", "10.5.", 10), ("flannel.2", "10.6.", 10), ("eth0", "192.", 20)]
+        {
+            let of_network = |line: &&str| line.starts_with(&format!("{interface}\t{network}"));
+            assert_eq!(listed.lines().filter(of_network).count(), count, "{interface}: {listed}\n{}", capture.log());
+        }
+        assert_eq!(listed.lines().count(), 40, "{listed}");
+    }
+
     /// Takes away the second network of a host, and brings it back. The first one's pods do not notice.
     fn remove_and_return(&mut self, host: usize) {
         let traffic = {
@@ -231,6 +256,7 @@ fn two_tunnels_side_by_side_in_one_run_directory() {
     }
     assert!(["1", "2"].iter().all(|vni| packets.iter().any(|packet| packet.vni == **vni)));
     (0..2).for_each(|host| networks.wait_well(host, &[1, 2], false));
+    networks.assert_captured_apart();
     networks.remove_and_return(0);
     networks.assert_all_talk();
     networks.wait_well(0, &[1, 2], false);
