@@ -1,6 +1,6 @@
 //! The log, on stderr: as text, as the journal takes it, or as JSON.
 //!
-//! Who retries says so each time. Warnings and errors are not said again and again: after [`FREELY`] times the same line is counted, and told
+//! Who retries says so each time. Warnings and errors are not said again and again: after three times the same line is counted, and told
 //! with that number every ten minutes.
 
 use std::{

@@ -4,7 +4,7 @@
 //! * `programs` — running this program's commands and the host's
 //! * `anonymous` — addresses and names that stand for others
 //!
-//! Whatever is put in goes through [`secrets`](super::secrets) first.
+//! Whatever is put in goes through the module `secrets` first.
 
 mod anonymous;
 mod contents;
@@ -29,7 +29,7 @@ use crate::{cli::Cli, status::now};
 /// How it is asked for.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// The archive (.tar.gz), which must not be there yet; without: flannel-bundle-<time>.tar.gz in this folder
+    /// The archive (.tar.gz), which must not be there yet; without: flannel-bundle-TIME.tar.gz in this folder
     file: Option<PathBuf>,
     /// Put others in the place of addresses, MACs and names of hosts, each the same everywhere; subnets stay subnets
     #[arg(long)]
