@@ -13,6 +13,7 @@ use std::{
 };
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::json;
 use xtask::{
     lab::{PREFIX, Pod},
     process::output,
@@ -275,7 +276,18 @@ fn the_device() {
     let damage = format!("ip address delete {address} dev flannel.1");
     // With its last address a device loses its neighbours.
     talk.heals(&damage, "device_address", &["route", "neighbour"], |world| world.in_host(&damage));
-    talk.world.assert_shown(0, "repaired ... route", &[]);
+}
+
+#[test]
+fn who_undoes_it_again_and_again_is_told_of() {
+    let world = World::with_agents(1);
+    let repaired = || world.status(0)["status"]["drift"]["repaired"]["route"]["count"].as_u64().unwrap_or_default();
+    for time in 1..=5 {
+        assert_eq!(world.status(0)["troubles"], json!([]), "{time}");
+        world.hosts[0].netns.ip("route flush dev flannel.1 scope global").unwrap();
+        wait_for("the repair", SOON, || repaired() == time).unwrap();
+    }
+    world.assert_shown(0, "another program undoes", &[]);
 }
 
 #[test]

@@ -62,7 +62,7 @@ fn a_peer_that_is_cut_off_is_named_by_those_that_send_to_it() {
     let subnet = world.lease_of(1).0.replace('-', "/");
     let cut = || world.lab.underlay.ip("link set node2 nomaster").map(drop).unwrap();
     world.assert_named(cut, &[(0, &[subnet.as_str(), "by 192.168.64.2 does not answer", "last heard"])]);
-    world.assert_shown(0, "does not answer ARP on eth0", &[("10.5.2.0/24", &subnet)]);
+    world.assert_shown(0, "packets sent to it in ... its next hop 192.168.64.2", &[("10.5.2.0/24", &subnet)]);
     world.lab.underlay.ip("link set node2 master br0").unwrap();
     world.wait_well();
 }

@@ -64,6 +64,7 @@
 //! * [`metrics`] — what Prometheus is told, in its formats
 //! * [`alerts`] — the alert rules, on what is planted
 //! * [`page`] — the page to look at, in a [`browser`]
+//! * [`schema`] — what is in the JSON that commands print
 //! * [`troubleshooting`] — each command of that page, where its fault was planted
 //! * [`status`] — what the operator is shown of the dataplane
 //! * [`trace`] — what becomes of a packet, said beforehand
@@ -162,6 +163,7 @@ mod routes;
 mod routing_rules;
 mod rule_sets;
 mod scenarios;
+mod schema;
 mod senders;
 mod services;
 mod short_frames;

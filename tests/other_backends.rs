@@ -89,7 +89,7 @@ fn a_backend_that_changes_under_a_running_agent_is_said_and_nothing_half_made() 
         (r#"{"Type": "vxlan", "DirectRouting": true}"#, "DirectRouting"),
         (
             r#"{"Type": "wireguard"}"#,
-            "unknown backend type: wireguard (Backend.Type; this agent has vxlan, host-gw, udp, alloc",
+            "unknown backend type: wireguard (Backend.Type; wireguard is flannel's, and this agent does not have it; this agent has vxlan",
         ),
     ] {
         world.store.put(&format!("{PREFIX}/config"), &config(backend)).unwrap();

@@ -32,6 +32,9 @@ pub const API_VERSION: &str = "flannel-agent/v1";
 /// For so many seconds an agent may not have asked the store yet.
 const START_TIME: u64 = 5;
 
+/// Repairs of one kind belong together that are no more than so many seconds apart; and so many of them are no accident.
+const UNDONE_TIME: u64 = 60;
+const UNDONE_OFTEN: u64 = 5;
 /// For so many seconds a claim is told of after it came; who waits claims more often.
 const CLAIM_TIME: u64 = 60;
 
@@ -136,12 +139,46 @@ pub struct DriftStatus {
 }
 
 /// Repairs of one kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Repaired {
     /// How many.
     pub count: u64,
     /// When the last one was.
     pub last: u64,
+    /// What that was, in words.
+    #[serde(default)]
+    pub what: String,
+    /// How many of them there were in a row, each within [`UNDONE_TIME`] of the one before.
+    #[serde(default)]
+    pub row: u64,
+    /// When the first of these was.
+    #[serde(default)]
+    pub since: u64,
+}
+
+impl Repaired {
+    /// One more.
+    pub fn again(&mut self, now: u64, what: &str) {
+        if self.row == 0 || now.saturating_sub(self.last) > UNDONE_TIME {
+            (self.row, self.since) = (0, now);
+        }
+        what.clone_into(&mut self.what);
+        (self.count, self.row, self.last) = (self.count + 1, self.row + 1, now);
+    }
+
+    /// What is to be looked at where it is undone again and again.
+    fn trouble(&self, label: &str) -> Option<String> {
+        let Self { last, what, row, since, .. } = self;
+        let goes_on = *row >= UNDONE_OFTEN && now().saturating_sub(*last) <= UNDONE_TIME;
+        goes_on.then(|| {
+            format!(
+                "another program undoes what the agent sets up: {label} was repaired {row} times in {}, the last time {} ago ({what}); \
+                 `flannel-agent doctor` names daemons that are known to, else `ip monitor` and `bpftool net` show who",
+                time(*since),
+                time(*last)
+            )
+        })
+    }
 }
 
 /// Flows past the host's stack.
@@ -568,6 +605,7 @@ impl Status {
         troubles.extend(self.bypass.troubles());
         troubles.extend(self.bypass.ends.problem.clone());
         troubles.extend(self.drift.waiting.values().cloned());
+        troubles.extend(self.drift.repaired.iter().filter_map(|(label, repaired)| repaired.trouble(label)));
         troubles.extend(self.routes.problem.clone());
         troubles.extend(self.evidence.lost.iter().map(|loss| self.lost(loss)));
         if let Some(problem) = &self.rules.problem {

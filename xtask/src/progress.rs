@@ -30,15 +30,23 @@ pub fn patience() -> u32 {
     std::env::var("LAB_PATIENCE").ok().and_then(|factor| factor.parse().ok()).filter(|factor| *factor > 0).unwrap_or(1)
 }
 
-/// Waits until `condition` holds.
+/// How long [`wait_for`] rests between two looks.
+const SHORTEST_REST: Duration = Duration::from_millis(2);
+const LONGEST_REST: Duration = Duration::from_millis(200);
+
+/// Waits until `condition` holds. Between two looks it rests twice as long as a look takes, so that one that starts programs leaves the
+/// CPUs to those who are waited for.
 ///
 /// # Errors
 /// After `limit` (times [`patience`]), naming what was waited for.
 pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> Result<Duration> {
     let (start, limit) = (Instant::now(), limit * patience());
-    while !condition() {
+    loop {
+        let look = Instant::now();
+        if condition() {
+            return Ok(start.elapsed());
+        }
         anyhow::ensure!(start.elapsed() < limit, "waited {limit:?} in vain for {what}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep((2 * look.elapsed()).clamp(SHORTEST_REST, LONGEST_REST));
     }
-    Ok(start.elapsed())
 }

@@ -59,6 +59,34 @@ pub(super) fn full(count: u64, max: u64) -> Option<(String, String)> {
     })
 }
 
+/// The value of a setting.
+pub(super) fn setting(name: &str) -> Option<u64> {
+    number(&Path::new("/proc/sys").join(name))
+}
+
+/// The interface's `rp_filter`, as the kernel takes it: the larger of its own and that of all.
+pub(super) fn reverse_path_filter(interface: &str) -> u64 {
+    let of = |interface: &str| setting(&format!("net/ipv4/conf/{interface}/rp_filter"));
+    of("all").max(of(interface)).unwrap_or_default()
+}
+
+/// `rp_filter` that takes only what comes in by the interface that the way back leads out of (RFC 3704 section 2.2).
+const STRICT: u64 = 1;
+
+/// Whether peers that are reached by other interfaces may send to this one in vain, and what to do.
+pub(super) fn strict(interface: &str, value: u64, elsewhere: usize) -> Option<(String, String)> {
+    (value == STRICT && elsewhere > 0).then(|| {
+        let peers = match elsewhere {
+            1 => "1 peer is reached by another interface: what it sends".to_owned(),
+            _ => format!("{elsewhere} peers are reached by other interfaces: what they send"),
+        };
+        (
+            format!("net.ipv4.conf.{interface}.rp_filter is 1: it is strict on {interface}, and {peers} to {interface} is dropped"),
+            format!("loosen it with `sysctl -w net/ipv4/conf/{interface}/rp_filter=2`"),
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,5 +107,13 @@ mod tests {
         let names: Vec<_> = (0..10).map(|number| format!("pod{number}")).collect();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
         assert!(not_forwarding(&names).unwrap().0.contains("pod7 and 2 more are"));
+    }
+
+    #[test]
+    fn a_strict_reverse_path_matters_where_ways_differ() {
+        let found = |value, elsewhere| strict("eth0", value, elsewhere).map(|(found, _)| found);
+        assert_eq!([found(0, 3), found(1, 0), found(2, 3)], [None, None, None]);
+        assert!(found(1, 1).unwrap().contains("1 peer is reached by another interface"));
+        assert!(found(1, 3).unwrap().contains("3 peers are reached by other interfaces"));
     }
 }

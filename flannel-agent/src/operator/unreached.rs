@@ -52,7 +52,8 @@ fn silent(peer: &SilentPeer, way: Option<&PeerWay>, neighbours: &HashMap<NextHop
     });
     // Writing to a string does not fail.
     let _ = match next_hop {
-        Some((next_hop, interface, Some("failed" | "incomplete"))) => {
+        // A host that is up answers within a millisecond: one that is being asked when it is looked at does not.
+        Some((next_hop, interface, Some("failed" | "incomplete" | "probe"))) => {
             write!(
                 text,
                 "; its next hop {next_hop} does not answer ARP on {interface}: is that host up, and on that link?"

@@ -100,8 +100,7 @@ impl DatapathStatus {
     /// Somebody else changed something, and it is as it should be again.
     pub(super) fn repaired(&mut self, repair: Repair, what: &str) {
         warn!("repaired ({}): {what}", repair.label());
-        let repaired = self.drift.repaired.entry(repair.label().to_owned()).or_default();
-        (repaired.count, repaired.last) = (repaired.count + 1, now());
+        self.drift.repaired.entry(repair.label().to_owned()).or_default().again(now(), what);
         self.is_due = true;
     }
 

@@ -1,7 +1,5 @@
 //! Settings of the host's stack (sysctls).
 
-use std::{fs, path::Path};
-
 use super::{
     Check,
     facts::{Host, Overlay},
@@ -9,24 +7,17 @@ use super::{
 };
 use crate::{backend::has_datapath, operator::host_settings};
 
-/// A reverse path that is the same as the way back (net/ipv4/fib_frontend.c).
-const STRICT: u64 = 1;
-
 pub(super) async fn checks(host: &Host<'_>) -> Vec<Check> {
     let mut checks = vec![forwarding(host).await];
     checks.extend(host.overlays.iter().filter_map(|overlay| reverse_path(host, overlay)));
     checks.push(conntrack());
-    checks.push(bridges(sysctl("net/bridge/bridge-nf-call-iptables"), host.store.is_kubernetes()));
+    checks.push(bridges(host_settings::setting("net/bridge/bridge-nf-call-iptables"), host.store.is_kubernetes()));
     checks
 }
 
 /// [`None`] for one that is not there.
-fn sysctl(path: &str) -> Option<u64> {
-    fs::read_to_string(Path::new("/proc/sys").join(path)).ok()?.trim().parse().ok()
-}
-
 async fn forwarding(host: &Host<'_>) -> Check {
-    let is_on = sysctl("net/ipv4/ip_forward") == Some(1);
+    let is_on = host_settings::setting("net/ipv4/ip_forward") == Some(1);
     // An agent that has not been here yet sets it.
     if host.overlays.iter().all(|overlay| overlay.status.is_none()) {
         let found = if is_on { "net.ipv4.ip_forward is 1" } else { "net.ipv4.ip_forward is 0; the agent sets it to 1" };
@@ -54,34 +45,16 @@ fn reverse_path(host: &Host<'_>, overlay: &Overlay) -> Option<Check> {
     }
     let external = overlay.external.as_ref()?;
     let name = &external.name;
-    let of = |interface: &str| sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"));
-    // The kernel goes by the larger of the two.
-    let value = of("all").max(of(name)).unwrap_or_default();
+    let value = host_settings::reverse_path_filter(name);
     let elsewhere = ways(host, overlay).into_iter().filter(|way| way.ifindex != 0 && way.ifindex != external.index);
-    Some(strict(name, value, elsewhere.count()))
-}
-
-fn strict(interface: &str, value: u64, elsewhere: usize) -> Check {
-    match (value, elsewhere) {
-        (STRICT, 1..) => Check::warning(
-            "rp_filter",
-            match elsewhere {
-                1 => format!(
-                    "it is strict on {interface}, and 1 peer is reached by another interface: what it sends to {interface} is dropped"
-                ),
-                _ => format!(
-                    "it is strict on {interface}, and {elsewhere} peers are reached by other interfaces: what they send to {interface} is dropped"
-                ),
-            },
-            format!("loosen it with `sysctl -w net/ipv4/conf/{interface}/rp_filter=2`"),
-        ),
-        (STRICT, 0) => Check::ok("rp_filter", format!("strict on {interface}, by which all peers are reached")),
-        _ => Check::ok("rp_filter", format!("{value} on {interface}")),
-    }
+    Some(match host_settings::strict(name, value, elsewhere.count()) {
+        Some((found, advice)) => Check::warning("rp_filter", found, advice),
+        None => Check::ok("rp_filter", format!("{value} on {name}")),
+    })
 }
 
 fn conntrack() -> Check {
-    match ["count", "max"].map(|name| sysctl(&format!("net/netfilter/nf_conntrack_{name}"))) {
+    match ["count", "max"].map(|name| host_settings::setting(&format!("net/netfilter/nf_conntrack_{name}"))) {
         [Some(count), Some(max)] => match host_settings::full(count, max) {
             Some((found, advice)) => Check::problem("conntrack", found, advice),
             None => Check::ok("conntrack", format!("{count} of at most {max} connections")),
@@ -113,16 +86,6 @@ fn bridges(value: Option<u64>, is_kubernetes: bool) -> Check {
 #[cfg(test)]
 mod tests {
     use super::{super::Verdict, *};
-
-    #[test]
-    fn a_strict_reverse_path_matters_where_ways_differ() {
-        for (value, elsewhere, verdict) in
-            [(0, 3, Verdict::Ok), (1, 0, Verdict::Ok), (1, 3, Verdict::Warning), (2, 3, Verdict::Ok)]
-        {
-            let check = strict("eth0", value, elsewhere);
-            assert_eq!(check.verdict, verdict, "{check:?}");
-        }
-    }
 
     #[test]
     fn bridges_matter_to_kubernetes() {
