@@ -148,7 +148,7 @@ pub struct Repaired {
     /// What that was, in words.
     #[serde(default)]
     pub what: String,
-    /// How many of them there were in a row, each within [`UNDONE_TIME`] of the one before.
+    /// How many of them there were in a row, each within a minute of the one before.
     #[serde(default)]
     pub row: u64,
     /// When the first of these was.
