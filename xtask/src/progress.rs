@@ -32,9 +32,9 @@ pub fn patience() -> u32 {
 
 /// How long [`wait_for`] rests between two looks.
 const SHORTEST_REST: Duration = Duration::from_millis(2);
-const LONGEST_REST: Duration = Duration::from_millis(200);
+const LONGEST_REST: Duration = Duration::from_millis(100);
 
-/// Waits until `condition` holds. Between two looks it rests twice as long as a look takes, so that one that starts programs leaves the
+/// Waits until `condition` holds. Between two looks it rests as long as a look takes, so that one that starts programs leaves the
 /// CPUs to those who are waited for.
 ///
 /// # Errors
@@ -47,6 +47,6 @@ pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> bool
             return Ok(start.elapsed());
         }
         anyhow::ensure!(start.elapsed() < limit, "waited {limit:?} in vain for {what}");
-        std::thread::sleep((2 * look.elapsed()).clamp(SHORTEST_REST, LONGEST_REST));
+        std::thread::sleep(look.elapsed().clamp(SHORTEST_REST, LONGEST_REST));
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
     task::{JoinHandle, spawn_blocking},
-    time::{Instant, sleep},
+    time::{Instant, MissedTickBehavior, interval},
 };
 use tracing::debug;
 
@@ -27,11 +27,8 @@ use crate::{
     status::now,
 };
 
-/// How often the counters are looked at; less often where that takes long, as with thousands of peers.
+/// How often the counters are looked at.
 const PERIOD: Duration = Duration::from_secs(2);
-const LONGEST_PERIOD: Duration = Duration::from_secs(3);
-/// How much longer than a look took it rests, within these.
-const REST: u32 = 1000;
 /// For how long something has to go on before it is evidence.
 const LASTING: Duration = Duration::from_secs(4);
 /// When no packet has followed for so long, what was seen before is no evidence any more.
@@ -121,14 +118,13 @@ impl Drop for Evidence {
 
 async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
     let Source { peers, sees_pods } = source;
-    let mut rest = Duration::ZERO;
+    let mut looks = interval(PERIOD);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut silence, mut losses) = (Silence::default(), Losses::new(sees_pods));
     let mut watch = PeerWatch::new(peers);
     let prober = Prober::open();
     loop {
-        sleep(rest).await;
-        let begun = Instant::now();
-        rest = PERIOD;
+        looks.tick().await;
         let look = move || {
             let looked = watch.look().and_then(|ways| Ok((ways, pinned_counters(&watch.maps().pins)?)));
             (watch, looked)
@@ -144,7 +140,6 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
             }
         };
         let (at, clock) = (Instant::now(), now());
-        rest = (REST * (at - begun)).clamp(PERIOD, LONGEST_PERIOD);
         let are_unreached = ways.iter().any(|peer| matches!(peer.way, Way::NoRoute | Way::NotOnLink));
         let (silent, to_ask) = silence.take(&ways, at, clock);
         let asked = to_ask.into_iter().filter(|subnet| prober.ask(*subnet));
