@@ -133,7 +133,7 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
         watch = watched;
         let (ways, counters) = match looked {
             Ok(looked) => looked,
-            // The maps may be made anew just now; the next look finds them.
+            // The maps may be being recreated; the next look finds them.
             Err(error) => {
                 debug!("the counters can't be looked at: {error}");
                 continue;
@@ -142,7 +142,7 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
         let (at, clock) = (Instant::now(), now());
         let are_unreached = ways.iter().any(|peer| matches!(peer.way, Way::NoRoute | Way::NotOnLink));
         let (silent, to_ask) = silence.take(&ways, at, clock);
-        let asked = to_ask.into_iter().filter(|subnet| prober.ask(*subnet));
+        let asked = to_ask.into_iter().map(|subnet| (subnet, prober.ask(subnet)));
         silence.asked(asked.collect::<Vec<_>>());
         let found = EvidenceStatus { silent, lost: losses.take(&counters, are_unreached, at, clock) };
         sender.send_if_modified(|known| {

@@ -8,6 +8,8 @@ use tracing::warn;
 /// A port that nobody listens at, as traceroute takes: the host answers that by ICMP (RFC 1122 section 4.1.3.1), whether this agent
 /// or flannel serves it, and the answer comes by the overlay as any pod's packet.
 const NOBODYS_PORT: u16 = 33_434;
+/// So many datagrams make a question, as with traceroute, since one may be lost.
+const DATAGRAMS: u64 = 3;
 
 /// Sends the questions. The answers are not read: that the peer is heard is noted where they are admitted.
 pub(super) struct Prober(Option<UdpSocket>);
@@ -22,11 +24,12 @@ impl Prober {
         Self(socket.map_err(failed).ok())
     }
 
-    /// Asks the host behind a subnet, at its own address in the overlay. Whether it was sent.
-    pub(super) fn ask(&self, subnet: Ipv4Net) -> bool {
-        let Some(socket) = &self.0 else { return false };
+    /// Asks the host behind a subnet, at its own address in the overlay. How many datagrams were sent.
+    pub(super) fn ask(&self, subnet: Ipv4Net) -> u64 {
+        let Some(socket) = &self.0 else { return 0 };
         // An answer before this one's that came by ICMP is an error of the first call.
         let to = SocketAddrV4::new(subnet.network(), NOBODYS_PORT);
-        socket.send_to(&[], to).or_else(|_| socket.send_to(&[], to)).is_ok()
+        let send = || socket.send_to(&[], to).or_else(|_| socket.send_to(&[], to));
+        (0..DATAGRAMS).filter(|_| send().is_ok()).count() as u64
     }
 }

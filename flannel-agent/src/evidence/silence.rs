@@ -8,8 +8,9 @@ use tokio::time::Instant;
 use super::{FORGOTTEN, LASTING, SilentPeer};
 use crate::dataplane::{PeerWay, Way};
 
-/// How exact the time is that a peer was heard at: a unit of the map, and where in it that is read.
-const UNIT: Duration = Duration::from_millis(1_200);
+/// How long a peer owes an answer before it is asked: by the look after the one that found the packet, which may have been
+/// between it and its answer.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// So many peers are asked at once, at the most.
 const MOST_ASKED: usize = 256;
 
@@ -17,13 +18,11 @@ const MOST_ASKED: usize = 256;
 #[derive(Default)]
 pub(super) struct Silence {
     peers: HashMap<(Ipv4Net, Ipv4Addr), Known>,
-    /// When that was looked at last.
-    looked: Option<Instant>,
 }
 
 struct Known {
-    /// When it was heard last.
-    heard: Option<Instant>,
+    /// How many packets had come from it.
+    received: u64,
     /// How many packets had been sent to it by the time of the look at which it had been heard, and those of the agent's own since.
     sent: u64,
     /// Since when it owes an answer, by both clocks.
@@ -37,21 +36,16 @@ impl Silence {
     pub(super) fn take(&mut self, ways: &[PeerWay], at: Instant, clock: u64) -> (Vec<SilentPeer>, Vec<Ipv4Net>) {
         let (mut silent, mut to_ask) = (Vec::new(), Vec::new());
         let mut seen = HashMap::with_capacity(ways.len());
-        let since_look = self.looked.replace(at).map_or(Duration::ZERO, |looked| at.duration_since(looked));
         for way in ways {
             let Some(traffic) = way.traffic.filter(|_| matches!(way.way, Way::Encapsulated | Way::Direct)) else {
                 continue;
             };
             let key = (way.subnet, way.address);
-            let (heard, sent) = (way.heard.and_then(|ago| at.checked_sub(ago)), traffic.sent.packets);
-            let fresh = || Known { heard, sent, owes: None, vain: (0, at) };
+            let (received, sent) = (traffic.received.packets, traffic.sent.packets);
+            let fresh = || Known { received, sent, owes: None, vain: (0, at) };
             let mut known = self.peers.remove(&key).unwrap_or_else(fresh);
-            let is_heard = match (known.heard, heard) {
-                (Some(before), Some(now)) => now > before + UNIT || at.duration_since(now) < since_look,
-                (before, now) => now.is_some() && before.is_none(),
-            };
-            // The maps may be others.
-            if is_heard || sent < known.sent {
+            // It is heard; or fewer were sent, where the maps are others.
+            if received != known.received || sent < known.sent {
                 known = fresh();
             }
             let vain = sent - known.sent;
@@ -63,7 +57,9 @@ impl Silence {
                 known = fresh();
             }
             if let Some((owes, since)) = known.owes {
-                to_ask.push(way.subnet);
+                if at.duration_since(owes) >= PATIENCE {
+                    to_ask.push(way.subnet);
+                }
                 if at.duration_since(owes) >= LASTING {
                     let last_heard = way.heard.map(|ago| clock.saturating_sub(ago.as_secs()));
                     silent.push(SilentPeer {
@@ -82,12 +78,12 @@ impl Silence {
         (silent, to_ask)
     }
 
-    /// These were sent a packet by the agent.
-    pub(super) fn asked(&mut self, subnets: impl IntoIterator<Item = Ipv4Net>) {
-        for subnet in subnets {
+    /// These were sent so many packets by the agent.
+    pub(super) fn asked(&mut self, subnets: impl IntoIterator<Item = (Ipv4Net, u64)>) {
+        for (subnet, packets) in subnets {
             // Two hosts with one subnet are one entry of the maps.
             for (_, known) in self.peers.iter_mut().filter(|((of, _), _)| *of == subnet) {
-                known.sent += 1;
+                known.sent += packets;
             }
         }
     }
@@ -101,7 +97,8 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn peer(sent: u64, heard_ago: Option<u64>) -> PeerWay {
+    fn peer(sent: u64, received: u64) -> PeerWay {
+        let counter = |packets| Counter { packets, bytes: 0 };
         PeerWay {
             subnet: "10.5.2.0/24".parse().unwrap(),
             address: [192, 0, 2, 2].into(),
@@ -110,8 +107,8 @@ mod tests {
             smaller_mtu: None,
             vtep_mac: [2, 0, 0, 0, 0, 2],
             ifindex: 2,
-            heard: heard_ago.map(Duration::from_secs),
-            traffic: Some(Traffic { sent: Counter { packets: sent, bytes: 0 }, received: Counter::default() }),
+            heard: (received > 0).then_some(Duration::ZERO),
+            traffic: Some(Traffic { sent: counter(sent), received: counter(received) }),
         }
     }
 
@@ -119,22 +116,30 @@ mod tests {
     fn a_peer_that_is_sent_to_and_never_heard_is_asked_and_then_named() {
         let begun = Instant::now() + Duration::from_secs(1000);
         let mut silence = Silence::default();
-        let mut take = |second: u64, sent, heard| {
-            let (silent, to_ask) = silence.take(&[peer(sent, heard)], begun + second as u32 * SECOND, 100 + second);
-            silence.asked(to_ask.clone());
+        let mut take = |second: u64, sent, received| {
+            let ways = [peer(sent, received)];
+            let (silent, to_ask) = silence.take(&ways, begun + second as u32 * SECOND, 100 + second);
+            silence.asked(to_ask.iter().map(|subnet| (*subnet, 3)));
             (silent.first().map(|peer| (peer.sent, peer.since)), to_ask.len())
         };
-        assert_eq!(take(0, 7, None), (None, 0), "what was sent before this was looked at");
-        assert_eq!(take(2, 9, None), (None, 1), "asked at once");
+        assert_eq!(take(0, 7, 0), (None, 0), "what was sent before this was looked at");
+        assert_eq!(take(2, 9, 0), (None, 0), "the answer may be on its way");
+        assert_eq!(take(4, 10, 0), (None, 1));
         // The agent's own are among those that were sent.
-        assert_eq!(take(4, 11, None), (None, 1));
-        assert_eq!(take(6, 13, None), (Some((4, 102)), 1));
-        assert_eq!(take(8, 14, None), (Some((4, 102)), 1));
-        assert_eq!(take(10, 15, Some(0)), (None, 0), "it answers");
-        assert_eq!(take(12, 15, Some(2)), (None, 0));
-        // It is heard again and again; when, is exact to the second.
-        for second in (14..40).step_by(2) {
-            assert_eq!(take(second, 10 * second, Some(second % 4 / 2)), (None, 0), "{second}");
+        assert_eq!(take(6, 15, 0), (Some((5, 102)), 1));
+        assert_eq!(take(8, 18, 0), (Some((5, 102)), 1));
+        assert_eq!(take(10, 21, 1), (None, 0), "it answers");
+        assert_eq!(take(12, 21, 1), (None, 0));
+    }
+
+    #[test]
+    fn a_peer_that_answers_is_never_asked() {
+        let begun = Instant::now() + Duration::from_secs(1000);
+        let mut silence = Silence::default();
+        // A request at each look, whose answer comes before the next one.
+        for look in 0..20_u64 {
+            let (silent, to_ask) = silence.take(&[peer(look + 1, look)], begun + 2 * look as u32 * SECOND, look);
+            assert_eq!((silent.len(), to_ask.len()), (0, 0), "{look}");
         }
     }
 
@@ -143,7 +148,7 @@ mod tests {
         let begun = Instant::now() + Duration::from_secs(1000);
         let mut silence = Silence::default();
         let mut take =
-            |second: u64, sent| silence.take(&[peer(sent, None)], begun + second as u32 * SECOND, second).0.len();
+            |second: u64, sent| silence.take(&[peer(sent, 0)], begun + second as u32 * SECOND, second).0.len();
         assert_eq!([take(0, 0), take(2, 5), take(10, 5), take(62, 5), take(63, 5), take(80, 5)], [0, 0, 1, 1, 0, 0]);
     }
 
@@ -151,8 +156,8 @@ mod tests {
     fn a_peer_that_is_not_sent_to_is_none() {
         let begun = Instant::now() + Duration::from_secs(1000);
         let mut silence = Silence::default();
-        let idle = peer(5, Some(500));
-        let no_route = PeerWay { way: Way::NoRoute, ..peer(5, None) };
+        let idle = peer(5, 3);
+        let no_route = PeerWay { way: Way::NoRoute, ..peer(5, 0) };
         for second in 0..100 {
             for way in [&idle, &no_route] {
                 let (silent, to_ask) = silence.take(std::slice::from_ref(way), begun + second * SECOND, 0);
