@@ -424,7 +424,7 @@ fn mac_of(netns: &Netns, device: &str) -> Mac {
 /// host: the bridge between them drops some of these itself, where its netfilter is on.)
 fn marked(world: &World, scene: &Scene, in_pod: &Capture, what: &str, frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
     const MARK: &[u8] = b"the last one of them";
-    // Of a protocol that never passes the stack by, so that it does not overtake those before it.
+    // Of a protocol that never bypasses the stack, so that it does not overtake those before it.
     let mark = scene.tunnel(&ipv4(scene.peer_pod, scene.pod, IpNumber(253), MARK));
     send_all(&world.lab.underlay, "node1", &[frames, &[mark]].concat());
     // The host's bridge asks for multicast groups now and then.

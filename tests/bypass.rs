@@ -1,4 +1,4 @@
-//! Flows that pass the host's stack by, with netfilter's consent.
+//! Flows that bypass the host's stack, with netfilter's consent.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

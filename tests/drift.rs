@@ -31,7 +31,7 @@ use crate::{
 pub const REPAIR_LIMIT: Duration = Duration::from_secs(2);
 /// For how long nothing may arrive where everything flows: the machine may be busy.
 const PAUSE: Duration = Duration::from_millis(300);
-/// For how long it is watched whether it goes on flowing: longer than a flow passes the stack by (a second).
+/// For how long it is watched whether it goes on flowing: longer than a flow bypasses the stack (a second).
 const AFTERWARDS: Duration = Duration::from_millis(1500);
 
 /// Datagrams from one pod to another, and when they arrived.
@@ -42,7 +42,7 @@ struct Lane {
     arrivals: Arc<Mutex<Vec<Instant>>>,
 }
 
-/// Whether the packets of a lane pass the host's stack by.
+/// Whether the packets of a lane bypass the host's stack.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// All are of one flow.

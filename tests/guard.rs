@@ -71,7 +71,7 @@ fn a_few_deletions_are_believed_and_many_are_held_until_released() {
     let released = xtask::process::output(world.agent_on(0).args(["lease", "release-guard"]));
     let log = || world.hosts[0].agent.as_ref().unwrap().log();
     let released = released.unwrap_or_else(|error| panic!("{error:#}\n{}", log()));
-    assert_eq!(released, "flannel.1: 11 peers let go\n");
+    assert_eq!(released, "flannel.1: 11 peers released\n");
     assert!(!is_peer(&world, 0, 211));
     assert_eq!(held(&world, 0), 0);
     // The other agent holds them still: each has its own operator.

@@ -165,7 +165,7 @@ impl Host<'_> {
         self.note(Hook::ToPod, &frame(GATEWAY_MAC, POD_MAC, &one_hop_on(&sent.packet())), note);
     }
 
-    /// The next of a flow passes the stack by, as the stack would have sent it.
+    /// The next of a flow bypasses the stack, as the stack would have sent it.
     fn expect_sent_as(&mut self, sent: Sent, as_what: Sent) {
         let event = if sent.key(true) == as_what.key(true) { Event::PodEncapsulated } else { Event::PodTranslated };
         let out = self.expect(Hook::FromPod, &frame(POD_MAC, GATEWAY_MAC, &sent.packet()), event);

@@ -1,4 +1,4 @@
-//! Pods with a larger MTU than the overlay's: who sends too much is told, whether or not its flow passes the stack by.
+//! Pods with a larger MTU than the overlay's: who sends too much is told, whether or not its flow bypasses the stack.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},

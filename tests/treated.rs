@@ -33,7 +33,7 @@ pub fn kernel() -> World {
     world
 }
 
-/// Waits until nothing is known of flows before: what is may pass the stack by for a second.
+/// Waits until nothing is known of flows before: what is may bypass the stack for a second.
 fn wait_forgotten(world: &World) {
     for host in 0..2 {
         wait_for("the flows to be forgotten", SOON, || {

@@ -29,7 +29,7 @@ const MAX_REQUEST: u64 = 4096;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "request")]
 pub enum Request {
-    /// Let go of the peers that the guard holds.
+    /// Release the peers that the guard holds.
     ReleaseGuard,
     /// Say how the agent is. Its loops are not asked, so that one that hangs does not keep it from an answer.
     Condition,
@@ -50,7 +50,7 @@ pub struct Condition {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "reply")]
 pub enum Reply {
-    /// So many peers were let go.
+    /// So many peers were released.
     Released {
         /// How many.
         peers: usize,
@@ -88,7 +88,7 @@ pub enum ControlError {
 /// What the agent's main loop is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
-    /// Let go of the peers that the guard holds.
+    /// Release the peers that the guard holds.
     ReleaseGuard,
 }
 

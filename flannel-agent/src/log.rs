@@ -88,27 +88,24 @@ struct Lines {
     repeated: Mutex<Repeated>,
 }
 
-impl Lines {
-    /// [`None`] where a line is not to be printed, else how often it was not since it was last.
-    fn printed(&self, level: Level, text: &str) -> Option<u32> {
-        // Who debugs wants each, as of packets.
-        if level > Level::WARN {
-            return Some(0);
-        }
-        self.repeated.lock().unwrap_or_else(PoisonError::into_inner).printed(text, Instant::now())
-    }
-}
-
 impl<S, N> FormatEvent<S, N> for Lines
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
     fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
-        let mut text = String::new();
-        context.format_fields(Writer::new(&mut text), event)?;
         let level = event.metadata().level();
-        let Some(left_out) = self.printed(*level, &text) else { return Ok(()) };
+        let mut text = String::new();
+        // Who debugs wants each, as of packets.
+        let is_counted = *level <= Level::WARN;
+        if is_counted || matches!(self.form, Form::Journal) {
+            context.format_fields(Writer::new(&mut text), event)?;
+        }
+        let left_out = match is_counted {
+            true => self.repeated.lock().unwrap_or_else(PoisonError::into_inner).printed(&text, Instant::now()),
+            false => Some(0),
+        };
+        let Some(left_out) = left_out else { return Ok(()) };
         let note = match left_out {
             0 => String::new(),
             1 => " (and once more since it was logged last)".to_owned(),

@@ -23,6 +23,7 @@ use crate::{
     lease::{HoldReason, MacAddress},
     plural::counted,
     registry::StoreKind,
+    repair::DriftStatus,
     routes::Choice,
 };
 
@@ -32,9 +33,6 @@ pub const API_VERSION: &str = "flannel-agent/v1";
 /// For so many seconds an agent may not have asked the store yet.
 const START_TIME: u64 = 5;
 
-/// Repairs of one kind belong together that are no more than so many seconds apart; and so many of them are no accident.
-const UNDONE_TIME: u64 = 60;
-const UNDONE_OFTEN: u64 = 5;
 /// For so many seconds a claim is told of after it came; who waits claims more often.
 const CLAIM_TIME: u64 = 60;
 
@@ -129,58 +127,6 @@ fn vxlan() -> String {
     BackendType::Vxlan.label().to_owned()
 }
 
-/// What somebody else changed on this host.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DriftStatus {
-    /// What was made right again, by [`Repair::label`](crate::repair::Repair::label).
-    pub repaired: BTreeMap<String, Repaired>,
-    /// What can't be, in words, by what it is about.
-    pub waiting: BTreeMap<String, String>,
-}
-
-/// Repairs of one kind.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Repaired {
-    /// How many.
-    pub count: u64,
-    /// When the last one was.
-    pub last: u64,
-    /// What that was, in words.
-    #[serde(default)]
-    pub what: String,
-    /// How many of them there were in a row, each within a minute of the one before.
-    #[serde(default)]
-    pub row: u64,
-    /// When the first of these was.
-    #[serde(default)]
-    pub since: u64,
-}
-
-impl Repaired {
-    /// One more.
-    pub fn again(&mut self, now: u64, what: &str) {
-        if self.row == 0 || now.saturating_sub(self.last) > UNDONE_TIME {
-            (self.row, self.since) = (0, now);
-        }
-        what.clone_into(&mut self.what);
-        (self.count, self.row, self.last) = (self.count + 1, self.row + 1, now);
-    }
-
-    /// What is to be looked at where it is undone again and again.
-    fn trouble(&self, label: &str) -> Option<String> {
-        let Self { last, what, row, since, .. } = self;
-        let goes_on = *row >= UNDONE_OFTEN && now().saturating_sub(*last) <= UNDONE_TIME;
-        goes_on.then(|| {
-            format!(
-                "another program undoes what the agent sets up: {label} was repaired {row} times in {}, the last time {} ago ({what}); \
-                 `flannel-agent doctor` names daemons that are known to, else `ip monitor` and `bpftool net` show who",
-                time(*since),
-                time(*last)
-            )
-        })
-    }
-}
-
 /// Flows past the host's stack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -188,7 +134,7 @@ pub struct BypassStatus {
     /// `--bypass`.
     #[serde(default)]
     pub flag: BypassFlag,
-    /// For how many milliseconds a flow may pass the stack by before a packet takes it again; 0 for never.
+    /// For how many milliseconds a flow may bypass the stack before a packet takes it again; 0 for never.
     pub revalidate_ms: u64,
     /// Whether conntrack takes TCP packets outside their window for valid, as it must; [`None`] where it is not loaded.
     pub conntrack_liberal: Option<bool>,
@@ -211,7 +157,7 @@ impl BypassStatus {
             // It says so itself.
             Scope::Nothing => subject.clone(),
             _ => {
-                format!("{subject}: does not see each packet of established flows, which pass the stack by (--bypass)")
+                format!("{subject}: does not see each packet of established flows, which bypass the stack (--bypass)")
             }
         });
         at_most(MOST_NAMED, words.collect())
@@ -605,7 +551,7 @@ impl Status {
         troubles.extend(self.bypass.troubles());
         troubles.extend(self.bypass.ends.problem.clone());
         troubles.extend(self.drift.waiting.values().cloned());
-        troubles.extend(self.drift.repaired.iter().filter_map(|(label, repaired)| repaired.trouble(label)));
+        troubles.extend(self.drift.undone());
         troubles.extend(self.routes.problem.clone());
         troubles.extend(self.evidence.lost.iter().map(|loss| self.lost(loss)));
         if let Some(problem) = &self.rules.problem {

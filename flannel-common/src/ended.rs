@@ -194,7 +194,7 @@ const fn reversed(key: FlowKey) -> FlowKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bypass {
-    /// For how long a flow may pass the stack by after the stack let a packet of it out, in nanoseconds.
+    /// For how long a flow may bypass the stack after the stack let a packet of it out, in nanoseconds.
     pub time: u64,
     /// Network address of this host's lease, host order.
     pub subnet: u32,
@@ -209,7 +209,7 @@ impl Bypass {
         u32::from_be_bytes(key.local) & self.subnet_mask == self.subnet
     }
 
-    /// Whether a flow may pass the stack by, where the stack let a packet of it out then. To be on the safe side, for twice
+    /// Whether a flow may bypass the stack, where the stack let a packet of it out then. To be on the safe side, for twice
     /// as long: the times are those of another clock, which is as exact as the kernel's tick.
     #[inline(always)]
     pub const fn may_be_fresh(&self, released: u64, now: u64) -> bool {

@@ -1,4 +1,4 @@
-//! Flows: what identifies one to the network between the hosts, what is remembered of one that may pass the host's stack by,
+//! Flows: what identifies one to the network between the hosts, what is remembered of one that may bypass the host's stack,
 //! and of a packet while it is in the stack.
 
 use crate::packet::Mac;

@@ -32,7 +32,7 @@ pub const HEARD: &str = "HEARD";
 /// Per-CPU array: VTEP id -> [`Traffic`], of the first [`MAX_COUNTED`] ids. Id 0 has what was admitted from no peer in particular
 /// ([`Event::AdmittedByRoute`](crate::event::Event::AdmittedByRoute)).
 pub const TRAFFIC: &str = "TRAFFIC";
-/// LRU hash: [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow), for flows that may pass the host's stack by.
+/// LRU hash: [`FlowKey`](crate::flow::FlowKey) -> [`Flow`](crate::flow::Flow), for flows that may bypass the host's stack.
 pub const FLOWS: &str = "FLOWS";
 /// Array: [`Original::index`](crate::flow::Original::index) of a tag -> [`Original`](crate::flow::Original): the last packet
 /// with that tag which was left to the stack.
@@ -146,7 +146,7 @@ pub const fn heard_time(monotonic: u64) -> u32 {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// For how long a flow may pass the stack by after the stack let a packet of it out, in nanoseconds; 0 for never.
+    /// For how long a flow may bypass the stack after the stack let a packet of it out, in nanoseconds; 0 for never.
     pub bypass_time: u64,
     /// Network address of the overlay's Network, host order.
     pub network: u32,

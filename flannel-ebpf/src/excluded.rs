@@ -7,7 +7,7 @@ use network_types::ip::IpProto;
 use crate::maps::{EXCLUDED, EXCLUDED_PORTS};
 
 /// Whether a flow is excluded under the name before the stack, or the one after it. Not inlined: it is out of the way of what
-/// passes the stack by, and the verifier need go through it but once.
+/// bypasses the stack, and the verifier need go through it but once.
 #[inline(never)]
 pub(crate) fn is_excluded(before: &FlowKey, after: &FlowKey) -> bool {
     is_of_excluded(before) || after != before && is_of_excluded(after)

@@ -1,4 +1,4 @@
-//! Flows that pass the host's stack by.
+//! Flows that bypass the host's stack.
 //!
 //! A flow is bypassed only while it is certain what the stack would do with it: where the stack lets a packet out
 //! (`to_overlay`, `to_pod`), that is noted, and on the other side of the stack (`from_pod`, `from_underlay`) the next packets

@@ -192,7 +192,7 @@ unsafe extern "C" fn look(_map: *mut c_void, key: *const FlowKey, flow: *const F
     GO_ON
 }
 
-/// Forgets a flow that may pass the stack by now, and whether it did. Most connections end long after their last packet: what
+/// Forgets a flow that may bypass the stack now, and whether it did. Most connections end long after their last packet: what
 /// is known of them is too old to be used, and removing it would cost more than all the rest.
 #[inline(always)]
 fn forget_fresh(key: &FlowKey, bypass: &Bypass, now: u64) -> bool {

@@ -18,7 +18,7 @@
 //! * [`decap`] — `from_underlay`, ingress of the links of the underlay, and `xdp_decap`
 //! * [`admit`] — which tunnel packets they take
 //! * [`routes`] — the kernel's routes: of packets that the leases refuse, and among several next hops
-//! * [`flows`] — what may pass the stack by; `to_pod`
+//! * [`flows`] — what may bypass the stack; `to_pod`
 //! * [`originals`] — which flow a packet had before the stack
 //! * [`excluded`] — which flows never do, because of whom they are of
 //! * [`next_hop`] — what passes it by, as the stack would have sent it on
@@ -83,7 +83,7 @@ pub(crate) fn from_underlay(ctx: TcContext) -> i32 {
     conclude_with(&ctx, decap::from_underlay(&packet), len, CONFIG.load().underlay_header_len)
 }
 
-/// Ingress of the host's side of a pod's veth: encapsulates what may pass the stack by.
+/// Ingress of the host's side of a pod's veth: encapsulates what may bypass the stack.
 #[classifier]
 pub(crate) fn from_pod(ctx: TcContext) -> i32 {
     let packet = Packet::new(&ctx);

@@ -95,7 +95,7 @@ impl Rival {
         hosts[1].pods[0].netns.exec(&rule).unwrap();
         let generator = generator(&hosts, in_tunnel(&hosts, &tunnel(&hosts), &between_pods(&hosts)));
         let mut rival = Self { name, hosts, generator };
-        // A flow passes the stack by from its second packet on.
+        // A flow bypasses the stack from its second packet on.
         let arrived = wait_for("the first frames", Duration::from_secs(10), || {
             rival.hosts[0].netns.enter().unwrap();
             rival.generator.send(64).unwrap();

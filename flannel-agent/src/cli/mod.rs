@@ -135,7 +135,7 @@ pub struct Cli {
     /// For how many seconds peers are kept that vanish from etcd all at once, unless `lease release-guard` says otherwise
     #[arg(long, value_name = "SECONDS", default_value = "900", value_parser = go_values::number::<u32>(0..=u32::MAX.into()))]
     lease_guard_grace: u32,
-    /// Whether packets of established flows between pods pass the host's stack by: auto leaves to it what somebody has to see
+    /// Whether packets of established flows between pods bypass the host's stack: auto leaves to it what somebody has to see
     /// packet by packet (a queue, a filter, a program, a capture, a rule that limits), on does so only for a pod's own queue and
     /// settings and names the others, off leaves everything to it
     #[arg(long, value_enum, default_value_t)]
@@ -470,7 +470,7 @@ impl Cli {
         Duration::from_secs(self.lease_guard_grace.into())
     }
 
-    /// For how long a flow may pass the stack by after the stack let a packet of it out; zero for never.
+    /// For how long a flow may bypass the stack after the stack let a packet of it out; zero for never.
     pub fn bypass_time(&self) -> Duration {
         match self.bypass {
             BypassFlag::Auto | BypassFlag::On => Duration::from_millis(self.bypass_revalidate.into()),

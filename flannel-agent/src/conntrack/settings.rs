@@ -1,4 +1,4 @@
-//! What conntrack takes for invalid. It sees few packets of a flow that passes the stack by, so that its windows are long past
+//! What conntrack takes for invalid. It sees few packets of a flow that bypasses the stack, so that its windows are long past
 //! when it sees the next: it would call that INVALID, which kube-proxy drops. So it is told to let such packets be, as long as
 //! there is a bypass.
 

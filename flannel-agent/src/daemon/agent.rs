@@ -117,7 +117,7 @@ impl Agent<'_> {
             Task::ReleaseGuard => {
                 let changes = self.leases.release();
                 let peers = changes.len();
-                warn!("{peers} held peers are let go, as asked");
+                warn!("{peers} held peers are released, as asked");
                 self.apply(changes).await;
                 self.leases.refresh();
                 self.write_record();

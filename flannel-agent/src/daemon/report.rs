@@ -24,9 +24,9 @@ use crate::{
     histogram::Histogram,
     last_known::LastKnown,
     registry::StoreKind,
+    repair::DriftStatus,
     status::{
-        API_VERSION, BypassStatus, DriftStatus, LeaseStatus, MayStop, RoutesStatus, RulesStatus, Status, StoreStatus,
-        XdpStatus, now,
+        API_VERSION, BypassStatus, LeaseStatus, MayStop, RoutesStatus, RulesStatus, Status, StoreStatus, XdpStatus, now,
     },
 };
 

@@ -1,4 +1,4 @@
-//! The flows that pass the stack by, as they are pinned.
+//! The flows that bypass the stack, as they are pinned.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::{DataplaneError, PinDirectory};
 
-/// How many flows pass the stack by. Each direction counts by itself: a translated flow has another name in each.
+/// How many flows bypass the stack. Each direction counts by itself: a translated flow has another name in each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Flows {
     /// Of those that nothing changes.

@@ -1,4 +1,4 @@
-//! Carrying out a [`Plan`]: which programs take what to the stack. A program that lets nothing pass the stack by is the same one
+//! Carrying out a [`Plan`]: which programs take what to the stack. A program that lets nothing bypass the stack is the same one
 //! with other constants, and takes its place in one step.
 
 use flannel_common::maps::Config;
@@ -9,7 +9,7 @@ use crate::bypass::Plan;
 /// Programs with constants of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Variant {
-    /// Nothing passes the stack by.
+    /// Nothing bypasses the stack.
     is_restricted: bool,
     /// Of [`Config`].
     flags: u32,

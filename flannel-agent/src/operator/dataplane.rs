@@ -1,4 +1,4 @@
-//! The dataplane as the kernel has it, for `status`: what is attached, what passes the stack by, and what was dropped.
+//! The dataplane as the kernel has it, for `status`: what is attached, what bypasses the stack, and what was dropped.
 
 use std::{collections::HashMap, path::Path, time::Duration};
 

@@ -190,14 +190,14 @@ fn tunnels(cli: &Cli) -> Result<Vec<(Vni, TunnelStatus)>, ReadError> {
     Ok(statuses.into_iter().filter_map(|(vni, status)| Some((vni, status.tunnel?))).collect())
 }
 
-/// Has every agent of this run directory let go of the peers that it holds.
+/// Has every agent of this run directory release the peers that it holds.
 ///
 /// # Errors
 /// [`OperatorError`].
 pub async fn release_guard(cli: &Cli) -> Result<(), OperatorError> {
     for (vni, _) in Status::read_all(&cli.run_dir)? {
         match control::ask(&control::path(&cli.run_dir, vni), Request::ReleaseGuard, Duration::ZERO, LIMIT).await? {
-            Reply::Released { peers } => println!("flannel.{vni}: {} let go", counted(peers, "peer")),
+            Reply::Released { peers } => println!("flannel.{vni}: {} released", counted(peers, "peer")),
             Reply::Refused { reason } => return Err(OperatorError::Refused { vni, reason }),
             reply @ Reply::Condition(_) => {
                 return Err(OperatorError::Refused { vni, reason: format!("it answers something else: {reply:?}") });

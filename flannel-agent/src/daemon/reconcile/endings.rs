@@ -91,7 +91,7 @@ async fn follow_connections(events: Events, forgetter: Forgetter, lost: Arc<Atom
             Err(error) => Err(error),
         };
         if let Err(error) = forgotten {
-            warn!("{error}; flows of connections that ended may pass the stack by until they are revalidated");
+            warn!("{error}; flows of connections that ended may bypass the stack until they are revalidated");
         }
     }
 }
@@ -136,7 +136,7 @@ pub(super) async fn follow_links(mut gone: broadcast::Receiver<u32>, forgetter: 
             Err(RecvError::Closed) => return,
         };
         if let Err(error) = forgotten {
-            warn!("{error}; flows of pods that are gone may pass the stack by until they are revalidated");
+            warn!("{error}; flows of pods that are gone may bypass the stack until they are revalidated");
         }
     }
 }

@@ -9,10 +9,8 @@ use crate::{
     bypass::{BypassFlag, Restriction},
     dataplane::Features,
     device::{Link, external::External},
-    repair::Repair,
-    status::{
-        BypassStatus, DriftStatus, EndsStatus, MayStop, RoutesStatus, RulesStatus, Status, TunnelStatus, XdpStatus, now,
-    },
+    repair::{DriftStatus, Repair},
+    status::{BypassStatus, EndsStatus, MayStop, RoutesStatus, RulesStatus, Status, TunnelStatus, XdpStatus, now},
     xdp::Choice,
 };
 

@@ -210,7 +210,7 @@ impl Places {
             (Some(Role::Overlay), Side::Egress) => vec![Scope::OverlayQueue],
             (Some(Role::External), Side::Ingress) => vec![Scope::ExternalInterface],
             (Some(Role::Underlay), Side::Ingress) => vec![Scope::UnderlayLink(index)],
-            // What passes the stack by is given to the interface's queue and filters as all else is.
+            // What bypasses the stack is given to the interface's queue and filters as all else is.
             (Some(Role::External | Role::Underlay), Side::Egress) | (None, _) => Vec::new(),
         }
     }

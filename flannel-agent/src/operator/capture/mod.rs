@@ -139,7 +139,7 @@ pub enum CaptureError {
     /// Nothing that is carried by this agent.
     #[error("no overlay of this host's{} has packets that this agent carries", .0.map(|vni| format!(" with VNI {vni}")).unwrap_or_default())]
     NoOverlay(Option<u32>),
-    /// A device of the overlay is not there.
+    /// A device of the overlay is missing.
     #[error("{0} is gone; a running agent makes it again")]
     NoDevice(String),
     /// Nothing to capture on.
