@@ -1,10 +1,14 @@
 //! What packets that do not arrive are said to meet: planted faults, real traffic, and what `status` says of it in time.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{
+    net::SocketAddrV4,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use xtask::{lab::PREFIX, progress::wait_for};
 
 use crate::{
+    sockets::socket_in,
     stream::Stream,
     world::{SOON, World, is_answered, lease_value},
 };
@@ -83,6 +87,27 @@ fn a_filter_for_the_tunnels_port_is_named_by_both_sides() {
     world.wait_well();
 }
 
+/// Tunnel packets that stay in their tunnel pass the host's own check of where they are from.
+#[test]
+fn a_strict_reverse_path_is_named() {
+    let world = World::new(2).ready(&["--bypass=off"]);
+    world.wait_well();
+    let netns = &world.hosts[1].netns;
+    let plant = || {
+        netns.ip("link add other type bridge").unwrap();
+        netns.ip("link set other up").unwrap();
+        netns.ip("address add 10.99.0.2/24 dev other").unwrap();
+        netns.exec("sysctl -q -w net.ipv4.conf.eth0.rp_filter=1").unwrap();
+        netns.ip("route add 192.168.64.1 via 10.99.0.1 dev other").unwrap();
+    };
+    let words: &[&str] = &["net.ipv4.conf.eth0.rp_filter is 1", "1 peer is reached by another interface"];
+    world.assert_named(plant, &[(1, &["none of them came out of flannel.1"]), (1, words)]);
+    world.assert_shown(1, "net.ipv4.conf.eth0.rp_filter is 1", &[]);
+    netns.exec("sysctl -q -w net.ipv4.conf.eth0.rp_filter=2").unwrap();
+    netns.ip("route del 192.168.64.1").unwrap();
+    world.wait_well();
+}
+
 #[test]
 fn a_policy_that_forwards_nothing_is_named() {
     let world = World::new(2).ready(&[]);
@@ -98,6 +123,30 @@ fn a_policy_that_forwards_nothing_is_named() {
     world.assert_named(reject, &[(1, &["none reached a pod", "FORWARD rule 1"])]);
     world.assert_shown(1, "FORWARD rule 1", &[]);
     netns.exec("iptables -D FORWARD 1").unwrap();
+    world.wait_well();
+}
+
+#[test]
+fn a_peer_that_large_packets_do_not_reach_is_named() {
+    let world = World::new(2).ready(&[]);
+    world.wait_well();
+    // Where a bridge's packets pass iptables, it fragments what is too large for a port (`br_nf_dev_queue_xmit`).
+    world.lab.underlay.exec("sysctl -e -q -w net.bridge.bridge-nf-call-iptables=0").unwrap();
+    world.lab.underlay.ip("link set node2 mtu 1400").unwrap();
+    let subnet = world.lease_of(1).0.replace('-', "/");
+    let [from, to] = [0, 1].map(|host| &world.hosts[host].pods[0]);
+    let socket = socket_in(&from.netns, SocketAddrV4::new(from.address, 0));
+    let began = Instant::now();
+    let named = format!("packets of 1450 bytes do not reach {subnet} by 192.168.64.2, and small ones do");
+    let waited = wait_for("the trouble", 2 * SOON, || {
+        socket.send_to(&[7; 1400], SocketAddrV4::new(to.address, 7001)).unwrap();
+        world.troubles(0).iter().any(|trouble| trouble.starts_with(&named))
+    });
+    assert!(waited.is_ok(), "{:#?}", world.troubles(0));
+    assert!(began.elapsed() < NAMED + world.waited_for_cpu(), "after {:?}", began.elapsed());
+    assert_eq!(world.troubles(0).len(), 1, "it is not silent: {:#?}", world.troubles(0));
+    world.assert_shown(0, "packets of 1450 bytes do not reach", &[("10.5.2.0/24", &subnet)]);
+    world.lab.underlay.ip("link set node2 mtu 1500").unwrap();
     world.wait_well();
 }
 

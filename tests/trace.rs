@@ -197,8 +197,7 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     let traced = assert_untouched(&world, &between(absent));
     assert_eq!(traced.events(), ["pod_via_stack", "encapsulated_neighbour"], "{:#}", traced.0);
     assert!(traced.fate().1.contains("the kernel finds out the next hop's MAC first"), "{:?}", traced.fate());
-    let grown = counted(&world, || assert!(sender.send_to(&[7; 50], (absent, PORT)).is_ok()));
-    assert_counted(&grown, &traced.events(), "unresolved");
+    let unresolved = (absent, traced.events());
 
     // And to one that the underlay has no route to.
     world.hosts[0].netns.ip("route add unreachable 192.0.2.9").unwrap();
@@ -227,6 +226,11 @@ fn it_says_what_becomes_of_a_packet_from_a_pod() {
     assert_eq!(traced.events(), ["pod_tunnel"], "{:#}", traced.0);
     let grown = counted(&world, || assert!(sender.send_to(&[7; 50], ("192.168.64.2", 8472)).is_ok()));
     assert_counted(&grown, &["pod_tunnel"], "a pod's tunnel");
+
+    // Not before: a peer that does not answer is asked by the agent from then on.
+    let (absent, events) = unresolved;
+    let grown = counted(&world, || assert!(sender.send_to(&[7; 50], (absent, PORT)).is_ok()));
+    assert_counted(&grown, &events, "unresolved");
 
     // By its veth's name, and from the host itself; the same without an agent, for people.
     world.hosts[0].agent.as_ref().unwrap().signal(Signal::SIGKILL).unwrap();

@@ -205,6 +205,20 @@ fn a_crash_at_any_moment_of_an_upgrade_loses_nothing() {
     streams.end_whole("crashes in the middle of upgrades");
 }
 
+/// An operator's commands are there with the package, before the agent is restarted.
+#[test]
+fn commands_of_another_layout_say_so() {
+    let world = World::with_agents(1);
+    let [own] = versions(&world, 0).try_into().unwrap();
+    let other = variant(Variant::Layout);
+    let expected = format!("the maps of overlay 1 have layout {}, and this flannel-agent reads layout", &own[1..]);
+    for (command, code) in [("peers", 1), ("drops", 1), ("status", 3)] {
+        let ended = world.hosts[0].agent_command(&other).arg(command).output().unwrap();
+        let said = String::from_utf8_lossy(&[ended.stdout, ended.stderr].concat()).into_owned();
+        assert!(ended.status.code() == Some(code) && said.contains(&expected), "{command}: {}: {said}", ended.status);
+    }
+}
+
 #[test]
 fn a_peer_that_sends_is_held_across_a_change_of_the_layout() {
     let mut world = World::with_agents(2);

@@ -16,7 +16,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep, timeout},
 };
-use tracing::warn;
+use tracing::{debug, warn};
 
 /// How long the agent waits for who asks.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -153,7 +153,8 @@ async fn serve(stream: UnixStream, sender: mpsc::Sender<Pending>, condition: imp
     };
     let line = serde_json::to_string(&reply).unwrap_or_default() + "\n";
     if let Err(error) = writer.write_all(line.as_bytes()).await {
-        warn!("answer a request: {error}");
+        // Who asked has waited as long as it wanted to.
+        debug!("answer a request: {error}");
     }
 }
 

@@ -19,7 +19,7 @@ pub(super) type Prefixes = LpmTrie<MapData, [u8; 4], u32>;
 /// # Errors
 /// [`DataplaneError::Map`] where there is none.
 pub fn pinned_accepted(pins: &PinDirectory) -> Result<Vec<Ipv4Net>, DataplaneError> {
-    let map = MapData::from_pin(pins.map(ACCEPTED)).map_err(DataplaneError::map("open", ACCEPTED))?;
+    let map = pins.open(ACCEPTED)?;
     let map: Prefixes = Map::LpmTrie(map).try_into().map_err(DataplaneError::map("open", ACCEPTED))?;
     let mut prefixes = Vec::new();
     for key in map.keys() {

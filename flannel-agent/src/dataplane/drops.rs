@@ -34,7 +34,7 @@ pub struct Dropped {
 /// # Errors
 /// [`DataplaneError::Map`] where there is none.
 pub fn pinned_drops(pins: &PinDirectory) -> Result<Vec<(Event, Vec<Dropped>)>, DataplaneError> {
-    let map = MapData::from_pin(pins.map(DROPS)).map_err(DataplaneError::map("open", DROPS))?;
+    let map = pins.open(DROPS)?;
     let map = Map::PerCpuArray(map).try_into().map_err(DataplaneError::map("open", DROPS))?;
     read(&map)
 }

@@ -74,6 +74,6 @@ pub fn pinned_connections(pins: &PinDirectory) -> Result<usize, DataplaneError> 
 }
 
 pub(super) fn open(pins: &PinDirectory) -> Result<BpfHashMap<MapData, FlowKey, Flow>, DataplaneError> {
-    let map = MapData::from_pin(pins.map(FLOWS)).map_err(DataplaneError::map("open", FLOWS))?;
+    let map = pins.open(FLOWS)?;
     Map::LruHashMap(map).try_into().map_err(DataplaneError::map("open", FLOWS))
 }

@@ -57,6 +57,7 @@ use flannel_common::{
     flow::{Flow, FlowKey},
     maps::{ACCEPTED, CONFIG, COUNTERS, Config, Counter, FLOWS, MAX_SLOTS, PODS},
     packet::Mac,
+    vxlan::Vni,
 };
 pub use flows::{Directions, Flows, pinned_connections, pinned_flows};
 pub use forget::{Forgetter, Left};
@@ -121,6 +122,19 @@ pub enum DataplaneError {
         map: &'static str,
         /// Why not.
         source: MapError,
+    },
+    /// The maps of an overlay are those of another version of the agent.
+    #[error(
+        "the maps of overlay {vni} have layout {found}, and this flannel-agent reads layout {own}: use the flannel-agent that runs \
+         there, or restart it with this one"
+    )]
+    OtherLayout {
+        /// Which overlay's.
+        vni: Vni,
+        /// The layout that they have.
+        found: u32,
+        /// The layout that is read.
+        own: u32,
     },
     /// The object lacks a map or program.
     #[error("the eBPF object has no {0}")]
@@ -321,7 +335,7 @@ impl Dataplane {
         let pod_macs = take_map(&mut ebpf, PODS)?.try_into().map_err(DataplaneError::map("open", PODS))?;
         let accepted = take_map(&mut ebpf, ACCEPTED)?.try_into().map_err(DataplaneError::map("open", ACCEPTED))?;
         let excluded = excluded::Excluded::open(&mut ebpf)?;
-        let pinned = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
+        let pinned = |name| pins.open(name);
         let forgetter = Forgetter::load(&pins, config)?;
         let maps = layout.iter().map(|map| Ok((map.name, pinned(map.name)?)));
         let maps = maps.collect::<Result<_, DataplaneError>>()?;
@@ -429,7 +443,7 @@ impl Dataplane {
 /// # Errors
 /// [`DataplaneError::Map`] where there is none.
 pub fn pinned_counters(pins: &PinDirectory) -> Result<Vec<(Event, Counter)>, DataplaneError> {
-    let map = MapData::from_pin(pins.map(COUNTERS)).map_err(DataplaneError::map("open", COUNTERS))?;
+    let map = pins.open(COUNTERS)?;
     let counters = batch::read_sums(&map, 0, Event::COUNT);
     let counters: Vec<Counter> = counters.map_err(|source| DataplaneError::map("read", COUNTERS)(source.into()))?;
     Ok(Event::ALL.iter().copied().zip(counters).collect())

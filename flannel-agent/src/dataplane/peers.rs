@@ -369,7 +369,7 @@ impl PinnedSubnets {
     /// # Errors
     /// [`DataplaneError::Map`] where there is none.
     pub fn open(pins: &PinDirectory) -> Result<Self, DataplaneError> {
-        let map = MapData::from_pin(pins.map(SUBNETS)).map_err(DataplaneError::map("open", SUBNETS))?;
+        let map = pins.open(SUBNETS)?;
         Ok(Self(Map::Array(map).try_into().map_err(DataplaneError::map("open", SUBNETS))?))
     }
 

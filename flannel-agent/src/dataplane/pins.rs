@@ -116,6 +116,26 @@ impl PinDirectory {
         self.overlay.join(format!("{program}-{ifindex}"))
     }
 
+    /// A pinned map.
+    ///
+    /// # Errors
+    /// [`DataplaneError::OtherLayout`] where there are only those of another version of the agent, [`DataplaneError::Map`].
+    pub(super) fn open(&self, name: &'static str) -> Result<MapData, DataplaneError> {
+        MapData::from_pin(self.map(name)).map_err(|source| match self.other_layout() {
+            Some(found) => DataplaneError::OtherLayout { vni: self.vni, found, own: ABI_VERSION },
+            None => DataplaneError::map("open", name)(source),
+        })
+    }
+
+    /// The version of the maps, where they are of another one.
+    fn other_layout(&self) -> Option<u32> {
+        let versions = layouts(&self.overlay);
+        versions
+            .iter()
+            .all(|(version, _)| *version != ABI_VERSION)
+            .then(|| versions.first().map(|(version, _)| *version))?
+    }
+
     /// The pinned links of a program.
     pub(super) fn links(&self, program: &str) -> Result<Vec<PathBuf>, DataplaneError> {
         links(&self.overlay, program)
@@ -260,8 +280,12 @@ pub(super) fn links(overlay: &Path, program: &str) -> Result<Vec<PathBuf>, Datap
 }
 
 pub(super) fn versions(overlay: &Path) -> Vec<PathBuf> {
-    let versions = directories(overlay, |name| name.strip_prefix('v')?.parse::<u32>().ok());
-    versions.into_iter().map(|(_, path)| path).collect()
+    layouts(overlay).into_iter().map(|(_, path)| path).collect()
+}
+
+/// The folders of maps, by the version of their layout.
+fn layouts(overlay: &Path) -> Vec<(u32, PathBuf)> {
+    directories(overlay, |name| name.strip_prefix('v')?.parse().ok())
 }
 
 /// The directories in `parent` whose names mean something.

@@ -61,7 +61,7 @@ impl Tables {
     /// # Errors
     /// [`DataplaneError::Map`] where there are none of this layout.
     pub fn open(pins: &PinDirectory) -> Result<Self, DataplaneError> {
-        let map = |name| MapData::from_pin(pins.map(name)).map_err(DataplaneError::map("open", name));
+        let map = |name| pins.open(name);
         let info = |name| map(name)?.info().map_err(DataplaneError::map("read", name));
         let (subnets, vteps) = (info(SUBNETS)?, info(VTEPS)?);
         let typed = DataplaneError::map;

@@ -51,7 +51,7 @@ impl TestRuns {
             programs.push(fd.map_err(failed("use", hook.program()))?);
         }
         let noted = Noted::load(&programs, false)?;
-        let pinned = |name| MapData::from_pin(dataplane.pins.map(name)).map_err(DataplaneError::map("open", name));
+        let pinned = |name| dataplane.pins.open(name);
         let heard = Map::Array(pinned(HEARD)?).try_into().map_err(DataplaneError::map("open", HEARD))?;
         let traffic = Map::PerCpuArray(pinned(TRAFFIC)?).try_into().map_err(DataplaneError::map("open", TRAFFIC))?;
         let originals = Map::Array(pinned(ORIGINALS)?).try_into().map_err(DataplaneError::map("open", ORIGINALS))?;

@@ -103,13 +103,9 @@ impl PinnedPeers {
         self.ways(&ids, &self.vteps(count(&ids))?)
     }
 
-    fn open(&self, name: &'static str) -> Result<MapData, DataplaneError> {
-        MapData::from_pin(self.pins.map(name)).map_err(DataplaneError::map("open", name))
-    }
-
     /// The number of each peer's entries, by what it leases.
     fn ids(&self) -> Result<Vec<(Ipv4Net, u32)>, DataplaneError> {
-        let subnets = self.open(SUBNETS)?;
+        let subnets = self.pins.open(SUBNETS)?;
         let slots = subnets.info().map_err(DataplaneError::map("read", SUBNETS))?.max_entries();
         let address =
             |slot: u32| self.network.network().to_bits().wrapping_add(slot << (32 - u32::from(self.subnet_len)));
@@ -117,7 +113,7 @@ impl PinnedPeers {
         let subnet = |slot| Ipv4Net::new(address(slot).into(), self.subnet_len).ok();
         let mut ids: Vec<_> = leased.filter_map(|(slot, id)| Some((subnet(slot)?, id))).collect();
         let prefixes: LpmTrie<_, [u8; 4], u32> =
-            Map::LpmTrie(self.open(PREFIXES)?).try_into().map_err(DataplaneError::map("open", PREFIXES))?;
+            Map::LpmTrie(self.pins.open(PREFIXES)?).try_into().map_err(DataplaneError::map("open", PREFIXES))?;
         for entry in prefixes.iter() {
             let (key, id) = entry.map_err(DataplaneError::map("read", PREFIXES))?;
             ids.extend(Ipv4Net::new(key.data().into(), key.prefix_len() as u8).ok().map(|subnet| (subnet, id)));
@@ -128,14 +124,14 @@ impl PinnedPeers {
 
     /// The first entries.
     fn vteps(&self, count: u32) -> Result<Vec<Vtep>, DataplaneError> {
-        read_up_to(&self.open(VTEPS)?, VTEPS, count)
+        read_up_to(&self.pins.open(VTEPS)?, VTEPS, count)
     }
 
     fn ways(&self, ids: &[(Ipv4Net, u32)], vteps: &[Vtep]) -> Result<Vec<PeerWay>, DataplaneError> {
         let count = count(ids);
-        let heard: Vec<Heard> = read_up_to(&self.open(HEARD)?, HEARD, count)?;
+        let heard: Vec<Heard> = read_up_to(&self.pins.open(HEARD)?, HEARD, count)?;
         let traffic: Vec<Traffic> = {
-            let map = self.open(TRAFFIC)?;
+            let map = self.pins.open(TRAFFIC)?;
             read_with(TRAFFIC, count, |first, len| batch::read_sums(&map, first, len))?
         };
         let now: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(DataplaneError::Clock)?.into();

@@ -4,10 +4,12 @@
 //! * `silence` — peers that do not answer; pure
 //! * `losses` — packets that get lost; pure
 //! * `probe` — asking a peer that is silent
+//! * `sizes` — peers that small packets reach and large ones do not
 
 mod losses;
 mod probe;
 mod silence;
+mod sizes;
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -20,8 +22,8 @@ use tokio::{
 };
 use tracing::debug;
 
-pub use self::losses::LossKind;
-use self::{losses::Losses, probe::Prober, silence::Silence};
+pub use self::{losses::LossKind, sizes::NarrowPeer};
+use self::{losses::Losses, probe::Prober, silence::Silence, sizes::Sizes};
 use crate::{
     dataplane::{PeerWatch, PinnedPeers, Way, pinned_counters},
     status::now,
@@ -40,6 +42,8 @@ const FORGOTTEN: Duration = Duration::from_secs(60);
 pub struct EvidenceStatus {
     /// Peers that do not answer, by subnet.
     pub silent: Vec<SilentPeer>,
+    /// Peers that large packets do not reach, by subnet.
+    pub narrow: Vec<NarrowPeer>,
     /// Packets that get lost on this host.
     pub lost: Vec<Loss>,
 }
@@ -121,6 +125,7 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
     let mut looks = interval(PERIOD);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut silence, mut losses) = (Silence::default(), Losses::new(sees_pods));
+    let mut sizes = Sizes::new();
     let mut watch = PeerWatch::new(peers);
     let prober = Prober::open();
     loop {
@@ -142,9 +147,12 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
         let (at, clock) = (Instant::now(), now());
         let are_unreached = ways.iter().any(|peer| matches!(peer.way, Way::NoRoute | Way::NotOnLink));
         let (silent, to_ask) = silence.take(&ways, at, clock);
+        let unanswered = to_ask.iter().copied().collect();
         let asked = to_ask.into_iter().map(|subnet| (subnet, prober.ask(subnet)));
         silence.asked(asked.collect::<Vec<_>>());
-        let found = EvidenceStatus { silent, lost: losses.take(&counters, are_unreached, at, clock) };
+        let (narrow, asked) = sizes.take(&ways, &unanswered, at, clock);
+        silence.asked(asked);
+        let found = EvidenceStatus { silent, narrow, lost: losses.take(&counters, are_unreached, at, clock) };
         sender.send_if_modified(|known| {
             let is_new = *known != found;
             *known = found;

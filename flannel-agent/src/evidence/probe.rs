@@ -7,7 +7,7 @@ use tracing::warn;
 
 /// A port that nobody listens at, as traceroute takes: the host answers that by ICMP (RFC 1122 section 4.1.3.1), whether this agent
 /// or flannel serves it, and the answer comes by the overlay as any pod's packet.
-const NOBODYS_PORT: u16 = 33_434;
+pub(super) const NOBODYS_PORT: u16 = 33_434;
 /// So many datagrams make a question, as with traceroute, since one may be lost.
 const DATAGRAMS: u64 = 3;
 

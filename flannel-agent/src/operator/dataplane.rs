@@ -19,6 +19,7 @@ use crate::{
         attachments, pinned_flows,
     },
     device::{Netlink, next_hop::NextHop, vxlan::VxlanDevice},
+    evidence::LossKind,
     operator::OperatorError,
     status::Status,
 };
@@ -69,6 +70,10 @@ impl Dataplane {
         interfaces.sort_unstable();
         interfaces.dedup();
         let mut stopped = host_settings::troubles(&interfaces);
+        if status.evidence.lost.iter().any(|loss| loss.kind == LossKind::Tunnel) {
+            let numbers: Vec<_> = ways.iter().map(|peer| peer.ifindex).collect();
+            stopped.extend(host_settings::strict_among(&status.underlay_interfaces, &numbers));
+        }
         // Where nothing is encapsulated, the underlay's MTU counts.
         let is_all_direct = !ways.is_empty() && ways.iter().all(|peer| peer.way == Way::Direct);
         let mtu = (!is_all_direct).then_some(status.mtu);

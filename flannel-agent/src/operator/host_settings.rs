@@ -2,6 +2,8 @@
 
 use std::{fs, path::Path};
 
+use nix::net::if_::if_nametoindex;
+
 use super::named;
 
 /// From so many hundredths of its limit on, conntrack's table is called full: a burst of connections takes the rest.
@@ -85,6 +87,18 @@ pub(super) fn strict(interface: &str, value: u64, elsewhere: usize) -> Option<(S
             format!("loosen it with `sysctl -w net/ipv4/conf/{interface}/rp_filter=2`"),
         )
     })
+}
+
+/// On which of these interfaces peers may send in vain, and what to do, in words. `ways` are the numbers of the interfaces by which
+/// peers are reached, or 0.
+pub(super) fn strict_among(interfaces: &[String], ways: &[u32]) -> Vec<String> {
+    let of = |interface: &String| {
+        let number = if_nametoindex(interface.as_str()).ok()?;
+        let elsewhere = ways.iter().filter(|way| ![0, number].contains(way)).count();
+        let (found, advice) = strict(interface, reverse_path_filter(interface), elsewhere)?;
+        Some(format!("{found}; {advice}"))
+    };
+    interfaces.iter().filter_map(of).collect()
 }
 
 #[cfg(test)]

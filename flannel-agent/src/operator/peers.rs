@@ -139,6 +139,8 @@ struct Known<'a> {
     held: BTreeMap<Ipv4Net, &'a HeldPeer>,
     /// Since when what is sent to them is not answered, in seconds since 1970.
     unanswered: BTreeMap<Ipv4Net, u64>,
+    /// The size of packets that do not reach them, in bytes of IPv4.
+    too_large: BTreeMap<Ipv4Net, u32>,
     /// By their numbers.
     interfaces: BTreeMap<u32, String>,
 }
@@ -191,9 +193,10 @@ pub(super) fn judged(ways: &[PeerWay], status: &Status, neighbours: &HashMap<Nex
     let numbers: BTreeSet<_> = ways.iter().map(|way| way.ifindex).collect();
     let interfaces = numbers.into_iter().filter_map(|number| Some((number, interface_name(number)?))).collect();
     let unanswered = status.evidence.silent.iter().map(|silent| (silent.subnet, silent.since)).collect();
-    let known = Known { neighbours, held, unanswered, interfaces };
+    let too_large = status.evidence.narrow.iter().map(|narrow| (narrow.subnet, narrow.size)).collect();
+    let known = Known { neighbours, held, unanswered, too_large, interfaces };
     let mut peers: Vec<_> = ways.iter().map(|way| known.judge(way)).collect();
-    peers.sort_by_key(|peer| (peer.state, peer.subnet));
+    peers.sort_by_key(|peer| (peer.state, peer.reason.is_empty(), peer.subnet));
     peers
 }
 
@@ -233,9 +236,12 @@ impl Known<'_> {
             (Way::Direct, ..) => (State::Direct, String::new()),
             (Way::Encapsulated, ..) => (State::Ok, String::new()),
         };
-        if let Some(mtu) = smaller_mtu {
+        let smaller = smaller_mtu.map(|mtu| format!("packets of more than {mtu} bytes do not fit on the way to it"));
+        let lost =
+            self.too_large.get(&subnet).map(|size| format!("packets of {size} bytes do not reach it, small ones do"));
+        for more in [smaller, lost].into_iter().flatten() {
             let separator = if reason.is_empty() { "" } else { "; " };
-            reason += &format!("{separator}packets of more than {mtu} bytes do not fit on the way to it");
+            reason += &format!("{separator}{more}");
         }
         let last_heard_ms = heard.map(|ago| ago.as_millis() as u64);
         let vtep_mac = MacAddress(vtep_mac);
@@ -306,7 +312,13 @@ mod tests {
         let neighbours = [(NextHop { ifindex: 7, address: [192, 0, 2, 1].into() }, neighbour)].into();
         let held = held.map(|held| (held.subnet, held)).into_iter().collect();
         let interfaces = [(7, "eth0".to_owned())].into();
-        let known = Known { neighbours: &neighbours, held, unanswered: BTreeMap::new(), interfaces };
+        let known = Known {
+            neighbours: &neighbours,
+            held,
+            unanswered: BTreeMap::new(),
+            too_large: BTreeMap::new(),
+            interfaces,
+        };
         let Peer { state, reason, .. } = known.judge(peer);
         (state, reason)
     }
@@ -316,7 +328,13 @@ mod tests {
         let state = |heard: u64, since: u64| {
             let unanswered = [("10.5.2.0/24".parse().unwrap(), now() - since)].into();
             let interfaces = BTreeMap::new();
-            let known = Known { neighbours: &HashMap::new(), held: BTreeMap::new(), unanswered, interfaces };
+            let known = Known {
+                neighbours: &HashMap::new(),
+                held: BTreeMap::new(),
+                unanswered,
+                too_large: BTreeMap::new(),
+                interfaces,
+            };
             let peer = known.judge(&PeerWay { heard: Some(Duration::from_secs(heard)), ..way(Way::Encapsulated) });
             (peer.state, peer.reason)
         };

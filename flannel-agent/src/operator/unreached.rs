@@ -6,7 +6,7 @@ use super::{MOST_NAMED, interface_name};
 use crate::{
     dataplane::{PeerWay, Way},
     device::next_hop::NextHop,
-    evidence::{LossKind, SilentPeer},
+    evidence::{LossKind, NarrowPeer, SilentPeer},
     status::{Status, time},
 };
 
@@ -30,7 +30,8 @@ pub(super) fn troubles(status: &Status, ways: &[PeerWay], neighbours: &HashMap<N
             Way::Encapsulated | Way::Direct => None,
         }
     });
-    let mut all: Vec<_> = silent.chain(unreached).collect();
+    let narrow = status.evidence.narrow.iter().map(narrow);
+    let mut all: Vec<_> = silent.chain(narrow).chain(unreached).collect();
     let more = all.len().saturating_sub(MOST_NAMED);
     all.truncate(MOST_NAMED);
     all.extend((more > 0).then(|| format!("{more} more peers are silent or not reached; see `flannel-agent peers`")));
@@ -67,6 +68,14 @@ fn silent(peer: &SilentPeer, way: Option<&PeerWay>, neighbours: &HashMap<NextHop
         None => write!(text, "; see `ip route get {public_ip}`"),
     };
     text
+}
+
+fn narrow(NarrowPeer { subnet, public_ip, since, size }: &NarrowPeer) -> String {
+    format!(
+        "packets of {size} bytes do not reach {subnet} by {public_ip}, and small ones do, for {}: a link on the way carries less than this \
+         host's MTU says; `flannel-agent ping {public_ip}` finds how much. Give the route to that host an `mtu`, or all hosts a smaller MTU",
+        time(*since)
+    )
 }
 
 #[cfg(test)]

@@ -98,6 +98,8 @@ const MEMORY: &str = "3G";
 const INIT: &str = r"
 stty -opost < /dev/ttyS1
 exec > /dev/ttyS1 2>&1
+# A service manager's limit of open files; the kernel's own is 1024.
+ulimit -n 65536
 xargs -d '\n' -a /etc/tests env RUST_BACKTRACE=1 LAB_PATIENCE=@PATIENCE@ /@TESTS@
 echo $? > /dev/ttyS2
 # Both ports are written to the end before the machine is off.
