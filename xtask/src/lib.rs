@@ -14,6 +14,7 @@ pub mod api_server;
 pub mod bench;
 pub mod chaos;
 pub mod check;
+pub mod dist;
 pub mod fuzz;
 pub mod lab;
 pub mod package;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::{api_server, bench, chaos, check, fuzz, run, setup, test, vm};
+use xtask::{api_server, bench, chaos, check, dist, fuzz, run, setup, test, vm};
 
 /// The project's commands.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ enum Command {
     Test(test::Options),
     /// Run the tests on another kernel, in a virtual machine; or agents on two that are connected by their NICs
     Vm(vm::Options),
+    /// Build the release, and pack what users install
+    Dist(dist::Options),
     /// Format, lints and documentation, for the eBPF programs too
     Check,
     /// Feed the agent's parsers, and the eBPF programs beside a model, with what a fuzzer comes up with
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Command::Lab(options) => run::lab(&options),
         Command::Test(options) => test::run(&options),
         Command::Vm(options) => vm::run(&options),
+        Command::Dist(options) => dist::run(&options),
         Command::Check => check::run(),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Chaos(options) => chaos::run(&options),

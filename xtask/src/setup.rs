@@ -68,6 +68,8 @@ const DOCKER: [(&str, &str); 4] =
 pub(crate) const KUBECTL: (&str, &str) = ("kubectl", "kubernetes-client");
 /// What looks at the agent's page.
 const BROWSER: (&str, &str) = ("chromium", "chromium");
+/// What reads the agent's unit, and runs it on the hosts of some tests. (Debian's package `systemd` makes it no machine's first process.)
+const SYSTEMD: (&str, &str) = ("systemd-analyze", "systemd");
 /// What is in a container, and needs no libraries there. (The file tells it from the package `busybox`, which does.)
 const BUSYBOX: (&str, &str) = ("/usr/share/doc/busybox-static", "busybox-static");
 
@@ -159,7 +161,7 @@ pub fn prometheus(program: &str) -> PathBuf {
 /// Those of what only the tests call that are not there.
 fn missing_for_tests() -> Vec<Missing> {
     let mut packages = packages_of(&DOCKER);
-    packages.extend(packages_of(&[KUBECTL, BROWSER]));
+    packages.extend(packages_of(&[KUBECTL, BROWSER, SYSTEMD]));
     if !Path::new(BUSYBOX.0).exists() {
         packages.push(BUSYBOX.1);
     }
