@@ -82,6 +82,7 @@
 //! * [`addresses`] — addresses and interfaces that move, and which of a host's addresses it goes by
 //! * [`cni`] — the CNI plugin, run as a runtime runs it
 //! * [`udp`] — the tunnel of the backend udp: its wire, its senders, the daemon that drives it, what stands in its way
+//! * [`machines`] — the package and its unit, on hosts that systemd runs
 //! * [`docker_opts`] — Docker's options
 //! * [`docker`] — Docker Engines with these, and their containers
 //! * [`flags`] — flags, variables and shared files as flannel takes them, with its own process
@@ -139,6 +140,7 @@ mod leases;
 mod lifecycle;
 mod loaded;
 mod logs;
+mod machines;
 mod metrics;
 mod model;
 mod netfilter;
