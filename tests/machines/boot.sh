@@ -34,8 +34,10 @@ for device in null zero full random urandom tty; do
     touch "$root/dev/$device"
     mount --bind "/dev/$device" "$root/dev/$device"
 done
+mkdir "$root/dev/net" "$root/dev/shm" "$root/dev/pts"
+touch "$root/dev/net/tun"
+mount --bind /dev/net/tun "$root/dev/net/tun"
 ln -s /proc/self/fd "$root/dev/fd"
-mkdir "$root/dev/shm" "$root/dev/pts"
 # Images of containers forbid packages to start anything.
 rm -f "$root/usr/sbin/policy-rc.d"
 exec chroot "$root" env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin \

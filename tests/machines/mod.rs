@@ -1,8 +1,10 @@
 //! The Debian package, installed on hosts that systemd runs, and the unit in it.
 //!
 //! * [`machine`] — a host with systemd as process 1 and a root file system of its own
+//! * [`docker`] — Docker's unit with the drop-in
 //! * [`unit`] — what systemd's own tools say of the units
 
+mod docker;
 mod machine;
 mod unit;
 
@@ -50,10 +52,7 @@ fn hosts_with_the_package_talk_as_soon_as_they_know_their_store() {
         // Installing does not wait for it, and it waits for a store.
         machine.wait_unit(UNIT, state);
         assert_eq!(machine.run(&format!("systemctl is-enabled {UNIT}")).trim(), "enabled");
-        let settings = format!("FLANNELD_ETCD_ENDPOINTS={}\n", world.store.endpoint());
-        fs::write(machine.path(SETTINGS), settings).unwrap();
-        machine.run(&format!("systemctl restart {UNIT}"));
-        machine.wait_unit(UNIT, "active");
+        tell_store(machine, &world);
     }
     for (host, machine) in world.hosts.iter_mut().zip(&machines) {
         let subnet = machine.subnet_for(host);
@@ -90,6 +89,13 @@ fn hosts_with_the_package_talk_as_soon_as_they_know_their_store() {
     for gone in [SETTINGS, "/usr/bin/flannel-agent", "/sys/fs/bpf/flannel/1", "/run/flannel/subnet.env"] {
         assert!(!machines[0].path(gone).exists(), "{gone} exists");
     }
+}
+
+/// Writes where the store is, and waits for the agent.
+fn tell_store(machine: &Machine, world: &World) {
+    fs::write(machine.path(SETTINGS), format!("FLANNELD_ETCD_ENDPOINTS={}\n", world.store.endpoint())).unwrap();
+    machine.run(&format!("systemctl restart {UNIT}"));
+    machine.wait_unit(UNIT, "active");
 }
 
 /// Has an administrator forbid packages to start services.
