@@ -3,10 +3,9 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
-use tempfile::TempDir;
 use xtask::{lab::PREFIX, progress::wait_for};
 
-use super::{install, machine::Machine, package, tell_store};
+use super::{install, machine::Machine, tell_store};
 use crate::world::{SOON, World};
 
 const UNITS: &str = "/usr/lib/systemd/system";
@@ -19,9 +18,8 @@ fn docker_starts_with_the_subnet_of_its_host() {
     let world = World::without_config(1);
     let config = r#"{"Network": "10.5.0.0/16", "Backend": {"Type": "udp"}}"#;
     world.store.put(&format!("{PREFIX}/config"), config).unwrap();
-    let folder = TempDir::new().unwrap();
     let machine = Machine::boot(&world.hosts[0]);
-    install(&machine, &package(folder.path()));
+    install(&machine);
     tell_store(&machine, &world);
     let subnet = machine.subnet_for(&world.hosts[0]);
 

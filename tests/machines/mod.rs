@@ -13,6 +13,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
+    sync::OnceLock,
 };
 
 use tempfile::TempDir;
@@ -28,27 +29,35 @@ use crate::world::{SOON, World, agent};
 const UNIT: &str = "flannel-agent.service";
 const SETTINGS: &str = "/etc/default/flannel-agent";
 
-/// The package of the programs that the tests run.
-fn package(into: &Path) -> PathBuf {
-    let packed = dist::pack(agent().parent().unwrap(), into, Effort::Quick).unwrap();
-    packed.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "deb")).unwrap()
+/// What is packed of the programs that the tests run, once for all of them: package, archive, list of crates, checksums.
+fn packed() -> &'static [PathBuf] {
+    static PACKED: OnceLock<Vec<PathBuf>> = OnceLock::new();
+    PACKED.get_or_init(|| {
+        let programs = agent().parent().unwrap().to_owned();
+        dist::pack(&programs, &programs.join("packed"), Effort::Quick).unwrap()
+    })
 }
 
-fn install(machine: &Machine, package: &Path) {
+/// The package.
+fn package() -> &'static Path {
+    packed().iter().find(|path| path.extension().is_some_and(|extension| extension == "deb")).unwrap()
+}
+
+fn install(machine: &Machine) {
+    let package = package();
     let name = package.file_name().unwrap().to_str().unwrap();
     fs::copy(package, machine.path("/tmp").join(name)).unwrap();
-    machine.run(&format!("dpkg --install /tmp/{name}"));
+    // The triggers are other packages': an index of manual pages, which takes seconds.
+    machine.run(&format!("dpkg --no-triggers --install /tmp/{name}"));
 }
 
 #[test]
 fn hosts_with_the_package_talk_as_soon_as_they_know_their_store() {
     let mut world = World::new(2);
-    let folder = TempDir::new().unwrap();
-    let package = package(folder.path());
     let machines: Vec<_> = world.hosts.iter().map(Machine::boot).collect();
     forbid_starts(&machines[1]);
     for (machine, state) in machines.iter().zip(["activating", "inactive"]) {
-        install(machine, &package);
+        install(machine);
         // Installing does not wait for it, and it waits for a store.
         machine.wait_unit(UNIT, state);
         assert_eq!(machine.run(&format!("systemctl is-enabled {UNIT}")).trim(), "enabled");
@@ -71,20 +80,20 @@ fn hosts_with_the_package_talk_as_soon_as_they_know_their_store() {
     machines[0].run(&format!("systemctl kill --signal=KILL {UNIT}"));
     wait_for_another(&machines[0], &before);
     let before = machines[0].property(UNIT, "MainPID");
-    install(&machines[0], &package);
+    install(&machines[0]);
     wait_for_another(&machines[0], &before);
     let settings = fs::read_to_string(machines[0].path(SETTINGS)).unwrap();
     assert!(settings.starts_with("FLANNELD_ETCD_ENDPOINTS="), "the administrator's file was replaced: {settings}");
     machines[0].run(&format!("systemctl stop {UNIT}"));
     assert_eq!(machines[0].property(UNIT, "Result"), "success", "{}", machines[0].journal(UNIT));
     // Who stopped it wants it stopped.
-    install(&machines[0], &package);
+    install(&machines[0]);
     assert_eq!(machines[0].property(UNIT, "ActiveState"), "inactive");
     traffic.assert_nothing_was_lost();
 
     // With the package goes what it made.
     machines[0].run(&format!("systemctl start {UNIT}"));
-    machines[0].run("dpkg --purge flannel-agent");
+    machines[0].run("dpkg --no-triggers --purge flannel-agent");
     assert!(world.hosts[0].netns.ip("link show flannel.1").is_err(), "flannel.1 exists");
     for gone in [SETTINGS, "/usr/bin/flannel-agent", "/sys/fs/bpf/flannel/1", "/run/flannel/subnet.env"] {
         assert!(!machines[0].path(gone).exists(), "{gone} exists");
@@ -129,11 +138,11 @@ fn assert_confined(machine: &Machine) {
 
 #[test]
 fn packed_twice_is_the_same() {
-    let [one, two] = [TempDir::new().unwrap(), TempDir::new().unwrap()];
-    let [first, second] = [&one, &two].map(|into| dist::pack(agent().parent().unwrap(), into.path(), Effort::Quick));
-    for (first, second) in first.unwrap().iter().zip(second.unwrap()) {
+    let again = TempDir::new().unwrap();
+    let second = dist::pack(agent().parent().unwrap(), again.path(), Effort::Quick).unwrap();
+    for (first, second) in packed().iter().zip(second) {
         assert_eq!(first.file_name(), second.file_name());
         assert!(fs::read(first).unwrap() == fs::read(&second).unwrap(), "{first:?}");
     }
-    output(Command::new("sha256sum").args(["--check", "--strict", "SHA256SUMS"]).current_dir(one.path())).unwrap();
+    output(Command::new("sha256sum").args(["--check", "--strict", "SHA256SUMS"]).current_dir(again.path())).unwrap();
 }
