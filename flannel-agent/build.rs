@@ -1,10 +1,18 @@
 //! Compiles the eBPF programs, so that the object embedded in the agent is never stale.
 #![expect(clippy::disallowed_types, reason = "cargo's program, not the agent")]
 
-use std::process::{Command, Stdio};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use anyhow::Context as _;
 use aya_build::{Package, Toolchain, build_ebpf};
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
 
 /// The name under which `cargo xtask setup` links a distribution's compiler that has a `core` for the BPF target.
 const DISTRIBUTION_TOOLCHAIN: &str = "ebpf";
@@ -25,7 +33,36 @@ fn main() -> anyhow::Result<()> {
     println!("cargo:rustc-env=FLANNEL_AGENT_RUSTC={}", String::from_utf8_lossy(&version.stdout).trim());
     let programs = Package { name: "flannel-ebpf", root_dir: manifest, features: &features, ..Package::default() };
     build_ebpf([programs], toolchain())
-        .context("the eBPF programs were not built; `cargo xtask setup` installs what that needs")
+        .context("the eBPF programs were not built; `cargo xtask setup` installs what that needs")?;
+    let folder = std::env::var_os("OUT_DIR").context("cargo names a folder for the build's output")?;
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_file() {
+            drop_debug_information(&path).with_context(|| format!("drop the debug information of {path:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes DWARF out of an object, four fifths of it: its BTF is made from that, and the kernel and aya read nothing but BTF.
+fn drop_debug_information(path: &Path) -> anyhow::Result<()> {
+    let object = fs::read(path)?;
+    let mut builder = Builder::read(&*object)?;
+    for section in &mut builder.sections {
+        let name = section.name.as_slice();
+        section.delete |= name.starts_with(b".debug_") || name.starts_with(b".rel.debug_");
+    }
+    // LLVM has sections' names among the symbols', which the builder keeps apart.
+    if !builder.sections.iter().any(|section| matches!(section.data, SectionData::SectionString)) {
+        let names = builder.sections.add();
+        names.name = b".shstrtab"[..].into();
+        names.sh_type = SHT_STRTAB;
+        names.data = SectionData::SectionString;
+    }
+    builder.delete_orphans();
+    let mut smaller = Vec::new();
+    builder.write(&mut smaller)?;
+    Ok(fs::write(path, smaller)?)
 }
 
 fn toolchain() -> Toolchain<'static> {
