@@ -62,7 +62,7 @@ pub enum Effort {
 /// Builds and packs.
 ///
 /// # Errors
-/// Where the build fails, a program is too large, or a result can't be written.
+/// Where the build fails, a program names a path of this machine, or a result can't be written.
 pub fn run(options: &Options) -> Result<()> {
     let folder = match &options.binaries {
         Some(folder) => folder.clone(),
