@@ -17,7 +17,7 @@ fn put_peer(world: &World, octet: u8) {
     root(world, &["put", &format!("{PREFIX}/subnets/10.5.{octet}.0-24"), &value]);
 }
 
-/// Has etcd ask for users, with one that has the role that the README describes.
+/// Has etcd ask for users, with one that has the role that docs/etcd.md describes.
 fn with_roles(world: &World) {
     let (config, subnets) = (format!("{PREFIX}/config"), format!("{PREFIX}/subnets"));
     for command in [

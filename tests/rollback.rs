@@ -234,7 +234,7 @@ fn an_overlay_whose_agent_runs_is_left_and_the_other_is_cleaned() {
     wait_for("all to be well", SOON, || output(world.agent_on(0).arg("status")).is_ok()).unwrap();
 }
 
-/// The way that the README names, with a daemon whose new MAC the store tells to the others.
+/// The way that docs/compatibility.md names, with a daemon whose new MAC the store tells to the others.
 #[test]
 fn stop_cleanup_and_flannels_daemon_cost_a_moment() {
     let mut world = World::with_agents(2);

@@ -123,7 +123,7 @@ pub enum Scope {
 impl fmt::Display for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Nothing => f.write_str("packets that bybypass the stackpass it as well"),
+            Self::Nothing => f.write_str("packets that bypass the stack bypass it as well"),
             Self::Everything => f.write_str("all packets take the stack"),
             Self::OverlayQueue => f.write_str("all packets take the stack, and go out by the overlay's device"),
             Self::OverlayCapture => {

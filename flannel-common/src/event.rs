@@ -92,7 +92,7 @@ events! {
     PodTranslated = "pod_translated", Forward;
     /// from_pod: a packet of a flow that the stack let out a moment ago, unchanged or translated; sent past the stack without encapsulation to a peer on the same link.
     PodDirect = "pod_direct", Forward;
-    /// from_pod: a packet of no flow that bybypasses the stack now, and that may become one; left to the stack.
+    /// from_pod: a packet of no flow that bypasses the stack now, and that may become one; left to the stack.
     PodViaStack = "pod_via_stack", Pass;
     /// from_pod: a packet that always takes the stack: not TCP or UDP, a fragment, with options, with a mark or a priority, not to the overlay, ...
     PodOther = "pod_other", Pass;
@@ -192,12 +192,12 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_has_a_row_for_each() {
-        let readme = include_str!("../../README.md");
+    fn the_documentation_has_a_row_for_each() {
+        let documentation = include_str!("../../flannel-agent/docs/dataplane.md");
         for event in Event::ALL {
             let outcome = format!("{:?}", event.outcome()).to_lowercase();
             let row = format!("| `{}` | {outcome} | {} |", event.label(), event.description().trim());
-            assert!(readme.contains(&row), "README.md lacks: {row}");
+            assert!(documentation.contains(&row), "flannel-agent/docs/dataplane.md lacks: {row}");
         }
     }
 }

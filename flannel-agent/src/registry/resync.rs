@@ -1,6 +1,6 @@
 //! Why the whole table was read again.
 
-/// Why the whole table was read: label of the counter, and row of the README.
+/// Why the whole table was read: label of the counter, and row of docs/leases.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ResyncCause {
     /// The agent started.
@@ -82,11 +82,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_readme_has_a_row_for_each() {
-        let readme = include_str!("../../../README.md");
+    fn the_documentation_has_a_row_for_each() {
+        let documentation = include_str!("../../docs/leases.md");
         for cause in ResyncCause::ALL {
             let row = format!("| `{}` | {} |", cause.label(), cause.description());
-            assert!(readme.contains(&row), "README.md lacks: {row}");
+            assert!(documentation.contains(&row), "docs/leases.md lacks: {row}");
         }
     }
 

@@ -44,11 +44,11 @@ fn reasons(table: &LeaseTable) -> Vec<(Ipv4Net, HoldReason)> {
 }
 
 #[test]
-fn the_readme_has_a_row_for_each_reason() {
-    let readme = include_str!("../../../../README.md");
+fn the_documentation_has_a_row_for_each_reason() {
+    let documentation = include_str!("../../../docs/leases.md");
     for reason in HoldReason::ALL {
         let row = format!("| `{}` | {} |", reason.label(), reason.description());
-        assert!(readme.contains(&row), "README.md lacks: {row}");
+        assert!(documentation.contains(&row), "docs/leases.md lacks: {row}");
     }
 }
 
