@@ -5,6 +5,7 @@
 //! * `flannels` — flags of flannel's for what this agent does not have
 //! * `settings` — each flag with the value that counts
 //! * `error` — what is wrong with a command line
+//! * `reference` — the documentation of all of it (in tests)
 
 mod arguments;
 mod error;
@@ -541,5 +542,7 @@ fn page_address(text: &str) -> Result<SocketAddr, String> {
     if address.port() == 0 { Err(expected()) } else { Ok(address) }
 }
 
+#[cfg(test)]
+mod reference;
 #[cfg(test)]
 mod tests;

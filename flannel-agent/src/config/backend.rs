@@ -7,35 +7,6 @@ use flannel_common::vxlan::{self, Vni};
 
 use super::{ConfigError, decode::Object, error::BACKEND_EXAMPLE};
 
-/// Those of its backends, on all platforms.
-pub(super) const BACKEND_KEYS: [&str; 25] = [
-    "Type",
-    "VNI",
-    "Port",
-    "MTU",
-    "GBP",
-    "Learning",
-    "DirectRouting",
-    "KernelRoutes",
-    "Name",
-    "MacPrefix",
-    "DNSServerList",
-    "ListenPort",
-    "ListenPortV6",
-    "PSK",
-    "PersistentKeepaliveInterval",
-    "Mode",
-    "UDPEncap",
-    "ESPProposal",
-    "PreStartupCommand",
-    "PostStartupCommand",
-    "ShutdownCommand",
-    "SubnetAddCommand",
-    "SubnetRemoveCommand",
-    "AccessKeyID",
-    "AccessKeySecret",
-];
-
 /// The smallest MTU of an underlay whose overlay still has the 68 bytes that IPv4 requires (RFC 791).
 const MIN_MTU: u32 = 68 + vxlan::OVERHEAD as u32;
 

@@ -135,7 +135,7 @@ impl<'a> Object<'a> {
     }
 
     /// Keys that are none of these, each once, with what they may mean.
-    pub(super) fn unknown<'k>(&self, known: &'k [&'k str]) -> Vec<(String, Option<&'k str>)> {
+    pub(super) fn unknown<'k>(&self, known: &[&'k str]) -> Vec<(String, Option<&'k str>)> {
         let mut unknown: Vec<(String, Option<&str>)> = Vec::new();
         for (name, _) in &self.members {
             let is_known = known.iter().any(|key| fold(key) == fold(name));

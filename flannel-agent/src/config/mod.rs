@@ -4,20 +4,23 @@
 //! * `backend` — the settings of the backends
 //! * `decode` — what Go's decoder takes
 //! * `error` — why a configuration can't be used
+//! * `keys` — each key, as the documentation has it
 
 mod backend;
 mod decode;
 mod error;
+mod keys;
 
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 
-use self::{backend::BACKEND_KEYS, decode::Object};
 pub use self::{
     backend::{AllocConfig, BackendConfig, BackendType, HostGwConfig, UDP_PORT, UdpConfig, VxlanConfig},
     error::ConfigError,
+    keys::{BACKEND_KEYS, KEYS, Key},
 };
+use self::{decode::Object, keys::names};
 
 /// A valid network configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,21 +41,6 @@ pub struct NetworkConfig {
     pub backend: BackendConfig,
 }
 
-/// flannel's keys, on all platforms.
-const KEYS: [&str; 12] = [
-    "EnableIPv4",
-    "EnableIPv6",
-    "EnableNFTables",
-    "Network",
-    "IPv6Network",
-    "SubnetMin",
-    "SubnetMax",
-    "IPv6SubnetMin",
-    "IPv6SubnetMax",
-    "SubnetLen",
-    "IPv6SubnetLen",
-    "Backend",
-];
 /// What a configuration without one has (pkg/subnet/config.go); flannel's documentation says vxlan.
 const DEFAULT_BACKEND: &str = r#"{"Type": "udp"}"#;
 /// kube-controller-manager's length of a node's podCIDR where nothing is said (`--node-cidr-mask-size`).
@@ -112,8 +100,8 @@ impl NetworkConfig {
 pub fn unknown_keys(json: &str) -> Vec<String> {
     let Ok(object) = Object::parse(json, "") else { return Vec::new() };
     let backend = object.json("Backend").and_then(|json| Object::parse(json, "Backend.").ok());
-    let own = object.unknown(&KEYS).into_iter().map(|key| ("", key));
-    let backends = backend.map(|backend| backend.unknown(&BACKEND_KEYS)).unwrap_or_default();
+    let own = object.unknown(&names(&KEYS)).into_iter().map(|key| ("", key));
+    let backends = backend.map(|backend| backend.unknown(&names(&BACKEND_KEYS))).unwrap_or_default();
     let unknown = own.chain(backends.into_iter().map(|key| ("Backend.", key))).map(|(path, (key, meant))| {
         let meant = meant.map(|meant| format!(" (did you mean {path}{meant}?)")).unwrap_or_default();
         format!("the key {path}{key} is none of flannel's{meant} and has no effect")
@@ -127,7 +115,7 @@ pub fn unknown_keys(json: &str) -> Vec<String> {
 
 /// A key that is none and may have been meant for this one.
 fn misspelt(object: &Object<'_>, key: &str) -> String {
-    let unknown = object.unknown(&KEYS);
+    let unknown = object.unknown(&names(&KEYS));
     let alike = unknown.iter().find(|(_, meant)| *meant == Some(key));
     alike.map(|(name, _)| format!("; it has {name:?}, did you mean {key:?}?")).unwrap_or_default()
 }
