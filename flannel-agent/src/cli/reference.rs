@@ -44,7 +44,6 @@ fn code(text: &str) -> String {
 
 /// A flag as it is written, with what stands for its value.
 fn written(flag: &Arg) -> String {
-    let long = flag.get_long().unwrap_or_default();
     // Of a switch the value is optional.
     let value = match flag.get_value_names() {
         Some(names) if flag.get_action().takes_values() && !flag.is_require_equals_set() => {
@@ -52,8 +51,8 @@ fn written(flag: &Arg) -> String {
         }
         _ => String::new(),
     };
-    let short = flag.get_short().map(|short| format!("-{short}, ")).unwrap_or_default();
-    format!("{short}--{long}{value}")
+    let names = [flag.get_short().map(|short| format!("-{short}")), flag.get_long().map(|long| format!("--{long}"))];
+    format!("{}{value}", names.into_iter().flatten().collect::<Vec<_>>().join(", "))
 }
 
 /// Its help, and the values that it takes where these are listed.
