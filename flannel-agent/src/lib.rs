@@ -27,7 +27,7 @@
 //! * [`status`] — what the agent says of itself; [`operator`] — the commands that read it; [`control`] — what can be asked
 //! * [`health`] — whether it is alive and ready, for probes and the service manager
 //! * [`page`] — a page to look at, for operators; [`shared_reading`] — what is read for who asks over HTTP
-//! * [`atomic_file`] — files that others read
+//! * [`atomic_file`] — files that others read; [`sysctl`] — settings of the kernel
 //! * [`subnet_env`] — what container runtimes are told
 //! * [`ownership`] — whether that file is still the agent's own
 //! * [`docker_opts`] — Docker's options from it
@@ -81,6 +81,7 @@ pub mod shared_reading;
 pub mod status;
 pub mod subnet_env;
 pub mod suggestion;
+pub mod sysctl;
 pub mod udp;
 pub mod underlay;
 pub mod waiting;

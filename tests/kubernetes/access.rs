@@ -20,7 +20,7 @@ const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/flannel";
 const POD: &str = "/api/v1/namespaces/default/pods";
 
 /// Has the agents' account these rights and no others.
-fn allow(cluster: &Cluster, rules: &Value) {
+pub(super) fn allow(cluster: &Cluster, rules: &Value) {
     let role = json!({"metadata": {"name": "flannel"}, "rules": rules});
     let (code, answer) = cluster.store.server.request(User::ADMIN, "PUT", ROLE, &[], &role.to_string()).unwrap();
     assert_eq!(code, 200, "{answer}");
@@ -45,7 +45,7 @@ fn add_pod(cluster: &Cluster, node: Option<&str>) {
 }
 
 /// The folder of a service account, as the kubelet mounts it: links to a folder that is exchanged as a whole.
-fn service_account(cluster: &Cluster) -> PathBuf {
+pub(super) fn service_account(cluster: &Cluster) -> PathBuf {
     let folder = cluster.lab.directory().join("serviceaccount");
     let data = folder.join("..2026_01");
     fs::create_dir_all(&data).unwrap();

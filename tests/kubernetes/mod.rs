@@ -10,12 +10,14 @@
 //! * [`faults`] — an API server in trouble
 //! * [`peers`] — which nodes are peers, and that none is lost
 //! * [`mixed`] — with nodes of flannel's, and from one to the other
+//! * [`manifest`] — what `deploy/kubernetes` has a cluster run
 //! * [`bad_input`] — one line for each, and nothing half-made
 
 mod access;
 mod bad_input;
 mod faults;
 mod lease;
+mod manifest;
 mod mixed;
 mod network_config;
 mod peers;

@@ -9,6 +9,8 @@ use std::{
 
 use tracing::{info, warn};
 
+use crate::sysctl;
+
 /// A setting of the kernel's, 0 or 1.
 struct Setting {
     path: &'static str,
@@ -85,7 +87,7 @@ impl Setting {
         if !kept.exists() {
             crate::atomic_file::write(&kept, before.as_bytes(), 0o600).map_err(io::Error::other)?;
         }
-        fs::write(self.path, "1")?;
+        sysctl::write(self.path, "1")?;
         info!("{} ({} = 1): it sees few of a bypassed flow", self.effect, self.path);
         Ok(true)
     }
@@ -95,7 +97,7 @@ impl Setting {
         match crate::atomic_file::read(&kept) {
             Ok(before) => {
                 if Path::new(self.path).exists() {
-                    fs::write(self.path, before)?;
+                    sysctl::write(self.path, before)?;
                 }
                 fs::remove_file(&kept)
             }

@@ -54,6 +54,7 @@ pub use self::{
     underlay_links::UnderlayCriteria,
 };
 use self::{events::RawEvents, host_routes::Interest};
+use crate::sysctl;
 
 /// A netlink request that the kernel refused.
 #[derive(Debug, thiserror::Error)]
@@ -343,7 +344,7 @@ pub fn enable_forwarding() -> Result<bool, DeviceError> {
     const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(1);
     let is = |path: &str, wanted: &str| std::fs::read_to_string(path).is_ok_and(|value| value.trim() == wanted);
     let write = |value: &'static str| {
-        std::fs::write(PATH, value).map_err(|source| DeviceError::Sysctl { path: PATH, value, source })
+        sysctl::write(PATH, value).map_err(|source| DeviceError::Sysctl { path: PATH, value, source })
     };
     // Read first: where it is on already, a read-only /proc/sys is no obstacle.
     if is(PATH, "1") {
