@@ -265,7 +265,7 @@ fn stop_cleanup_and_flannels_daemon_cost_a_moment() {
     println!("stop, cleanup, flannel's daemon: {gap:?} without packets, of {took:?}");
 }
 
-/// What conntrack has not seen of a connection that passed the stack by is not held against it.
+/// What conntrack has not seen of a connection that bypassed the stack is not held against it.
 #[test]
 fn connections_that_passed_the_stack_by_go_on_after_a_late_cleanup() {
     let mut world = World::with_agents(2);

@@ -118,7 +118,7 @@ fn a_mirror_on_the_overlays_device_sees_each_packet() {
     check_mirrors(&["flannel.1"]);
 }
 
-/// Mbit/s are what the queue lets through, of a connection that passed the stack by until then.
+/// Mbit/s are what the queue lets through, of a connection that bypassed the stack until then.
 #[test]
 fn a_queue_on_the_overlays_device_limits_what_goes_out() {
     for served in Served::ALL {

@@ -60,7 +60,7 @@ pub fn pinned_flows(pins: &PinDirectory, bypass_time: Duration) -> Result<Flows,
     Ok(flows)
 }
 
-/// How many TCP connections have passed the stack by, or may have; some of them may have ended.
+/// How many TCP connections have bypassed the stack, or may have; some of them may have ended.
 ///
 /// # Errors
 /// [`DataplaneError::Map`] where there is no dataplane.

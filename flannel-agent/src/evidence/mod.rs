@@ -146,11 +146,10 @@ async fn keep(source: Source, sender: watch::Sender<EvidenceStatus>) {
         };
         let (at, clock) = (Instant::now(), now());
         let are_unreached = ways.iter().any(|peer| matches!(peer.way, Way::NoRoute | Way::NotOnLink));
-        let (silent, to_ask) = silence.take(&ways, at, clock);
-        let unanswered = to_ask.iter().copied().collect();
-        let asked = to_ask.into_iter().map(|subnet| (subnet, prober.ask(subnet)));
-        silence.asked(asked.collect::<Vec<_>>());
-        let (narrow, asked) = sizes.take(&ways, &unanswered, at, clock);
+        let (silent, owing) = silence.take(&ways, at, clock);
+        let to_ask = Silence::to_ask(&owing).into_iter();
+        silence.asked(to_ask.map(|peer| (peer.subnet, peer.public_ip, prober.ask(peer.subnet))));
+        let (narrow, asked) = sizes.take(&owing, at, clock);
         silence.asked(asked);
         let found = EvidenceStatus { silent, narrow, lost: losses.take(&counters, are_unreached, at, clock) };
         sender.send_if_modified(|known| {
